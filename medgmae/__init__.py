@@ -1,0 +1,80 @@
+"""3D medical masked autoencoders: models, published weights and the way from a scan on disk to features."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public names and where they live. They are imported on first use, so that `import medgmae` costs what torch costs.
+_PUBLIC = {
+    "create_model": "medgmae.factory",
+    "list_models": "medgmae.factory",
+    "register_model": "medgmae.registry",
+    "load_pretrained": "medgmae.hub",
+    "LoadReport": "medgmae.hub",
+    "WeightCard": "medgmae.hub",
+    "WeightsError": "medgmae.hub",
+    "list_weights": "medgmae.hub",
+    "weight_card": "medgmae.hub",
+    "save_pretrained": "medgmae.hub",
+    "push_to_hub": "medgmae.hub",
+    "ViT": "medgmae.models.vit",
+    "ViTDecoder": "medgmae.models.mae",
+    "MaskedAutoencoder": "medgmae.models.mae",
+    "MAEOutput": "medgmae.models.mae",
+    "Masking": "medgmae.masking",
+    "random_masking": "medgmae.masking",
+    "patchify": "medgmae.masking",
+    "unpatchify": "medgmae.masking",
+    "sincos_pos_embed": "medgmae.layers",
+    "resample_pos_embed": "medgmae.layers",
+    "Volume": "medgmae.data",
+    "VolumeError": "medgmae.data",
+    "read_volume": "medgmae.data",
+    "write_volume": "medgmae.data",
+    "create_transform": "medgmae.data",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from medgmae.data import Volume as Volume
+    from medgmae.data import VolumeError as VolumeError
+    from medgmae.data import create_transform as create_transform
+    from medgmae.data import read_volume as read_volume
+    from medgmae.data import write_volume as write_volume
+    from medgmae.factory import create_model as create_model
+    from medgmae.factory import list_models as list_models
+    from medgmae.hub import LoadReport as LoadReport
+    from medgmae.hub import WeightCard as WeightCard
+    from medgmae.hub import WeightsError as WeightsError
+    from medgmae.hub import list_weights as list_weights
+    from medgmae.hub import load_pretrained as load_pretrained
+    from medgmae.hub import push_to_hub as push_to_hub
+    from medgmae.hub import save_pretrained as save_pretrained
+    from medgmae.hub import weight_card as weight_card
+    from medgmae.layers import resample_pos_embed as resample_pos_embed
+    from medgmae.layers import sincos_pos_embed as sincos_pos_embed
+    from medgmae.masking import Masking as Masking
+    from medgmae.masking import patchify as patchify
+    from medgmae.masking import random_masking as random_masking
+    from medgmae.masking import unpatchify as unpatchify
+    from medgmae.models.mae import MAEOutput as MAEOutput
+    from medgmae.models.mae import MaskedAutoencoder as MaskedAutoencoder
+    from medgmae.models.mae import ViTDecoder as ViTDecoder
+    from medgmae.models.vit import ViT as ViT
+    from medgmae.registry import register_model as register_model
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'medgmae' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

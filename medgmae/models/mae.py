@@ -1,0 +1,308 @@
+"""Masked autoencoders that predict voxels: an encoder on the visible patches, a small decoder on all of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from medgmae.layers import (
+    Block,
+    Grid,
+    PositionCache,
+    Size,
+    initialize,
+    sincos_pos_embed,
+    take_tokens,
+)
+from medgmae.losses import PATCH_EPS, NormTarget, patch_mse, patch_statistics
+from medgmae.masking import Masking, patchify, random_masking, unpatchify
+from medgmae.models.vit import BASE, HUGE, LARGE, NANO, TINY, WIDE, ViT
+from medgmae.registry import build, register_model
+
+
+class MAEOutput(NamedTuple):
+    """What a masked autoencoder's forward gives.
+
+    loss: scalar.
+    pred: (B, N, prod(patch) * C), raster order, channel fastest; normalised per patch when the target is.
+    mask: (B, N), 1 = masked.
+    """
+
+    loss: Tensor
+    pred: Tensor
+    mask: Tensor
+
+
+class ViTDecoder(nn.Module):
+    """A narrow transformer that turns visible tokens and mask tokens into patch vectors.
+
+    Args:
+        in_dim: width of the encoder's tokens.
+        out_dim: length of a patch vector.
+        grid: patch grid (d, h, w) of the table of positions.
+        embed_dim: own width.
+        depth: number of blocks.
+        num_heads: attention heads per block.
+        mlp_ratio: hidden width of a block's MLP over ``embed_dim``.
+        prefix_tokens: tokens in front of the patches that the encoder hands over.
+        sigmoid: squash the prediction into (0, 1), as TANGERINE does.
+        norm_eps: epsilon of every layer norm.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        grid: Grid,
+        embed_dim: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
+        *,
+        mlp_ratio: float = 4.0,
+        prefix_tokens: int = 1,
+        sigmoid: bool = False,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.grid, self.prefix_tokens, self.sigmoid = grid, prefix_tokens, sigmoid
+        self.embed = nn.Linear(in_dim, embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(grid), embed_dim), requires_grad=False)
+        # Position of the prefix tokens: zero in every published recipe, but GL-MAE's files can hold another value.
+        self.prefix_pos_embed = nn.Parameter(torch.empty(1, prefix_tokens, embed_dim), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.head = nn.Linear(embed_dim, out_dim)
+        self._positions = PositionCache()
+        self.apply(initialize)
+
+    def reset_parameters(self) -> None:
+        """Initialise the mask token and the table of positions."""
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.zeros_(self.prefix_pos_embed)
+        with torch.no_grad():
+            self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[2], self.grid))
+
+    def forward(self, tokens: Tensor, restore: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """Predict every patch.
+
+        Args:
+            tokens: (B, P + n, in_dim), prefix tokens, then visible patches in the order of ``Masking.keep``.
+            restore: (B, N) long from :class:`~medgmae.masking.Masking`; None when all patches are there in raster order.
+            grid: patch grid of the input; None for the grid of the table.
+
+        Returns:
+            (B, N, out_dim) in raster order.
+        """
+        tokens = self.embed(tokens)
+        prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
+        if restore is not None:
+            hidden = restore.shape[1] - patches.shape[1]
+            masks = self.mask_token.to(patches.dtype).expand(patches.shape[0], hidden, -1)
+            patches = take_tokens(torch.cat([patches, masks], dim=1), restore)
+        patches = patches + self._positions(self.pos_embed, self.grid, grid or self.grid)
+        x = torch.cat([prefix + self.prefix_pos_embed, patches], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.head(self.norm(x[:, self.prefix_tokens :]))
+        return x.sigmoid() if self.sigmoid else x
+
+
+class MaskedAutoencoder(nn.Module):
+    """Encoder on visible patches, decoder on all, mean squared error on the masked ones (He et al. 2022).
+
+    Args:
+        encoder: a :class:`~medgmae.models.vit.ViT` whose tokens are normalised (``pool="cls"``).
+        decoder: a :class:`ViTDecoder`.
+        mask_ratio: share of hidden patches when ``forward`` is given no masking.
+        norm_target: None predicts intensities; "unbiased" or "biased" predicts each patch normalised by its own
+            statistics, see :func:`medgmae.losses.patch_statistics`.
+    """
+
+    def __init__(
+        self, encoder: ViT, decoder: ViTDecoder, mask_ratio: float = 0.75, norm_target: NormTarget | None = None
+    ) -> None:
+        super().__init__()
+        if norm_target not in (None, "unbiased", "biased"):
+            raise ValueError(f"norm_target must be None, 'unbiased' or 'biased', got {norm_target!r}")
+        self.encoder, self.decoder = encoder, decoder
+        self.mask_ratio, self.norm_target = mask_ratio, norm_target
+
+    def forward(self, x: Tensor, masking: Masking | None = None) -> MAEOutput:
+        """Mask, encode, decode and compare.
+
+        Args:
+            x: (B, C, D, H, W), every axis a multiple of the patch.
+            masking: which patches are visible; random at ``mask_ratio`` when None.
+        """
+        target = patchify(x, self.encoder.patch_size)  # (B, N, L)
+        masking = masking or self._draw(target)
+        tokens = self.encoder.forward_features(x, keep=masking.keep)  # (B, P + n, E)
+        pred = self.decoder(tokens, masking.restore, self._grid(x))  # (B, N, L)
+        return MAEOutput(patch_mse(pred, target, masking.mask, self.norm_target), pred, masking.mask)
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        x: Tensor,
+        masking: Masking | None = None,
+        paste_visible: bool = True,
+        denormalize: Literal["exact", "reference"] = "exact",
+    ) -> Tensor:
+        """The volume as the decoder sees it, (B, C, D, H, W) in the units of ``x``.
+
+        Args:
+            x: (B, C, D, H, W).
+            masking: which patches are visible; random at ``mask_ratio`` when None.
+            paste_visible: show the true voxels where the patch was visible.
+            denormalize: how a normalised prediction gets its patch's mean and spread back (which only the true patch
+                knows): "exact" inverts the normalisation of the loss; "reference" multiplies by the unbiased standard
+                deviation + 1e-6, as SelfMedMAE and MedGMAE do for their pictures.
+        """
+        target = patchify(x, self.encoder.patch_size)
+        masking = masking or self._draw(target)
+        pred = self.forward(x, masking).pred.to(target.dtype)
+        if self.norm_target is not None:
+            mean, std = patch_statistics(target, self.norm_target)
+            if denormalize == "reference":
+                std = target.std(dim=-1, keepdim=True) + PATCH_EPS
+            pred = pred * std + mean
+        if paste_visible:
+            pred = torch.where(masking.mask.unsqueeze(-1) > 0, pred, target)
+        return unpatchify(pred, self.encoder.patch_size, self._grid(x), x.shape[1])
+
+    def _draw(self, patches: Tensor) -> Masking:
+        return random_masking(patches.shape[0], patches.shape[1], self.mask_ratio, device=patches.device)
+
+    def _grid(self, x: Tensor) -> Grid:
+        return tuple(s // p for s, p in zip(x.shape[2:], self.encoder.patch_size, strict=True))
+
+
+def masked_vit(
+    img_size: Size = 96,
+    patch_size: Size = 16,
+    in_chans: int = 1,
+    *,
+    decoder_embed_dim: int = 512,
+    decoder_depth: int = 8,
+    decoder_num_heads: int = 16,
+    sigmoid: bool = False,
+    norm_target: NormTarget | None = None,
+    mask_ratio: float = 0.75,
+    mlp_ratio: float = 4.0,
+    norm_eps: float = 1e-6,
+    **encoder_options: Any,
+) -> MaskedAutoencoder:
+    """A masked autoencoder of a ViT encoder and a ViT decoder.
+
+    Args:
+        decoder_embed_dim: width of the decoder; likewise ``decoder_depth`` and ``decoder_num_heads``.
+        sigmoid: squash predictions into (0, 1).
+        norm_target: see :class:`MaskedAutoencoder`; likewise ``mask_ratio``.
+        **encoder_options: everything else that :class:`~medgmae.models.vit.ViT` takes.
+    """
+    encoder = ViT(img_size, patch_size, in_chans, mlp_ratio=mlp_ratio, norm_eps=norm_eps, **encoder_options)
+    decoder = ViTDecoder(
+        encoder.embed_dim,
+        math.prod(encoder.patch_size) * in_chans,
+        encoder.grid,
+        decoder_embed_dim,
+        decoder_depth,
+        decoder_num_heads,
+        mlp_ratio=mlp_ratio,
+        prefix_tokens=encoder.num_prefix_tokens,
+        sigmoid=sigmoid,
+        norm_eps=norm_eps,
+    )
+    return MaskedAutoencoder(encoder, decoder, mask_ratio, norm_target)
+
+
+# The decoders of the published systems: width, blocks, heads.
+DEC384 = {"decoder_embed_dim": 384, "decoder_depth": 8, "decoder_num_heads": 12}
+DEC512 = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+DEC528 = {"decoder_embed_dim": 528, "decoder_depth": 8, "decoder_num_heads": 16}
+DEC576 = {"decoder_embed_dim": 576, "decoder_depth": 8, "decoder_num_heads": 16}
+DEC96 = {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3}
+DEC24 = {"decoder_embed_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2}
+
+
+def _mae(
+    overrides: dict[str, Any], img_size: Size, patch_size: int, size: dict[str, int], decoder: dict[str, int], **more: Any
+) -> MaskedAutoencoder:
+    defaults = {"img_size": img_size, "patch_size": patch_size, **size, **decoder, **more}
+    return build(masked_vit, defaults, overrides)  # type: ignore[no-any-return]
+
+
+@register_model
+def mae_vit_base_patch16_96(**overrides: Any) -> MaskedAutoencoder:
+    """MAE with ViT-B/16 on 96³, decoder 384 wide: SelfMedMAE (BTCV) and MedGMAE's voxel baseline."""
+    return _mae(overrides, 96, 16, BASE, DEC384, norm_target="biased")
+
+
+@register_model
+def mae_vit_base_patch16_96_dec512(**overrides: Any) -> MaskedAutoencoder:
+    """MAE with ViT-B/16 on 96³, decoder 512 wide: the decoder in GL-MAE's released class."""
+    return _mae(overrides, 96, 16, BASE, DEC512)
+
+
+@register_model
+def mae_vit_base_patch16_96_dec576(**overrides: Any) -> MaskedAutoencoder:
+    """MAE with ViT-B/16 on 96³, decoder 576 wide, mask ratio 0.6: MAE3D of GL-MAE's first author."""
+    return _mae(overrides, 96, 16, BASE, DEC576, norm_target="unbiased", mask_ratio=0.6)
+
+
+@register_model
+def mae_vit_wide_patch16_96(**overrides: Any) -> MaskedAutoencoder:
+    """MedGMAE's voxel baseline "large": 1536 wide, patch 16, decoder 528 wide."""
+    return _mae(overrides, 96, 16, WIDE, DEC528, norm_target="biased")
+
+
+@register_model
+def mae_vit_wide_patch12_96(**overrides: Any) -> MaskedAutoencoder:
+    """MedGMAE's voxel baseline "large" with patch 12: 1536 wide, decoder 528 wide."""
+    return _mae(overrides, 96, 12, WIDE, DEC528, norm_target="biased")
+
+
+@register_model
+def mae_vit_base_patch16_128(**overrides: Any) -> MaskedAutoencoder:
+    """MAE with ViT-B/16 on 128³ crops of four MR contrasts, decoder 384 wide: SelfMedMAE (BraTS)."""
+    return _mae(overrides, 128, 16, BASE, DEC384, in_chans=4, norm_target="biased")
+
+
+@register_model
+def mae_vit_base_patch16_96x96x16(**overrides: Any) -> MaskedAutoencoder:
+    """MAE with ViT-B/16 on 96x96x16 slabs, decoder 384 wide: the UVA adaptation of SelfMedMAE."""
+    return _mae(overrides, (96, 96, 16), 16, BASE, DEC384, norm_target="biased")
+
+
+@register_model
+def mae_vit_base_patch16_256(**overrides: Any) -> MaskedAutoencoder:
+    """MAE with ViT-B/16 on 256³, decoder 512 wide with sigmoid: TANGERINE base."""
+    return _mae(overrides, 256, 16, BASE, DEC512, sigmoid=True)
+
+
+@register_model
+def mae_vit_large_patch16_256(**overrides: Any) -> MaskedAutoencoder:
+    """MAE with ViT-L/16 on 256³, decoder 512 wide with sigmoid: TANGERINE."""
+    return _mae(overrides, 256, 16, LARGE, DEC512, sigmoid=True)
+
+
+@register_model
+def mae_vit_huge_patch14_252(**overrides: Any) -> MaskedAutoencoder:
+    """MAE with ViT-H/14 on 252³, decoder 512 wide with sigmoid: TANGERINE huge."""
+    return _mae(overrides, 252, 14, HUGE, DEC512, sigmoid=True)
+
+
+@register_model
+def mae_vit_tiny_patch8_64(**overrides: Any) -> MaskedAutoencoder:
+    """MAE with ViT-Ti/8 on 64³, decoder 96 wide: the demonstration weights are of this architecture."""
+    return _mae(overrides, 64, 8, TINY, DEC96)
+
+
+@register_model
+def mae_vit_nano_patch8_32(**overrides: Any) -> MaskedAutoencoder:
+    """Two narrow blocks on 32³ and one in the decoder: for tests."""
+    return _mae(overrides, 32, 8, NANO, DEC24)

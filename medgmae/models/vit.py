@@ -1,0 +1,361 @@
+"""Vision transformers for volumes and images: the encoder of every ViT-based system in this library."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medgmae.layers import (
+    Block,
+    Grid,
+    PatchEmbed,
+    PositionCache,
+    Size,
+    initialize,
+    make_head,
+    sincos_pos_embed,
+    take_tokens,
+    to_tuple,
+)
+from medgmae.masking import check_multiple
+from medgmae.registry import build, register_model
+
+Pool = Literal["cls", "avg", "cat"]
+
+
+class ViT(nn.Module):
+    """A vision transformer over the patches of a volume (or, with ``dims=2``, of an image).
+
+    Any input whose axes are multiples of the patch is accepted; the table of positions is resampled for its grid.
+
+    Args:
+        img_size: voxels per axis (d, h, w) that the table of positions is made for; an int for a cube.
+        patch_size: voxels per axis of a patch.
+        in_chans: input channels.
+        embed_dim: token width E.
+        depth: number of blocks.
+        num_heads: attention heads per block.
+        mlp_ratio: hidden width of a block's MLP over E.
+        class_token: put a learned token in front of the patches.
+        pool: pooled output: "cls" the class token, "avg" the mean of the patch tokens, "cat" both, 2 E wide.
+        fc_norm: normalise the pooled vector instead of the tokens. None: as in timm, for "avg" and "cat".
+        num_classes: width of the head; 0 for none.
+        head_hidden: widths of hidden layers in the head.
+        drop_path: rate of the last block; grows linearly from 0.
+        pos_embed: "sincos", a fixed table, or "learned".
+        norm_eps: epsilon of every layer norm.
+        pre_norm: a layer norm before the first block, as CLIP's encoders have it.
+        dims: 3 for volumes, 2 for images.
+
+    Raises:
+        ValueError: sizes that do not fit each other; the message says which.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 96,
+        patch_size: Size = 16,
+        in_chans: int = 1,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        *,
+        mlp_ratio: float = 4.0,
+        class_token: bool = True,
+        pool: Pool = "cls",
+        fc_norm: bool | None = None,
+        num_classes: int = 0,
+        head_hidden: tuple[int, ...] = (),
+        drop_path: float = 0.0,
+        pos_embed: Literal["sincos", "learned"] = "sincos",
+        norm_eps: float = 1e-6,
+        pre_norm: bool = False,
+        dims: int = 3,
+    ) -> None:
+        super().__init__()
+        if pos_embed not in ("sincos", "learned"):
+            raise ValueError(f"pos_embed must be 'sincos' or 'learned', got {pos_embed!r}")
+        self.img_size = to_tuple(img_size, dims, "img_size")
+        self.patch_size = to_tuple(patch_size, dims, "patch_size")
+        check_multiple(self.img_size, self.patch_size)
+        self.grid: Grid = tuple(s // p for s, p in zip(self.img_size, self.patch_size, strict=True))
+        self.in_chans, self.embed_dim = in_chans, embed_dim
+        self.num_prefix_tokens = int(class_token)
+        self.head_hidden, self.norm_eps, self.grad_checkpointing = tuple(head_hidden), norm_eps, False
+        self._fc_norm_wanted = fc_norm
+
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, self.patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
+        learned = pos_embed == "learned"
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), embed_dim), requires_grad=learned)
+        self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate, norm_eps) for rate in rates)
+        use_fc_norm = self._set_pool(pool)
+        self.norm = nn.Identity() if use_fc_norm else nn.LayerNorm(embed_dim, eps=norm_eps)
+        self._make_head(num_classes)
+        self._positions = PositionCache()
+        self.apply(initialize)
+
+    def _set_pool(self, pool: Pool) -> bool:
+        """Remember the pooling and its width; True where the pooled vector, not the tokens, is normalised."""
+        if pool not in ("cls", "avg", "cat"):
+            raise ValueError(f"pool must be 'cls', 'avg' or 'cat', got {pool!r}")
+        if pool != "avg" and self.cls_token is None:
+            raise ValueError(f"pool={pool!r} needs a class token; use pool='avg' with class_token=False")
+        self.pool: Pool = pool
+        self.num_features = self.embed_dim * (2 if pool == "cat" else 1)
+        return pool != "cls" if self._fc_norm_wanted is None else self._fc_norm_wanted
+
+    def _make_head(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        wanted = isinstance(self.norm, nn.Identity)
+        self.fc_norm = nn.LayerNorm(self.num_features, eps=self.norm_eps) if wanted else nn.Identity()
+        self.head = make_head(self.num_features, num_classes, self.head_hidden)
+
+    def reset_parameters(self) -> None:
+        """Initialise the class token and the table of positions."""
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
+        if self.pos_embed.requires_grad:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        else:
+            with torch.no_grad():
+                self.pos_embed.copy_(sincos_pos_embed(self.embed_dim, self.grid))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, D, H, W). Logits (B, num_classes), or the pooled vector (B, num_features) without a head."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Tokens after the last norm, (B, P + N, E): P prefix tokens, then the patches in raster order.
+
+        Args:
+            x: (B, C, D, H, W), every axis a multiple of the patch.
+            keep: (B, n) long, the patches to encode; the sequence then holds these, in this order.
+
+        Raises:
+            ValueError: an input of another rank, channel count or of a size that is no multiple of the patch.
+        """
+        x = self._embed(x, keep)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        return_prefix_tokens: bool = False,
+    ) -> tuple[Tensor, list[Any]]:
+        """The tokens of :meth:`forward_features` and the feature maps after chosen blocks.
+
+        Args:
+            x: (B, C, D, H, W).
+            indices: blocks to tap, 0-based, negative from the end; an int for the last that many; None for all.
+            norm: apply the last norm to the maps.
+            return_prefix_tokens: give pairs (map, prefix tokens (B, P, E)) instead of maps.
+
+        Returns:
+            tokens (B, P + N, E) and a list of maps (B, E, d, h, w) on the patch grid.
+
+        Raises:
+            ValueError: a block that does not exist.
+        """
+        taps = self._tap_indices(indices)
+        grid = self._grid_of(x)
+        x = self._embed(x, None)
+        found: dict[int, Any] = {}
+        for i, block in enumerate(self.blocks):
+            x = self._run(block, x)
+            if i in taps:
+                tokens = self.norm(x) if norm else x
+                prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+                image = patches.transpose(1, 2).unflatten(2, grid)
+                found[i] = (image, prefix) if return_prefix_tokens else image
+        return self.norm(x), [found[i] for i in taps]
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool tokens (B, P + N, E) and classify them; ``pre_logits`` leaves out the classifier."""
+        patches = tokens[:, self.num_prefix_tokens :]
+        if self.pool == "cls":
+            pooled = tokens[:, 0]
+        elif self.pool == "avg":
+            pooled = patches.mean(1)
+        else:
+            pooled = torch.cat([tokens[:, 0], patches.mean(1)], dim=1)
+        pooled = self.fc_norm(pooled)
+        return pooled if pre_logits else self.head(pooled)  # type: ignore[no-any-return]
+
+    def _grid_of(self, x: Tensor) -> Grid:
+        """Patch grid of an input, after checking its rank, channels and size."""
+        dims = len(self.patch_size)
+        if x.dim() != dims + 2 or x.shape[1] != self.in_chans:
+            axes = "D, H, W" if dims == 3 else "H, W"
+            raise ValueError(
+                f"input must be (B, {self.in_chans}, {axes}), got {tuple(x.shape)}; build the model with "
+                f"in_chans={x.shape[1] if x.dim() == dims + 2 else '...'} for another channel count"
+            )
+        check_multiple(x.shape[2:], self.patch_size)
+        return tuple(s // p for s, p in zip(x.shape[2:], self.patch_size, strict=True))
+
+    def _embed(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        positions = self._positions(self.pos_embed, self.grid, self._grid_of(x))  # (1, N, E)
+        tokens = self.patch_embed(x, keep)  # (B, n, E)
+        if keep is not None:
+            positions = take_tokens(positions.expand(len(keep), -1, -1), keep)
+        tokens = tokens + positions
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+        return self.norm_pre(tokens)  # type: ignore[no-any-return]
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(x)  # type: ignore[no-any-return]
+
+    def _tap_indices(self, indices: int | list[int] | None) -> list[int]:
+        depth = len(self.blocks)
+        if indices is None:
+            return list(range(depth))
+        if isinstance(indices, int):
+            wanted = list(range(depth - indices, depth))
+        else:
+            wanted = [i + depth if i < 0 else i for i in indices]
+        if not all(0 <= i < depth for i in wanted):
+            raise ValueError(f"indices {indices} reach outside the {depth} blocks; valid: {-depth} to {depth - 1}")
+        return wanted
+
+    def get_classifier(self) -> nn.Module:
+        """The head; an identity without classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, pool: Pool | None = None) -> None:
+        """Replace the head by a new, random one, and the pooling if one is named.
+
+        Raises:
+            ValueError: a pooling that moves the last norm between tokens and pooled vector: build another model.
+        """
+        if pool is not None and self._set_pool(pool) != isinstance(self.norm, nn.Identity):
+            raise ValueError(f"pool={pool!r} needs another place for the last norm; pass it to create_model instead")
+        self._make_head(num_classes)
+        device = self.pos_embed.device
+        self.fc_norm.to(device)
+        self.head.to(device).apply(initialize)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that optimisers leave undecayed."""
+        return {"pos_embed", "cls_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for layer-wise learning rates, in the form that ``timm.optim`` reads."""
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed|^norm_pre",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm|^fc_norm|^head", (99999,))],
+        }
+
+
+BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
+LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+HUGE = {"embed_dim": 1280, "depth": 32, "num_heads": 16}
+WIDE = {"embed_dim": 1536, "depth": 12, "num_heads": 16}
+TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
+NANO = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def _vit(overrides: dict[str, Any], img_size: Size, patch_size: int, size: dict[str, int], **more: Any) -> ViT:
+    defaults = {"img_size": img_size, "patch_size": patch_size, **size, **more}
+    return build(ViT, defaults, overrides)  # type: ignore[no-any-return]
+
+
+@register_model
+def vit_base_patch16_96(**overrides: Any) -> ViT:
+    """ViT-B/16 on 96³ crops: the encoder of GL-MAE, of SelfMedMAE (BTCV) and of MedGMAE base."""
+    return _vit(overrides, 96, 16, BASE)
+
+
+@register_model
+def vit_base_patch8_96(**overrides: Any) -> ViT:
+    """ViT-B/8 on 96³ crops: MedGMAE's encoder with the finest grid."""
+    return _vit(overrides, 96, 8, BASE)
+
+
+@register_model
+def vit_large_patch16_96(**overrides: Any) -> ViT:
+    """ViT-L/16 on 96³ crops: GL-MAE's large encoder."""
+    return _vit(overrides, 96, 16, LARGE)
+
+
+@register_model
+def vit_huge_patch16_96(**overrides: Any) -> ViT:
+    """ViT-H/16 on 96³ crops: GL-MAE's huge encoder."""
+    return _vit(overrides, 96, 16, HUGE)
+
+
+@register_model
+def vit_wide_patch16_96(**overrides: Any) -> ViT:
+    """MedGMAE's "large": 1536 wide, 12 blocks, patch 16, 96³ crops."""
+    return _vit(overrides, 96, 16, WIDE)
+
+
+@register_model
+def vit_wide_patch12_96(**overrides: Any) -> ViT:
+    """MedGMAE's "large" with patch 12: 1536 wide, 12 blocks, 96³ crops."""
+    return _vit(overrides, 96, 12, WIDE)
+
+
+@register_model
+def vit_base_patch16_128(**overrides: Any) -> ViT:
+    """ViT-B/16 on 128³ crops of four MR contrasts: SelfMedMAE (BraTS)."""
+    return _vit(overrides, 128, 16, BASE, in_chans=4)
+
+
+@register_model
+def vit_base_patch16_96x96x16(**overrides: Any) -> ViT:
+    """ViT-B/16 on 96x96x16 slabs: the UVA adaptation of SelfMedMAE."""
+    return _vit(overrides, (96, 96, 16), 16, BASE)
+
+
+@register_model
+def vit_base_patch16_256(**overrides: Any) -> ViT:
+    """ViT-B/16 on whole scans of 256³: TANGERINE's base encoder."""
+    return _vit(overrides, 256, 16, BASE)
+
+
+@register_model
+def vit_large_patch16_256(**overrides: Any) -> ViT:
+    """ViT-L/16 on whole scans of 256³: TANGERINE."""
+    return _vit(overrides, 256, 16, LARGE)
+
+
+@register_model
+def vit_huge_patch14_252(**overrides: Any) -> ViT:
+    """ViT-H/14 on 252³, 18³ patches: TANGERINE's huge encoder (its 256³ leaves a rim of 4 voxels unread)."""
+    return _vit(overrides, 252, 14, HUGE)
+
+
+@register_model
+def vit_tiny_patch8_64(**overrides: Any) -> ViT:
+    """ViT-Ti/8 on 64³ crops: small enough for a laptop; the demonstration weights are of this architecture."""
+    return _vit(overrides, 64, 8, TINY)
+
+
+@register_model
+def vit_nano_patch8_32(**overrides: Any) -> ViT:
+    """Two narrow blocks on 32³: for tests."""
+    return _vit(overrides, 32, 8, NANO)
+
+
+@register_model
+def vit2d_base_patch16_224(**overrides: Any) -> ViT:
+    """ViT-B/16 on 224² images with learned positions: SelfMedMAE's chest X-ray classifier."""
+    return _vit(overrides, 224, 16, BASE, in_chans=3, pos_embed="learned", dims=2)
