@@ -1,0 +1,27 @@
+// CPU kernels. setup.py compiles this file once for each instruction set, with MEDGMAE_VARIANT naming it.
+#include "axpy.h"
+#include "common.h"
+
+namespace medgmae {
+namespace {
+
+template <class T>
+void axpy_loop(int64_t n, T a, const T* x, T* y, int threads) {
+#pragma omp parallel for simd schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < n; ++i) y[i] = axpy_element(a, x[i], y[i]);
+}
+
+bool axpy(DType dtype, int64_t n, double a, const void* x, void* y, int threads) {
+  return dispatch(dtype, [=](auto zero) {
+    using T = decltype(zero);
+    axpy_loop(n, static_cast<T>(a), static_cast<const T*>(x), static_cast<T*>(y), threads);
+  });
+}
+
+}  // namespace
+
+namespace MEDGMAE_VARIANT {
+extern const CpuKernels kernels = {axpy};
+}
+
+}  // namespace medgmae

@@ -1,0 +1,23 @@
+// The CUDA half as module.cpp sees it: plain C++, no CUDA header. A launch goes to the device that is current in the calling thread.
+#pragma once
+
+#include "common.h"
+
+namespace medgmae {
+namespace cuda {
+
+// The result of a call into CUDA: empty if it went well, else the error's name and text.
+struct Status {
+  char text[256];
+  bool ok() const { return text[0] == '\0'; }
+};
+
+// Counts the devices. Starts the driver, so never call it before a fork is over.
+Status count_devices(int* count);
+// The CUDA version of the toolkit that compiled this, as 1000 major + 10 minor.
+int toolkit_version();
+
+Status axpy(DType dtype, int64_t n, double a, const void* x, void* y, void* stream);
+
+}  // namespace cuda
+}  // namespace medgmae

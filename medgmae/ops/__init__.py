@@ -1,0 +1,5 @@
+"""Operators: one file each, with a torch reference for every device and native kernels where `medgmae._C` has them."""
+
+from medgmae.ops._native import native_info, self_test
+
+__all__ = ["native_info", "self_test"]
