@@ -1,1 +1,1 @@
-"""Weight cards: one JSON file per published checkpoint, read through `medgmae.weight_card` and `medgmae.list_weights`."""
+"""Weight cards, one JSON file per published checkpoint; `medgmae.list_weights` and `medgmae.weight_card` read them."""

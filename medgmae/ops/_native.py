@@ -11,12 +11,11 @@ import torch
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1}
 
 _C: ModuleType | None
+IMPORT_ERROR: str | None = None
 try:
     from medgmae import _C
 except ImportError as error:
     _C, IMPORT_ERROR = None, f"{type(error).__name__}: {error}"
-else:
-    IMPORT_ERROR = None
 
 
 def native_info() -> dict[str, Any]:
@@ -25,16 +24,14 @@ def native_info() -> dict[str, Any]:
     Asking starts the CUDA driver in this process, so ask after forking workers, not before.
 
     Returns:
-        `loaded`; `error`: the text of the failed import, or None; and if it is loaded: `version`, `compiler`, `cpp_standard`,
-        `cpu_variants` (compiled instruction sets and whether this processor runs them), `cpu_variant` (the one in use), `openmp`
-        (date of the standard, or None) and `cuda`: None, or `version` of the toolkit, `architectures`, number of `devices`
-        and `driver_error`.
+        `loaded`; `error`: the text of the failed import, or None; and if it is loaded: `version`, `compiler`,
+        `cpp_standard`, `cpu_variants` (compiled instruction sets and whether this processor runs them), `cpu_variant`
+        (the one in use), `openmp` (date of the standard, or None) and `cuda`: None, or `version` of the toolkit,
+        `architectures`, number of `devices` and `driver_error`.
     """
     if _C is None:
-        return {
-            "loaded": False,
-            "error": f"{IMPORT_ERROR}. Operators run their torch reference. To build: pip install .",
-        }
+        hint = "operators run their torch reference; to build the module: pip install . in a clone of the repository"
+        return {"loaded": False, "error": f"{IMPORT_ERROR} ({hint})"}
     return {"loaded": True, "error": None, **_C.build_info()}
 
 
