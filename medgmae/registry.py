@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -64,5 +66,16 @@ def unknown(kind: str, name: str, choices: Any) -> str:
 
 
 def build(cls: Callable[..., nn.Module], defaults: dict[str, Any], overrides: dict[str, Any]) -> Any:
-    """Call ``cls`` with an architecture's numbers, a caller's overrides winning."""
-    return cls(**{**defaults, **overrides})
+    """Call ``cls`` with an architecture's numbers, a caller's overrides winning.
+
+    Raises:
+        TypeError: an option that ``cls`` does not have; the message offers the nearest ones.
+    """
+    try:
+        return cls(**{**defaults, **overrides})
+    except TypeError as error:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found is None or found[1] not in overrides:
+            raise
+        options = [name for name in inspect.signature(cls).parameters if not name.endswith("options")]
+        raise TypeError(unknown("option", found[1], {*options, *defaults})) from None

@@ -1,0 +1,146 @@
+"""Reading checkpoint files safely: tensors, plain containers, ``argparse.Namespace`` and numpy scalars, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zipfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medgmae.cards import WeightsError
+
+# Where training code puts the weights, in the order in which they are looked for. GL-MAE's student comes before all.
+CONTAINER_KEYS = ("student", "state_dict", "model", "model_state", "model_state_dict")
+
+# Entries under which files hold weights that are not the ones to load.
+OTHER_WEIGHTS = ("teacher", "optimizer", "ema")
+
+# Name of the metadata entry of our own safetensors files: the model's config as JSON.
+CONFIG_KEY = "medgmae"
+
+
+class Checkpoint(NamedTuple):
+    """The weights in a file.
+
+    state: name to tensor, as the file spells them.
+    container: entry that held them, "" for a bare dictionary.
+    config: the model's config when the file is one of ours, else None.
+    """
+
+    state: dict[str, Tensor]
+    container: str
+    config: dict[str, Any] | None
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a .safetensors file or anything that ``torch.save`` wrote; tensors are mapped from disk where possible.
+
+    Raises:
+        WeightsError: not a checkpoint, damaged, holds objects other than the allowed ones, or no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    with path.open("rb") as file:
+        head = file.read(16)
+    if path.suffix == ".safetensors" or head[8:10] == b'{"':
+        return _read_safetensors(path)
+    return find_state(_torch_load(path), str(path))
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        config = json.loads(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
+    except Exception as error:  # safetensors raises several kinds for damaged files
+        raise WeightsError(f"{path}: not a readable safetensors file ({error}); fetch it again") from error
+    if not state:
+        raise WeightsError(f"{path}: the file holds no tensors")
+    return Checkpoint(state, "", config)
+
+
+def _allowed() -> list[Any]:
+    """Objects besides tensors and plain containers that training code puts into its files."""
+    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar  # type: ignore[attr-defined]
+    kinds = [np.float16, np.float32, np.float64, np.int8, np.int16, np.int32, np.int64, np.uint8, np.bool_]
+    dtypes: list[Any] = [type(np.dtype(kind)) for kind in kinds]
+    # numpy 1 and 2 spell the module differently, and files name either.
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    return [argparse.Namespace, np.dtype, *dtypes, *((scalar, name) for name in names)]
+
+
+def _safe_globals() -> AbstractContextManager[Any]:
+    return torch.serialization.safe_globals(_allowed())  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+
+
+def _torch_load(path: Path) -> Any:
+    zipped = zipfile.is_zipfile(path)
+    try:
+        with _safe_globals():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # torch raises over ten kinds for damaged files
+        names = _forbidden_names(path) if zipped else []
+        if names:
+            raise WeightsError(
+                f"{path}: refused, because it holds objects that run code when they are read: {', '.join(names)}. "
+                "Only tensors, plain containers, argparse.Namespace and numpy scalars are read. If you trust the "
+                "file, open it yourself, keep the state dictionary and save that with torch.save"
+            ) from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{path}: cannot be read as a PyTorch checkpoint ({first}); fetch it again") from error
+
+
+def _forbidden_names(path: Path) -> list[str]:
+    """Globals that the pickle in a zip checkpoint names and that are not allowed; found without running it."""
+    try:
+        with _safe_globals():
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception:  # a damaged pickle has no such list; the caller reports the damage
+        return []
+
+
+def find_state(content: Any, origin: str) -> Checkpoint:
+    """The state dictionary inside what a file held.
+
+    Args:
+        content: the unpickled object.
+        origin: the file's name, for messages.
+
+    Raises:
+        WeightsError: no dictionary of tensors under any known entry.
+    """
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{origin}: expected a dictionary of weights, found {type(content).__name__}")
+    container: list[str] = []
+    while not _is_state(content):
+        entry = next((k for k in CONTAINER_KEYS if isinstance(content.get(k), Mapping)), None)
+        if entry is None or len(container) > 3:
+            found = ", ".join(map(repr, list(content)[:8])) or "nothing"
+            spare = [k for k in OTHER_WEIGHTS if k in content]
+            hint = f" ({' and '.join(spare)} alone are not loaded)" if spare else ""
+            raise WeightsError(
+                f"{origin}: no weights found. Expected tensors by name, or such a dictionary under one of "
+                f"{', '.join(CONTAINER_KEYS)}; found {found}{hint}"
+            )
+        container.append(entry)
+        content = content[entry]
+    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    return Checkpoint(state, ".".join(container), None)
+
+
+def _is_state(content: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is names to tensors; a container has its tensors one level down."""
+    if any(isinstance(content.get(k), Mapping) for k in CONTAINER_KEYS):
+        return False
+    return any(isinstance(v, Tensor) for v in content.values())

@@ -1,0 +1,130 @@
+"""One verb: a name becomes a model, with weights if they are asked for."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from medgmae import hub
+from medgmae.cards import WeightCard, WeightsError
+from medgmae.layers import initialize
+from medgmae.registry import model_builder, model_names
+
+log = logging.getLogger("medgmae")
+
+FOLDER_PREFIXES = ("hf-hub:", "local-dir:")
+
+
+def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
+    """Names of architectures; with ``pretrained``, names with a tag for which weights are published.
+
+    Args:
+        pattern: shell-style, such as ``"vit_*_256*"``.
+        pretrained: list ``"architecture.tag"`` of the weights that can be had.
+    """
+    if not pretrained:
+        return model_names(pattern)
+    return [tag for tag in hub.list_weights() if fnmatch.fnmatch(tag, pattern) and _published(hub.weight_card(tag))]
+
+
+def create_model(name: str, pretrained: bool | str | None = None, **overrides: Any) -> nn.Module:
+    """Build a model by name.
+
+    ``"vit_large_patch16_256"`` has random weights. A tag, ``"vit_large_patch16_256.tangerine"``, asks for those weights.
+    ``"hf-hub:org/repo[@revision]"`` and ``"local-dir:/path"`` open what :func:`~medgmae.save_pretrained` wrote.
+
+    Args:
+        name: as above.
+        pretrained: False leaves the weights random even if the name has a tag. True takes the one published checkpoint of
+            the architecture. A string names a tag or is any source that :func:`~medgmae.load_pretrained` takes.
+        **overrides: options of the architecture: img_size, in_chans, num_classes, pool, drop_path and so on.
+            Options that begin with ``load_`` go to :func:`~medgmae.load_pretrained`: load_strict, load_source_grid ...
+
+    Returns:
+        The model in training mode, with ``model.config`` (architecture, model_args, grid, card) and, where weights were
+        loaded, ``model.load_report``.
+
+    Raises:
+        ValueError: unknown name.
+        TypeError: unknown option.
+        WeightsError: the weights cannot be had or do not fit.
+    """
+    loading = {key.removeprefix("load_"): overrides.pop(key) for key in list(overrides) if key.startswith("load_")}
+    if name.startswith(FOLDER_PREFIXES):
+        return _from_saved(name, pretrained, overrides, loading)
+    architecture, _, tag = name.partition(".")
+    model_builder(architecture)
+    card, source = _choose(architecture, tag, pretrained)
+    return _build(architecture, {**dict(card.model_args if card else {}), **overrides}, card, source, loading)
+
+
+def _choose(architecture: str, tag: str, pretrained: bool | str | None) -> tuple[WeightCard | None, Any]:
+    """The card that applies and the source to load, None for random weights."""
+    if tag:
+        card = hub.weight_card(f"{architecture}.{tag}")
+        if isinstance(pretrained, str):
+            raise ValueError(f"the tag {tag!r} names the weights already; drop it or pretrained={pretrained!r}")
+        return card, None if pretrained is False else card
+    if pretrained is True:
+        tags = list_models(f"{architecture}.*", pretrained=True)
+        if len(tags) != 1:
+            choices = ", ".join(tags) or "none; pass a file or hub repository as pretrained=..."
+            raise WeightsError(f"pretrained=True needs exactly one published checkpoint of {architecture}; there are: {choices}")
+        card = hub.weight_card(tags[0])
+        return card, card
+    if isinstance(pretrained, str):
+        known = [t for t in (pretrained, f"{architecture}.{pretrained}") if t in hub.list_weights(f"{architecture}.*")]
+        card = hub.weight_card(known[0]) if known else None
+        return card, card or pretrained
+    return None, None
+
+
+def _published(card: WeightCard) -> bool:
+    return card.availability in ("package", "hub", "url")
+
+
+def _from_saved(name: str, pretrained: bool | str | None, overrides: dict[str, Any], loading: dict[str, Any]) -> nn.Module:
+    opened = hub.open_source(name, **{k: v for k, v in loading.items() if k not in ("strict", "source_grid", "inflate")})
+    config = opened.config or {}
+    if "architecture" not in config:
+        raise WeightsError(f"{name}: has no config.json with an 'architecture'; save it with medgmae.save_pretrained")
+    card = WeightCard.from_json(config["card"], name) if config.get("card") else None
+    model_args = {**config.get("model_args", {}), **overrides}
+    return _build(config["architecture"], model_args, card, None if pretrained is False else opened, loading)
+
+
+def _build(
+    architecture: str, model_args: dict[str, Any], card: WeightCard | None, source: Any, loading: dict[str, Any]
+) -> nn.Module:
+    builder = model_builder(architecture)
+    # Without storage there is nothing to initialise and nothing to copy: the tensors of the file become the parameters.
+    with torch.device("meta" if source is not None else torch.get_default_device()):
+        model = builder(**model_args)
+    encoder: Any = getattr(model, "encoder", model)
+    model.config = {
+        "architecture": architecture,
+        "model_args": model_args,
+        "grid": list(encoder.grid),
+        "card": card.to_json() if card else None,
+    }
+    if source is not None:
+        model.load_report = hub.load_pretrained(model, source, **loading)
+        _materialize(model)
+    return model
+
+
+def _materialize(model: nn.Module) -> None:
+    """Give storage and a random start to whatever the file did not fill (a new head, say)."""
+    for module in model.modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        if any(tensor.is_meta for _, tensor in own):
+            filled = {name: tensor.detach() for name, tensor in own if not tensor.is_meta}
+            module.to_empty(device="cpu", recurse=False)
+            initialize(module)
+            with torch.no_grad():
+                for name, tensor in filled.items():
+                    getattr(module, name).copy_(tensor)

@@ -1,0 +1,284 @@
+"""Weights into models: find a source, convert it, fit it, check that nothing is left out, and say what was done."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medgmae.adapt import Inflate, adapt_stem, adapt_table
+from medgmae.cards import HUB_ORG, WeightCard, WeightsError, list_weights, weight_card
+from medgmae.checkpoint import Checkpoint, find_state, read_checkpoint
+from medgmae.convert import Converted, Grid, Target, convert
+from medgmae.download import resolve
+from medgmae.export import push_to_hub, save_pretrained
+
+__all__ = [
+    "HUB_ORG",
+    "LoadReport",
+    "WeightCard",
+    "WeightsError",
+    "list_weights",
+    "load_pretrained",
+    "open_source",
+    "push_to_hub",
+    "save_pretrained",
+    "weight_card",
+]
+
+log = logging.getLogger("medgmae")
+
+# Names that belong to a task rather than to the encoder: never required, dropped when they do not fit.
+HEAD = ("encoder.head.", "encoder.fc_norm.")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What :func:`load_pretrained` did; names are the model's, in ``unused`` the file's.
+
+    source: where the weights came from and what they were recognised as.
+    loaded: parameters and buffers that were filled, adapted ones included.
+    resized: table of positions to the grids "from to".
+    adapted: other tensor to what was done to fit it.
+    unused: name in the file to the reason why it was left out.
+    missing: parameters that the file has not and that keep their random start.
+    """
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    resized: dict[str, str] = field(default_factory=dict)
+    adapted: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
+        lines += [f"  {name}: {what}" for name, what in {**self.resized, **self.adapted}.items()]
+        if self.missing:
+            lines.append(f"  not in the file, randomly initialised: {', '.join(self.missing)}")
+        reasons = sorted(set(self.unused.values()))
+        lines += [f"  unused ({why}): {sum(v == why for v in self.unused.values())} tensors" for why in reasons]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source of weights, opened: its name for messages, its tensors, and the config that travels with it."""
+
+    origin: str
+    checkpoint: Checkpoint
+    config: dict[str, Any] | None
+
+
+Source = str | os.PathLike[str] | WeightCard | Mapping[str, Any] | OpenSource
+
+
+def open_source(source: Source, architecture: str | None = None, **options: Any) -> OpenSource:
+    """Find and read a source of weights.
+
+    Args:
+        source: a tag ("vit_large_patch16_256.tangerine"), a card, "hf-hub:org/repo[@revision]", "timm/MODEL" (2D weights
+            through timm), a file, a folder (also as "local-dir:/path") or a state dictionary.
+        architecture: completes a tag that is given without it ("tangerine").
+        **options: handed to :func:`medgmae.download.resolve`: cache_dir, hub_org, token, progress.
+
+    Raises:
+        WeightsError: nothing is there, it cannot be fetched or read, or its hash is wrong.
+    """
+    if isinstance(source, OpenSource):
+        return source
+    if isinstance(source, Mapping):
+        return OpenSource("state dictionary", find_state(source, "state dictionary"), None)
+    if isinstance(source, str) and source.startswith("timm/"):
+        return OpenSource(source, Checkpoint(_timm_weights(source.removeprefix("timm/")), "", None), None)
+    found = resolve(source, architecture=architecture, **options)
+    checkpoint = read_checkpoint(found.path)
+    return OpenSource(found.name, checkpoint, found.config or checkpoint.config)
+
+
+def _timm_weights(name: str) -> dict[str, Tensor]:
+    import timm
+
+    try:
+        return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
+    except Exception as error:  # timm and the hub client raise many kinds
+        raise WeightsError(f"timm/{name}: timm could not give these weights ({error})") from error
+
+
+def load_pretrained(
+    model: nn.Module,
+    source: Source,
+    *,
+    strict: bool = True,
+    source_grid: Grid | None = None,
+    inflate: Inflate = "average",
+    **options: Any,
+) -> LoadReport:
+    """Fill a model with published weights, whatever code base wrote them, and report what was done.
+
+    Tables of positions are resampled to the model's grid. A stem for other channels, another patch size or from a 2D
+    model is adapted as :mod:`medgmae.adapt` says. A head for another number of classes is dropped. The encoder of a
+    masked autoencoder goes into an encoder; both parts go into a masked autoencoder. The model is unchanged when an
+    error is raised.
+
+    Args:
+        model: an encoder or masked autoencoder of this library.
+        source: what :func:`open_source` takes.
+        strict: False accepts a file without the decoder, or with names that are not known; they are reported. An encoder
+            entry that is missing raises all the same.
+        source_grid: patch grid (d, h, w) of the file's tables; needed when it is neither a cube nor the model's.
+        inflate: how a 2D stem gets its depth, "average" or "center".
+        **options: cache_dir, hub_org, token, progress: see :func:`medgmae.download.resolve`.
+
+    Raises:
+        WeightsError: the source cannot be read or recognised, an encoder entry is missing, a shape cannot be adapted,
+            or the file holds parts that the model would silently ignore. The message lists the names.
+        TypeError: the model is not one of this library.
+    """
+    encoder = _encoder(model)
+    config = getattr(model, "config", None) or {}
+    opened = open_source(source, config.get("architecture"), **options)
+    target = Target(encoder.grid, encoder.patch_size, encoder.in_chans)
+    converted = convert(
+        opened.checkpoint.state,
+        origin=opened.origin,
+        config=opened.config if opened.config and "grid" in opened.config else None,
+        target=target,
+        source_grid=source_grid,
+    )
+    plan = _Plan(model, converted, opened.origin, strict, inflate)
+    _fill(model, plan.tensors)
+    log.info("%s", plan.report)
+    return plan.report
+
+
+def _encoder(model: nn.Module) -> Any:
+    encoder = getattr(model, "encoder", model)
+    if not all(hasattr(encoder, name) for name in ("grid", "patch_size", "in_chans")):
+        raise TypeError(
+            f"load_pretrained fills the models of this library, got {type(model).__name__}. Unwrap it first "
+            "(model.module under DistributedDataParallel)"
+        )
+    return encoder
+
+
+class _Plan:
+    """Which tensor goes where. Everything is decided and checked here, before the model is touched."""
+
+    def __init__(self, model: nn.Module, converted: Converted, origin: str, strict: bool, inflate: Inflate) -> None:
+        self.origin, self.strict, self.inflate = origin, strict, inflate
+        self.grid, self.source_grid = _encoder(model).grid, converted.grid
+        self.whole = hasattr(model, "encoder")
+        self.slots = {self._ours(name): value for name, value in model.state_dict(keep_vars=True).items()}
+        self.file_names = {ours: full for full, ours in converted.renamed.items()}
+        self.tensors: dict[str, Tensor] = {}
+        self.report = LoadReport(f"{origin} ({converted.source})", unused=dict(converted.unused))
+        self.errors: list[str] = []
+        for ours, tensor in converted.state.items():
+            self._place(ours, tensor)
+        self._check_missing()
+        self._check_expectations(model, converted)
+        if self.errors:
+            listed = "\n  ".join(self.errors[:12]) + (f"\n  and {len(self.errors) - 12} more" if self.errors[12:] else "")
+            raise WeightsError(
+                f"{origin} ({converted.source}) does not fit this model, which is unchanged:\n  {listed}\n"
+                "Build the model that the file was made with: `medgmae info FILE` shows its sizes"
+            )
+
+    def _ours(self, name: str) -> str:
+        return name if self.whole else f"encoder.{name}"
+
+    def _models(self, ours: str) -> str:
+        return ours if self.whole else ours.removeprefix("encoder.")
+
+    def _place(self, ours: str, tensor: Tensor) -> None:
+        slot = self.slots.get(ours)
+        if slot is None:
+            self._leave_out(ours)
+            return
+        fitted = self._fit(ours, tensor, slot)
+        if tuple(fitted.shape) == tuple(slot.shape):
+            self.tensors[self._models(ours)] = fitted
+            self.report.loaded.append(self._models(ours))
+        elif ours.startswith(HEAD):
+            self._unused(ours, f"head of shape {tuple(tensor.shape)}, the model's is {tuple(slot.shape)}")
+        elif ours.startswith("decoder.") and not self.strict:
+            self._unused(ours, "decoder of another shape")
+        else:
+            self.errors.append(
+                f"{self._models(ours)}: {tuple(tensor.shape)} in the file, {tuple(slot.shape)} in the model"
+            )
+
+    def _fit(self, ours: str, tensor: Tensor, slot: Tensor) -> Tensor:
+        """The tensor in the slot's shape where there is a rule for it, noted in the report."""
+        name = self._models(ours)
+        if ours in ("encoder.pos_embed", "decoder.pos_embed") and tuple(self.source_grid) != tuple(self.grid):
+            self.report.resized[name] = f"grid {tuple(self.source_grid)} to {tuple(self.grid)}"
+            return adapt_table(tensor, self.source_grid, self.grid)
+        if ours == "encoder.patch_embed.proj.weight" and tensor.shape != slot.shape and len(tensor) == len(slot):
+            tensor, done = adapt_stem(tensor, slot.shape, self.inflate)
+            self.report.adapted[name] = "; ".join(done)
+        return tensor
+
+    def _unused(self, ours: str, why: str) -> None:
+        if ours in self.file_names:
+            self.report.unused[self.file_names[ours]] = why
+
+    def _leave_out(self, ours: str) -> None:
+        """Note a tensor that the model has no place for; anything that would change the features is an error."""
+        if ours.startswith("decoder."):
+            if self.whole and self.strict and ours in self.file_names:
+                self.errors.append(f"{self.file_names[ours]}: the model's decoder has no such part")
+            self._unused(ours, "decoder" if not self.whole else "unknown to the decoder")
+        elif ours.startswith(HEAD):
+            self._unused(ours, "head")
+        elif ours.startswith("encoder.norm."):
+            self._unused(ours, "last norm of the tokens: the model normalises the pooled vector instead")
+        elif ours == "encoder.cls_token":
+            self._unused(ours, "class token: the model has none")
+        elif ours.startswith("encoder.") and not _known_encoder_part(ours) and not self.strict:
+            self._unused(ours, "unknown name")
+        else:
+            self.errors.append(f"{self.file_names.get(ours, ours)}: in the file, but the model has no such part")
+
+    def _check_missing(self) -> None:
+        filled = set(self.report.loaded)
+        for ours in self.slots:
+            name = self._models(ours)
+            if name in filled:
+                continue
+            self.report.missing.append(name)
+            required = ours.startswith("encoder.") or self.strict
+            if required and not ours.startswith(HEAD) and not any(name in line for line in self.errors):
+                self.errors.append(f"{name}: not in the file")
+
+    def _check_expectations(self, model: nn.Module, converted: Converted) -> None:
+        for path, wanted in converted.expects.items():
+            owner, _, attribute = path.rpartition(".")
+            if self.whole and getattr(model.get_submodule(owner), attribute, wanted) != wanted:
+                self.errors.append(f"the file's decoder was trained with {attribute}={wanted}, the model's is not")
+
+
+def _known_encoder_part(ours: str) -> bool:
+    parts = ("blocks.", "patch_embed.", "pos_embed", "norm_pre.", "cls_token")
+    return ours.removeprefix("encoder.").startswith(parts)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put tensors into parameters and buffers; into those on the meta device without a copy."""
+    for name, tensor in tensors.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        slot = getattr(owner, leaf)
+        if not slot.is_meta:
+            slot.copy_(tensor)
+        elif isinstance(slot, nn.Parameter):
+            setattr(owner, leaf, nn.Parameter(tensor.to(slot.dtype), requires_grad=slot.requires_grad))
+        else:
+            setattr(owner, leaf, tensor.to(slot.dtype))
