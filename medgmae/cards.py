@@ -1,0 +1,217 @@
+"""Weight cards: where a checkpoint lives, what it is, and what it expects of its input.
+
+A card is one JSON file in the project's ``weights`` folder (installed as ``medgmae.weights``), named after its tag:
+``vit_large_patch16_256.tangerine.json``. ``weights/README.md`` explains every field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+import importlib.resources
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+HUB_ORG = "medgmae"
+"""Organisation of our own copies on the Hugging Face hub: a card's ``hub.repo`` without a slash belongs to it."""
+
+_TAG = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+")
+_HUB_FIELDS = {"repo", "revision", "file"}
+_OPTIONAL = {"page_file"}
+
+
+class WeightsError(RuntimeError):
+    """Weights cannot be found, fetched, verified, read, fitted to the model, saved or uploaded."""
+
+
+@dataclass(frozen=True)
+class WeightCard:
+    """What the library knows about one checkpoint.
+
+    Attributes:
+        tag: ``<architecture>.<name>``, equal to the stem of the card's file.
+        model_args: arguments that the architecture needs to fit the checkpoint, such as ``{"pool": "cat"}``.
+        hub: ``{"repo", "revision", "file"}`` on the Hugging Face hub; a repo without a slash belongs to ``HUB_ORG``.
+        url: direct address of the official file.
+        page: page where a person finds the file or its description.
+        page_file: name of the file that the page offers, when there is no direct address.
+        file: name of a weight file that ships inside the package.
+        md5: hash of the file behind ``url``.
+        sha256: hash of ``file`` or of the hub's file; of the file behind ``url`` when there is neither.
+        bytes: size of the file that ``sha256`` is about; ``None`` when not known exactly.
+        license: licence of the weights as the hub spells it (``cc-by-nc-4.0``); ``unknown`` when none is stated.
+        training_data: what the weights were trained on.
+        citation: how to cite the weights.
+        input: modality, channels, size, spacing, orientation and intensity rule of the input.
+        notes: anything else a user should know before use.
+
+    Raises:
+        WeightsError: a field has the wrong form.
+    """
+
+    tag: str
+    model_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    hub: Mapping[str, str] | None = field(default=None, hash=False)
+    url: str | None = None
+    page: str | None = None
+    page_file: str | None = None
+    file: str | None = None
+    md5: str | None = None
+    sha256: str | None = None
+    bytes: int | None = None
+    license: str | None = None
+    training_data: str | None = None
+    citation: str | None = None
+    input: Mapping[str, Any] | None = field(default=None, hash=False)
+    notes: str | None = None
+
+    def __post_init__(self) -> None:
+        self._expect("tag", _is_match(_TAG, self.tag), "'<architecture>.<name>' in a-z, 0-9 and _")
+        self._expect("model_args", _is_object(self.model_args), "an object of named arguments")
+        if self.hub is not None:
+            valid = _is_object(self.hub) and set(self.hub) == _HUB_FIELDS and all(map(_is_text, self.hub.values()))
+            self._expect("hub", valid, "null or {repo, revision, file}, all of them text")
+        for name in ("url", "page"):
+            value = getattr(self, name)
+            valid = value is None or (_is_text(value) and value.startswith(("https://", "http://")))
+            self._expect(name, valid, "null or an address that starts with https://")
+        for name in ("file", "page_file"):
+            value = getattr(self, name)
+            self._expect(name, value is None or (_is_text(value) and Path(value).name == value), "null or a file name")
+        for name, digits in (("md5", 32), ("sha256", 64)):
+            value = getattr(self, name)
+            valid = value is None or _is_match(re.compile(f"[0-9a-f]{{{digits}}}"), value)
+            self._expect(name, valid, f"null or {digits} lower-case hexadecimal digits")
+        valid = self.bytes is None or (type(self.bytes) is int and self.bytes > 0)
+        self._expect("bytes", valid, "null or a positive whole number")
+        for name in ("license", "training_data", "citation", "notes"):
+            value = getattr(self, name)
+            self._expect(name, value is None or _is_text(value), "null or text")
+        self._expect("input", self.input is None or _is_object(self.input), "null or an object")
+        if self.url is not None and not any(self.url_hashes()):
+            raise WeightsError(f"weight card {self.tag!r}: a 'url' needs the hash of its file: add 'md5' (or 'sha256')")
+
+    def _expect(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            value = getattr(self, name)
+            raise WeightsError(f"weight card {self.tag!r}: field {name!r} is {value!r}, expected {expected}")
+
+    @property
+    def architecture(self) -> str:
+        """The model's registered name: the tag up to the dot."""
+        return self.tag.partition(".")[0]
+
+    @property
+    def availability(self) -> str:
+        """Where the weights come from first: ``package``, ``hub``, ``url``, ``page`` (by hand) or ``none``."""
+        if self.file:
+            return "package"
+        if self.hub:
+            return "hub"
+        if self.url:
+            return "url"
+        return "page" if self.page_file else "none"
+
+    def url_hashes(self) -> tuple[str | None, str | None]:
+        """``(md5, sha256)`` of the file behind ``url``; ``sha256`` is about our own copy where there is one."""
+        return self.md5, None if self.hub or self.file else self.sha256
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], source: str = "weight card") -> WeightCard:
+        """Card from its JSON object, where every field is spelled out (``null`` for what does not apply).
+
+        Raises:
+            WeightsError: fields are missing, unknown or malformed; ``source`` says where.
+        """
+        if not _is_object(data):
+            raise WeightsError(f"{source}: expected a JSON object, got {type(data).__name__}")
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        missing = [name for name in known if name not in data and name not in _OPTIONAL]
+        if unknown or missing:
+            raise WeightsError(
+                f"{source}: missing fields {missing}, unknown fields {unknown}; a card has {known}, null where unused"
+            )
+        return cls(**data)
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as a JSON object with every field."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+def list_weights(pattern: str = "*") -> list[str]:
+    """Tags of the known weights that match a shell ``pattern``, sorted; includes those that no one has published."""
+    return sorted(fnmatch.filter(_cards(), pattern))
+
+
+def weight_card(tag: str, architecture: str | None = None) -> WeightCard:
+    """The card of a tag.
+
+    Args:
+        tag: ``"vit_large_patch16_256.tangerine"``, or its part after the dot when ``architecture`` is given.
+        architecture: registered model name that a bare tag is looked up for.
+
+    Raises:
+        WeightsError: no such card; the message names the nearest.
+    """
+    cards = _cards()
+    full = tag if "." in tag or architecture is None else f"{architecture}.{tag}"
+    if full in cards:
+        return cards[full]
+    same_name = [known for known in cards if known.partition(".")[2] == full.rpartition(".")[2]]
+    near = same_name or difflib.get_close_matches(full, cards, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, sorted(near)))}?" if near else "list_weights() names all of them"
+    raise WeightsError(f"no weights are known as {full!r}; {hint}")
+
+
+def weights_folder() -> Path:
+    """The folder of cards and shipped weight files: the installed package, or ``weights/`` of a checkout."""
+    try:
+        return Path(str(importlib.resources.files("medgmae.weights")))
+    except ModuleNotFoundError:
+        return Path(__file__).resolve().parent.parent / "weights"
+
+
+@functools.cache
+def _cards() -> dict[str, WeightCard]:
+    found = {}
+    for entry in weights_folder().iterdir():
+        if entry.name.endswith(".json"):
+            card = _read_card(entry)
+            found[card.tag] = card
+    return dict(sorted(found.items()))
+
+
+def _read_card(entry: Path) -> WeightCard:
+    try:
+        data = json.loads(entry.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{entry}: not valid JSON: {error}") from error
+    card = WeightCard.from_json(data, source=str(entry))
+    if entry.name != f"{card.tag}.json":
+        raise WeightsError(f"{entry}: holds the tag {card.tag!r}, so the file must be named '{card.tag}.json'")
+    return card
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_match(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def _plain(value: Any) -> Any:
+    """Nested mappings and sequences as the dict and list that JSON knows."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
