@@ -165,7 +165,7 @@ def weight_card(tag: str, architecture: str | None = None) -> WeightCard:
         return cards[full]
     same_name = [known for known in cards if known.partition(".")[2] == full.rpartition(".")[2]]
     near = same_name or difflib.get_close_matches(full, cards, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, sorted(near)))}?" if near else "list_weights() names all of them"
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "list_weights() names all of them"
     raise WeightsError(f"no weights are known as {full!r}; {hint}")
 
 
