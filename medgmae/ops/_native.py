@@ -62,7 +62,7 @@ def self_test(n: int = 10_007, threads: int | None = None) -> dict[str, float]:
     wrong = {path: error for path, error in errors.items() if not error <= 1e-6}
     if wrong:
         raise RuntimeError(
-            f"native kernels disagree with torch (largest relative difference): {wrong}; rebuild medgmae here"
+            f"native kernels differ from torch (largest relative difference): {wrong}; rebuild medgmae here"
         )
     return errors
 

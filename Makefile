@@ -1,0 +1,49 @@
+# `make test` and `make demo` set everything up by themselves, in .venv; a second run finds it there.
+# PYTHON chooses the interpreter for the environment: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+# Byte code is compiled while installing: where Python may not write it, every later import would compile anew.
+export UV_COMPILE_BYTECODE := 1
+export UV_LINK_MODE := copy
+# One thread for each of the pytest workers: they share the machine's cores.
+WORKERS ?= 2
+
+.PHONY: test demo lint bench clean setup
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+setup: $(READY)
+
+# uv installs several times faster than pip: the one on PATH, else one fetched into the environment, else pip.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard cuda/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "medgmae needs Python 3.10 or newer; make PYTHON=python3.11")'
+	@set -e; \
+	if uv --version >/dev/null 2>&1; then \
+	    test -x $(BIN)/python || uv venv --quiet --python "$$(command -v $(PYTHON))" $(VENV); \
+	    install="uv pip install --python $(BIN)/python"; \
+	else \
+	    test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	    if $(BIN)/python -m pip install --quiet uv; then install="$(BIN)/uv pip install --python $(BIN)/python"; \
+	    else install="$(BIN)/python -m pip install"; fi; \
+	fi; \
+	set -x; $$install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info medgmae/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
