@@ -1,4 +1,4 @@
-"""Reading checkpoint files safely: tensors, plain containers, ``argparse.Namespace`` and numpy scalars, nothing else."""
+"""Reading checkpoint files safely: tensors, plain containers, ``argparse.Namespace``, numpy scalars, nothing else."""
 
 from __future__ import annotations
 

@@ -153,8 +153,8 @@ def convert(
     else:
         names = ", ".join(list(file.rest)[:6]) or "none"
         raise WeightsError(
-            f"{origin}: not recognised as a checkpoint of TANGERINE, GL-MAE, MedGMAE, SelfMedMAE, a plain MAE, a timm ViT "
-            f"or of this library. Its first names: {names}. Rename the entries to timm's ViT names and try again"
+            f"{origin}: not recognised as a checkpoint of TANGERINE, GL-MAE, MedGMAE, SelfMedMAE, a plain MAE, a timm "
+            f"ViT or of this library. Its first names: {names}. Rename the entries to timm's ViT names and try again"
         )
     return file.out
 
@@ -231,8 +231,8 @@ def _mae3d(file: _File) -> None:
     weight = file.tensor(stem)
     if weight.dim() == 4 and weight.shape[1] > 1:
         raise WeightsError(
-            f"{file.origin}: a 2D masked autoencoder of SelfMedMAE with {weight.shape[1]} channels stores its patches in a "
-            "scrambled channel order, which is not supported; files with one channel are"
+            f"{file.origin}: a 2D masked autoencoder of SelfMedMAE with {weight.shape[1]} channels stores its patches "
+            "in a scrambled channel order, which is not supported; files with one channel are"
         )
     rows = file.tensor("encoder_pos_embed").shape[1]
     grid, class_row = _grid(file, rows, weight.dim() - 2, class_row=weight.dim() == 4)
@@ -264,7 +264,7 @@ def _linear_stem(file: _File, name: str) -> None:
         patch, channels = (side, side, side), 1
     if math.prod(patch) * channels != weight.shape[1]:
         raise WeightsError(
-            f"{file.origin}: the patch weight {full!r} is linear with {weight.shape[1]} inputs, which is not {channels} "
+            f"{file.origin}: the patch weight {full!r} is linear with {weight.shape[1]} inputs, not {channels} "
             f"channel(s) of a {patch} patch; load it into a model with its own patch_size and in_chans"
         )
     conv = weight.reshape(weight.shape[0], *patch, channels).movedim(-1, 1).contiguous()
@@ -298,8 +298,8 @@ def _take_decoder_table(file: _File, prefix_rows: int) -> None:
         return
     if prefix_rows not in (0, 1):
         raise WeightsError(
-            f"{file.origin}: the decoder's table has {file.tensor('decoder_pos_embed').shape[1]} rows, which does not fit "
-            "the encoder's"
+            f"{file.origin}: the decoder's table has {file.tensor('decoder_pos_embed').shape[1]} rows, which does not "
+            "fit the encoder's"
         )
     table = file.tensor("decoder_pos_embed")
     prefix = table[:, :1] if prefix_rows else torch.zeros(1, 1, table.shape[2])

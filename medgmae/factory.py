@@ -34,13 +34,13 @@ def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
 def create_model(name: str, pretrained: bool | str | None = None, **overrides: Any) -> nn.Module:
     """Build a model by name.
 
-    ``"vit_large_patch16_256"`` has random weights. A tag, ``"vit_large_patch16_256.tangerine"``, asks for those weights.
+    ``"vit_large_patch16_256"`` has random weights; with a tag, ``"vit_large_patch16_256.tangerine"``, it has those.
     ``"hf-hub:org/repo[@revision]"`` and ``"local-dir:/path"`` open what :func:`~medgmae.save_pretrained` wrote.
 
     Args:
         name: as above.
-        pretrained: False leaves the weights random even if the name has a tag. True takes the one published checkpoint of
-            the architecture. A string names a tag or is any source that :func:`~medgmae.load_pretrained` takes.
+        pretrained: False leaves the weights random even if the name has a tag. True takes the one published checkpoint
+            of the architecture. A string names a tag or is any source that :func:`~medgmae.load_pretrained` takes.
         **overrides: options of the architecture: img_size, in_chans, num_classes, pool, drop_path and so on.
             Options that begin with ``load_`` go to :func:`~medgmae.load_pretrained`: load_strict, load_source_grid ...
 
@@ -64,6 +64,7 @@ def create_model(name: str, pretrained: bool | str | None = None, **overrides: A
 
 def _choose(architecture: str, tag: str, pretrained: bool | str | None) -> tuple[WeightCard | None, Any]:
     """The card that applies and the source to load, None for random weights."""
+    card: WeightCard | None = None
     if tag:
         card = hub.weight_card(f"{architecture}.{tag}")
         if isinstance(pretrained, str):
@@ -73,7 +74,9 @@ def _choose(architecture: str, tag: str, pretrained: bool | str | None) -> tuple
         tags = list_models(f"{architecture}.*", pretrained=True)
         if len(tags) != 1:
             choices = ", ".join(tags) or "none; pass a file or hub repository as pretrained=..."
-            raise WeightsError(f"pretrained=True needs exactly one published checkpoint of {architecture}; there are: {choices}")
+            raise WeightsError(
+                f"pretrained=True needs exactly one published checkpoint of {architecture}; there are: {choices}"
+            )
         card = hub.weight_card(tags[0])
         return card, card
     if isinstance(pretrained, str):
@@ -87,12 +90,15 @@ def _published(card: WeightCard) -> bool:
     return card.availability in ("package", "hub", "url")
 
 
-def _from_saved(name: str, pretrained: bool | str | None, overrides: dict[str, Any], loading: dict[str, Any]) -> nn.Module:
-    opened = hub.open_source(name, **{k: v for k, v in loading.items() if k not in ("strict", "source_grid", "inflate")})
+def _from_saved(
+    name: str, pretrained: bool | str | None, overrides: dict[str, Any], loading: dict[str, Any]
+) -> nn.Module:
+    fitting = ("strict", "source_grid", "inflate")
+    opened = hub.open_source(name, **{key: value for key, value in loading.items() if key not in fitting})
     config = opened.config or {}
     if "architecture" not in config:
         raise WeightsError(f"{name}: has no config.json with an 'architecture'; save it with medgmae.save_pretrained")
-    card = WeightCard.from_json(config["card"], name) if config.get("card") else None
+    card = WeightCard.from_json(config["pretrained_cfg"], name) if config.get("pretrained_cfg") else None
     model_args = {**config.get("model_args", {}), **overrides}
     return _build(config["architecture"], model_args, card, None if pretrained is False else opened, loading)
 
@@ -104,15 +110,15 @@ def _build(
     # Without storage there is nothing to initialise and nothing to copy: the tensors of the file become the parameters.
     with torch.device("meta" if source is not None else torch.get_default_device()):
         model = builder(**model_args)
-    encoder: Any = getattr(model, "encoder", model)
-    model.config = {
+    described: Any = model  # nn.Module declares its attributes as tensors or modules
+    described.config = {
         "architecture": architecture,
         "model_args": model_args,
-        "grid": list(encoder.grid),
+        "grid": list(getattr(described, "encoder", described).grid),
         "card": card.to_json() if card else None,
     }
     if source is not None:
-        model.load_report = hub.load_pretrained(model, source, **loading)
+        described.load_report = hub.load_pretrained(model, source, **loading)
         _materialize(model)
     return model
 

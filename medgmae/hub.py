@@ -82,8 +82,8 @@ def open_source(source: Source, architecture: str | None = None, **options: Any)
     """Find and read a source of weights.
 
     Args:
-        source: a tag ("vit_large_patch16_256.tangerine"), a card, "hf-hub:org/repo[@revision]", "timm/MODEL" (2D weights
-            through timm), a file, a folder (also as "local-dir:/path") or a state dictionary.
+        source: a tag ("vit_large_patch16_256.tangerine"), a card, "hf-hub:org/repo[@revision]", "timm/MODEL" (2D
+            weights through timm), a file, a folder (also as "local-dir:/path") or a state dictionary.
         architecture: completes a tag that is given without it ("tangerine").
         **options: handed to :func:`medgmae.download.resolve`: cache_dir, hub_org, token, progress.
 
@@ -129,8 +129,8 @@ def load_pretrained(
     Args:
         model: an encoder or masked autoencoder of this library.
         source: what :func:`open_source` takes.
-        strict: False accepts a file without the decoder, or with names that are not known; they are reported. An encoder
-            entry that is missing raises all the same.
+        strict: False accepts a file without the decoder, or with names that are not known; they are reported. An
+            encoder entry that is missing raises all the same.
         source_grid: patch grid (d, h, w) of the file's tables; needed when it is neither a cube nor the model's.
         inflate: how a 2D stem gets its depth, "average" or "center".
         **options: cache_dir, hub_org, token, progress: see :func:`medgmae.download.resolve`.
@@ -147,7 +147,7 @@ def load_pretrained(
     converted = convert(
         opened.checkpoint.state,
         origin=opened.origin,
-        config=opened.config if opened.config and "grid" in opened.config else None,
+        config=opened.config if opened.config and opened.config.get("grid") else None,
         target=target,
         source_grid=source_grid,
     )
@@ -184,7 +184,9 @@ class _Plan:
         self._check_missing()
         self._check_expectations(model, converted)
         if self.errors:
-            listed = "\n  ".join(self.errors[:12]) + (f"\n  and {len(self.errors) - 12} more" if self.errors[12:] else "")
+            listed = "\n  ".join(self.errors[:12])
+            if len(self.errors) > 12:
+                listed += f"\n  and {len(self.errors) - 12} more"
             raise WeightsError(
                 f"{origin} ({converted.source}) does not fit this model, which is unchanged:\n  {listed}\n"
                 "Build the model that the file was made with: `medgmae info FILE` shows its sizes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,8 +112,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_chans: int, embed_dim: int, patch_size: Sequence[int]) -> None:
         super().__init__()
         self.patch_size = tuple(patch_size)
-        conv = {2: nn.Conv2d, 3: nn.Conv3d}[len(self.patch_size)]
-        self.proj = conv(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)  # type: ignore[operator]
+        conv: Any = {2: nn.Conv2d, 3: nn.Conv3d}[len(self.patch_size)]
+        self.proj = conv(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """``keep``: (B, n) long, the patches to embed, (B, n, E) then."""

@@ -91,7 +91,7 @@ class ViTDecoder(nn.Module):
 
         Args:
             tokens: (B, P + n, in_dim), prefix tokens, then visible patches in the order of ``Masking.keep``.
-            restore: (B, N) long from :class:`~medgmae.masking.Masking`; None when all patches are there in raster order.
+            restore: (B, N) long from :class:`~medgmae.masking.Masking`; None for all patches in raster order.
             grid: patch grid of the input; None for the grid of the table.
 
         Returns:
@@ -107,8 +107,8 @@ class ViTDecoder(nn.Module):
         x = torch.cat([prefix + self.prefix_pos_embed, patches], dim=1)
         for block in self.blocks:
             x = block(x)
-        x = self.head(self.norm(x[:, self.prefix_tokens :]))
-        return x.sigmoid() if self.sigmoid else x
+        x = self.head(self.norm(x[:, self.prefix_tokens :]))  # (B, N, out_dim)
+        return x.sigmoid() if self.sigmoid else x  # type: ignore[no-any-return]
 
 
 class MaskedAutoencoder(nn.Module):
@@ -230,7 +230,12 @@ DEC24 = {"decoder_embed_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2}
 
 
 def _mae(
-    overrides: dict[str, Any], img_size: Size, patch_size: int, size: dict[str, int], decoder: dict[str, int], **more: Any
+    overrides: dict[str, Any],
+    img_size: Size,
+    patch_size: int,
+    size: dict[str, int],
+    decoder: dict[str, int],
+    **more: Any,
 ) -> MaskedAutoencoder:
     defaults = {"img_size": img_size, "patch_size": patch_size, **size, **decoder, **more}
     return build(masked_vit, defaults, overrides)  # type: ignore[no-any-return]

@@ -79,14 +79,18 @@ class ViT(nn.Module):
         super().__init__()
         if pos_embed not in ("sincos", "learned"):
             raise ValueError(f"pos_embed must be 'sincos' or 'learned', got {pos_embed!r}")
+        if pool not in ("cls", "avg", "cat"):
+            raise ValueError(f"pool must be 'cls', 'avg' or 'cat', got {pool!r}")
+        if pool != "avg" and not class_token:
+            raise ValueError(f"pool={pool!r} needs a class token; use pool='avg' with class_token=False")
         self.img_size = to_tuple(img_size, dims, "img_size")
         self.patch_size = to_tuple(patch_size, dims, "patch_size")
         check_multiple(self.img_size, self.patch_size)
         self.grid: Grid = tuple(s // p for s, p in zip(self.img_size, self.patch_size, strict=True))
         self.in_chans, self.embed_dim = in_chans, embed_dim
-        self.num_prefix_tokens = int(class_token)
+        self.num_prefix_tokens, self.pool = int(class_token), pool
+        self.num_features = embed_dim * (2 if pool == "cat" else 1)
         self.head_hidden, self.norm_eps, self.grad_checkpointing = tuple(head_hidden), norm_eps, False
-        self._fc_norm_wanted = fc_norm
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim, self.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
@@ -95,21 +99,12 @@ class ViT(nn.Module):
         self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate, norm_eps) for rate in rates)
-        use_fc_norm = self._set_pool(pool)
-        self.norm = nn.Identity() if use_fc_norm else nn.LayerNorm(embed_dim, eps=norm_eps)
+        if fc_norm is None:
+            fc_norm = pool != "cls"
+        self.norm = nn.Identity() if fc_norm else nn.LayerNorm(embed_dim, eps=norm_eps)
         self._make_head(num_classes)
         self._positions = PositionCache()
         self.apply(initialize)
-
-    def _set_pool(self, pool: Pool) -> bool:
-        """Remember the pooling and its width; True where the pooled vector, not the tokens, is normalised."""
-        if pool not in ("cls", "avg", "cat"):
-            raise ValueError(f"pool must be 'cls', 'avg' or 'cat', got {pool!r}")
-        if pool != "avg" and self.cls_token is None:
-            raise ValueError(f"pool={pool!r} needs a class token; use pool='avg' with class_token=False")
-        self.pool: Pool = pool
-        self.num_features = self.embed_dim * (2 if pool == "cat" else 1)
-        return pool != "cls" if self._fc_norm_wanted is None else self._fc_norm_wanted
 
     def _make_head(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -235,16 +230,10 @@ class ViT(nn.Module):
         """The head; an identity without classes."""
         return self.head
 
-    def reset_classifier(self, num_classes: int, pool: Pool | None = None) -> None:
-        """Replace the head by a new, random one, and the pooling if one is named.
-
-        Raises:
-            ValueError: a pooling that moves the last norm between tokens and pooled vector: build another model.
-        """
-        if pool is not None and self._set_pool(pool) != isinstance(self.norm, nn.Identity):
-            raise ValueError(f"pool={pool!r} needs another place for the last norm; pass it to create_model instead")
-        self._make_head(num_classes)
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head, and the norm before it, by new ones with a random start."""
         device = self.pos_embed.device
+        self._make_head(num_classes)
         self.fc_norm.to(device)
         self.head.to(device).apply(initialize)
 
@@ -260,7 +249,7 @@ class ViT(nn.Module):
         """Layers for layer-wise learning rates, in the form that ``timm.optim`` reads."""
         return {
             "stem": r"^cls_token|^pos_embed|^patch_embed|^norm_pre",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm|^fc_norm|^head", (99999,))],
+            "blocks": r"^blocks\.(\d+)",  # what matches nothing, the norms and the head, is the last layer
         }
 
 

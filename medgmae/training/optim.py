@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 
-def param_groups(model: nn.Module, weight_decay: float = 0.05, layer_decay: float | None = None) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, weight_decay: float = 0.05, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: no decay for biases and norms, smaller steps for earlier layers when asked.
 
     Args:
@@ -18,29 +20,31 @@ def param_groups(model: nn.Module, weight_decay: float = 0.05, layer_decay: floa
         layer_decay: factor per layer from the head (1) down to the stem (layer_decay ** (blocks + 1)), given as
             ``lr_scale`` in each group, which :func:`cosine_schedule` applies (Bao et al. 2022, BEiT).
     """
-    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+    from timm import optim
 
-    undecayed = getattr(model, "no_weight_decay", set)()
+    timm_optim: Any = optim  # timm's annotations do not cover what it accepts
+    undecayed: set[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     if layer_decay is None:
-        return param_groups_weight_decay(model, weight_decay, undecayed)  # type: ignore[no-any-return]
+        return timm_optim.param_groups_weight_decay(model, weight_decay, undecayed)  # type: ignore[no-any-return]
     if not hasattr(model, "group_matcher"):
         raise ValueError(f"layer_decay needs a model with group_matcher, got {type(model).__name__}; pass its encoder")
-    return param_groups_layer_decay(  # type: ignore[no-any-return]
+    return timm_optim.param_groups_layer_decay(  # type: ignore[no-any-return]
         model, weight_decay=weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay
     )
 
 
 class CosineSchedule:
-    """Sets an optimiser's rates for a point in time given in epochs, fractions included; see :func:`cosine_schedule`."""
+    """Sets an optimiser's rates for a time in epochs, fractions included; see :func:`cosine_schedule`."""
 
     def __init__(self, timm_schedule: Any) -> None:
         self._schedule = timm_schedule
 
     def step(self, epoch: float) -> float:
         """Set the rates for ``epoch`` (0 = start; 1.5 = the middle of the second) and return the unscaled one."""
-        for group, rate in zip(self._schedule.optimizer.param_groups, self._schedule._get_lr(epoch), strict=True):
+        rates = self._schedule._get_lr(epoch)
+        for group, rate in zip(self._schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * group.get("lr_scale", 1.0)
-        return float(max(self._schedule._get_lr(epoch)))
+        return float(max(rates))
 
 
 def cosine_schedule(
@@ -53,11 +57,12 @@ def cosine_schedule(
     Raises:
         ValueError: no epochs are left after the warm-up.
     """
-    from timm.scheduler import CosineLRScheduler
+    from timm import scheduler
 
     if not 0 <= warmup_epochs < epochs:
         raise ValueError(f"warmup_epochs (={warmup_epochs}) must be at least 0 and less than epochs (={epochs})")
-    schedule = CosineLRScheduler(
+    timm_scheduler: Any = scheduler
+    schedule = timm_scheduler.CosineLRScheduler(
         optimizer,
         t_initial=epochs - warmup_epochs,
         lr_min=min_lr,
