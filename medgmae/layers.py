@@ -213,8 +213,10 @@ def initialize(module: nn.Module) -> None:
     """Set the parameters that ``module`` itself owns, for ``nn.Module.apply``: MAE's scheme (He et al. 2022).
 
     Xavier-uniform for linear and patch-embedding weights, zero biases, unit norms. A module with tokens or tables
-    brings a ``reset_parameters`` of its own.
+    brings a ``reset_parameters`` of its own. What is on the meta device has nothing to set.
     """
+    if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        return  # and torch would import its compiler to learn that: over a second when a model is built to be loaded
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
