@@ -38,21 +38,21 @@ def switch(name: str) -> bool | None:
 def find_cuda() -> Path | None:
     """Return the folder of a complete CUDA toolkit, or None.
 
-    An nvcc on PATH may be a wrapper script in a folder of its own, so a folder counts only if the headers are there.
+    CUDA_HOME or CUDA_PATH is believed. Without them: an nvcc on PATH may be a wrapper script in a folder of its own, so
+    a folder counts only if the headers are there.
     """
     if switch("MEDGMAE_CUDA") is False:
         return None
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc")
-    if nvcc:
-        candidates.insert(2, str(Path(nvcc).resolve().parent.parent))
-    tried = [Path(folder) for folder in candidates if folder]
+    guesses = [Path(nvcc).resolve().parent.parent] if nvcc else []
+    tried = [Path(named)] if named else [*guesses, Path("/usr/local/cuda")]
     for folder in tried:
         if (folder / "bin/nvcc").exists() and (folder / "include/cuda_runtime.h").exists():
             return folder
     if switch("MEDGMAE_CUDA"):
         looked = ", ".join(map(str, tried))
-        raise SystemExit(f"MEDGMAE_CUDA=1, but no folder holds bin/nvcc and include/cuda_runtime.h; looked in {looked}")
+        raise SystemExit(f"MEDGMAE_CUDA=1, but no bin/nvcc with include/cuda_runtime.h; set CUDA_HOME (tried {looked})")
     return None
 
 
@@ -89,6 +89,7 @@ class BuildNative(build_ext):
     def cuda_objects(self, ext: Pybind11Extension) -> list[str]:
         """Compile the CUDA kernels into fat objects and add what linking it needs to ext."""
         home = find_cuda()
+        self.announce(f"medgmae: CUDA kernels: {f'with {home}' if home else 'left out'}", level=2)
         if home is None:
             return []
         architectures = cuda_architectures(home / "bin/nvcc")

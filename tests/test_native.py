@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import medgmae
+from medgmae import _C
 from medgmae.ops import _native, native_info, self_test
 
-_C = pytest.importorskip("medgmae._C", reason="built with MEDGMAE_NATIVE=0")
 X86_VARIANTS = ["generic", "avx2", "avx512"]
 
 
