@@ -277,20 +277,23 @@ def hub_errors(what: str) -> Iterator[None]:
         remedy = "give a branch, a tag or a commit that it has"
         raise WeightsError(f"{what}: the repository has no such revision; {remedy}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        problem = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        answer = f"{constants.ENDPOINT} does not serve it ({_first_line(error.__cause__ or error)})"
+        problem = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else answer
         remedy = "download it once with a connection, or point HF_HOME to a cache that has it"
         raise WeightsError(f"{what}: not in the cache, and {problem}; {remedy}") from error
     except errors.EntryNotFoundError as error:
         remedy = "name another file as 'hf-hub:org/repo@revision:file'"
         raise WeightsError(f"{what}: the repository has no such file; {remedy}") from error
     except (errors.HFValidationError, http_error) as error:
-        raise WeightsError(f"{what}: {_first_line(error)}") from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        remedy = "; log in with 'hf auth login' or pass token=" if status in (401, 403) else ""
+        raise WeightsError(f"{what}: {_first_line(error)}{remedy}") from error
     except OSError as error:
         problem = _first_line(error) if error.errno is None else disk_message(Path(error.filename or "cache"), error)
         raise WeightsError(f"{what}: {problem}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -1,0 +1,333 @@
+"""A small Hugging Face hub over HTTP for tests: what huggingface_hub asks for when it downloads and uploads a model.
+
+    with HubServer() as hub:
+        commit = hub.add("org/name", {"model.safetensors": b"..."})
+        hub.files["/big.pth"] = b"..."        # a plain file server beside it
+        ... run a client with HF_ENDPOINT=hub.url ...
+        hub.log                               # [("HEAD", "/org/name/resolve/main/model.safetensors", None), ...]
+
+Faults are asked for by path: ``hub.cut[path] = 1000`` ends the next body after 1000 bytes, ``hub.status[path] = [503]``
+answers the next request so, ``hub.announce[path]`` is a length that is not true, ``hub.corrupt`` has the paths whose
+bodies are changed at equal length.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import medgmae
+
+TOKEN = "hf_test_token"  # the one token that may write, and read what is private
+
+# Start of every client: `out` is what it prints as JSON at its end; `attempt` gives an error's text, not the error.
+_PRELUDE = """
+import atexit, ctypes, json, os, sys
+from medgmae.cards import WeightCard, WeightsError
+from medgmae.download import fetch
+
+out = {}
+atexit.register(lambda: print(json.dumps(out)))
+
+def attempt(call, *args, **options):
+    try:
+        return str(call(*args, **options))
+    except WeightsError as error:
+        return f"{type(error).__name__}: {error}"
+
+def obey_file_modes():  # root may write to read-only folders, unless it gives up this privilege
+    if os.geteuid() != 0:
+        return
+    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.capget(header, data) == 0, ctypes.get_errno()
+    data[0] &= ~0b110  # effective: CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, data) == 0, ctypes.get_errno()
+"""
+
+
+@dataclass
+class Repo:
+    """Commits (commit -> path -> content), branches (name -> commit), and who may read."""
+
+    private: bool = False
+    gated: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+    def files(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        commit = self.refs.get(revision, revision)
+        return (commit, self.commits[commit]) if commit in self.commits else None
+
+
+class HubServer:
+    """The server, running in threads of its own between ``__enter__`` and ``__exit__``."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.files: dict[str, bytes] = {}
+        self.lfs: dict[str, bytes] = {}
+        self.log: list[tuple[str, str, str | None]] = []
+        self.cut: dict[str, int] = {}
+        self.announce: dict[str, int] = {}
+        self.status: dict[str, list[int]] = {}
+        self.corrupt: set[str] = set()
+        self.ignore_ranges = False
+        self.delay = 0.0  # seconds before a body, so that two clients overlap
+        self._commits = (hashlib.sha1(str(i).encode()).hexdigest() for i in itertools.count())
+
+    def __enter__(self) -> HubServer:
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def add(self, repo_id: str, files: dict[str, bytes], branch: str = "main", **flags: bool) -> str:
+        """Commit files to a repository, made if needed; returns the commit."""
+        repo = self.repos.setdefault(repo_id, Repo(**flags))
+        parent = repo.commits.get(repo.refs.get(branch, ""), {})
+        commit = next(self._commits)
+        repo.commits[commit] = {**parent, **files}
+        repo.refs[branch] = commit
+        return commit
+
+    def requests(self, method: str, part: str = "") -> list[tuple[str, str, str | None]]:
+        """Logged requests of a method whose path contains ``part``."""
+        return [entry for entry in self.log if entry[0] == method and part in entry[1]]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._route("HEAD")
+
+    def do_GET(self) -> None:
+        self._route("GET")
+
+    def do_POST(self) -> None:
+        self._route("POST")
+
+    def do_PUT(self) -> None:
+        self._route("PUT")
+
+    def _route(self, method: str) -> None:
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.log.append((method, path, self.headers.get("Range")))
+        planned = self.hub.status.get(path)
+        if planned:
+            return self._send(planned.pop(0))
+        if path in self.hub.files:
+            return self._content(method, path, self.hub.files[path], {"ETag": '"file"'})
+        for verb, pattern, action in _ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match and verb == ("GET" if method == "HEAD" else method):
+                if verb == "POST" and not self._may_write():
+                    return self._send(401)
+                return action(self, method, match, body)
+        self._send(404)
+
+    def _may_write(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def _send(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _json(self, data: Any, status: int = 200) -> None:
+        self._send(status, json.dumps(data).encode(), {"Content-Type": "application/json"})
+
+    def _content(self, method: str, path: str, content: bytes, headers: dict[str, str]) -> None:
+        """A file, or the part of it that a Range asks for, with the faults planned for its path."""
+        start, status = 0, 200
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        if wanted and not self.hub.ignore_ranges:
+            start, status = int(wanted[1]), 206
+            if start >= len(content):
+                return self._send(416, headers={"Content-Range": f"bytes */{len(content)}"})
+            headers = {**headers, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        body = content[start:]
+        if path in self.hub.corrupt:
+            body = bytes([body[0] ^ 1]) + body[1:]
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(self.hub.announce.get(path, len(body))))
+        self.end_headers()
+        if method == "GET":
+            time.sleep(self.hub.delay)
+            end = self.hub.cut.pop(path, len(body))
+            self.wfile.write(body[:end])
+            self.close_connection = self.close_connection or end < len(body)
+
+    def _repo(self, name: str) -> Repo | None:
+        """The repository, or None after the answer that the hub gives when it is not there or not readable."""
+        repo = self.hub.repos.get(name)
+        if repo is None or (repo.private and not self._may_write()):
+            self._send(401 if repo else 404, headers={"X-Error-Code": "RepoNotFound"})
+            return None
+        if repo.gated and not self._may_write():
+            self._send(403, headers={"X-Error-Code": "GatedRepo"})
+            return None
+        return repo
+
+    def resolve(self, method: str, match: re.Match[str], body: bytes) -> None:
+        repo = self._repo(match["repo"])
+        if repo is None:
+            return
+        found = repo.files(match["rev"])
+        if found is None:
+            return self._send(404, headers={"X-Error-Code": "RevisionNotFound"})
+        commit, files = found
+        if match["file"] not in files:
+            return self._send(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        content = files[match["file"]]
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{etag(match["file"], content)}"'}
+        self._content(method, match[0], content, headers)
+
+    def info(self, method: str, match: re.Match[str], body: bytes) -> None:
+        repo = self._repo(match["repo"])
+        if repo is None:
+            return
+        found = repo.files(match["rev"] or "main")
+        if found is None:
+            return self._send(404, headers={"X-Error-Code": "RevisionNotFound"})
+        siblings = [{"rfilename": name} for name in found[1]]
+        self._json({"id": match["repo"], "sha": found[0], "private": repo.private, "tags": [], "siblings": siblings})
+
+    def create_repo(self, method: str, match: re.Match[str], body: bytes) -> None:
+        data = json.loads(body)
+        repo_id = f"{data.get('organization') or 'me'}/{data['name']}"
+        if repo_id in self.hub.repos:
+            return self._json({"error": "exists", "url": f"{self.hub.url}/{repo_id}"}, 409)
+        # Clients of version 1 say private, later ones visibility.
+        self.hub.add(repo_id, {}, private=bool(data.get("private")) or data.get("visibility") == "private")
+        self._json({"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
+
+    def create_branch(self, method: str, match: re.Match[str], body: bytes) -> None:
+        repo = self.hub.repos[match["repo"]]
+        if match["rev"] in repo.refs:
+            return self._json({"error": "exists"}, 409)
+        repo.refs[match["rev"]] = repo.refs["main"]
+        self._json({})
+
+    def validate_yaml(self, method: str, match: re.Match[str], body: bytes) -> None:
+        front = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], re.DOTALL)
+        self._json({"errors": [] if front else [{"message": "no metadata"}], "warnings": []}, 200 if front else 400)
+
+    def preupload(self, method: str, match: re.Match[str], body: bytes) -> None:
+        def mode(name: str) -> str:
+            return "lfs" if name.endswith(".safetensors") else "regular"
+
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        self._json({"files": [{"path": p, "uploadMode": mode(p), "shouldIgnore": False} for p in paths]})
+
+    def lfs_batch(self, method: str, match: re.Match[str], body: bytes) -> None:
+        objects = [
+            {**{k: o[k] for k in ("oid", "size")}, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}}
+            for o in json.loads(body)["objects"]
+        ]
+        self._json({"transfer": "basic", "objects": objects})
+
+    def commit(self, method: str, match: re.Match[str], body: bytes) -> None:
+        files = {}
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.lfs[value["oid"]]
+        oid = self.hub.add(match["repo"], files, branch=match["rev"])
+        self._json({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{match['repo']}/commit/{oid}"})
+
+    def lfs_put(self, method: str, match: re.Match[str], body: bytes) -> None:
+        if hashlib.sha256(body).hexdigest() != match["oid"]:
+            return self._send(400)
+        self.hub.lfs[match["oid"]] = body
+        self._send(200)
+
+
+def start_client(code: str, hub: HubServer, home: Path, **env: str) -> subprocess.Popen[str]:
+    """A fresh process that runs ``code`` after the prelude; the hub client reads its settings when it is imported."""
+    package = str(Path(medgmae.__file__).parent.parent)
+    settings = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package])),
+    }
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return subprocess.Popen(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", _PRELUDE + code],
+        env={**kept, **settings, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish_client(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """What the process put into ``out``; its error output fails the test if it failed."""
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    out: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    return out
+
+
+def run_client(code: str, hub: HubServer, home: Path, **env: str) -> dict[str, Any]:
+    """Start a client and wait for it."""
+    return finish_client(start_client(code, hub, home, **env))
+
+
+def etag(name: str, content: bytes) -> str:
+    """As the hub does it: the sha256 of a large file, the git hash of a small one."""
+    if name.endswith(".safetensors"):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+_REPO = r"(?P<repo>[^/]+/[^/]+)"
+_ROUTES: list[tuple[str, str, Any]] = [
+    ("GET", rf"/{_REPO}/resolve/(?P<rev>[^/]+)/(?P<file>.+)", _Handler.resolve),
+    ("GET", rf"/api/models/{_REPO}(/revision/(?P<rev>.+))?", _Handler.info),
+    ("POST", r"/api/repos/create", _Handler.create_repo),
+    ("POST", r"/api/validate-yaml", _Handler.validate_yaml),
+    ("POST", rf"/api/models/{_REPO}/branch/(?P<rev>.+)", _Handler.create_branch),
+    ("POST", rf"/api/models/{_REPO}/preupload/(?P<rev>.+)", _Handler.preupload),
+    ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    ("POST", rf"/api/models/{_REPO}/commit/(?P<rev>.+)", _Handler.commit),
+    ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_put),
+]
