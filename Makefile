@@ -7,7 +7,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # Byte code is compiled while installing: where Python may not write it, every later import would compile anew.
 export UV_COMPILE_BYTECODE := 1
-export UV_LINK_MODE := copy
 # One thread for each of the pytest workers: they share the machine's cores.
 WORKERS ?= 2
 
