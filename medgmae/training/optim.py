@@ -25,7 +25,9 @@ def param_groups(
     timm_optim: Any = optim  # timm's annotations do not cover what it accepts
     undecayed: set[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     if layer_decay is None:
-        return timm_optim.param_groups_weight_decay(model, weight_decay, undecayed)  # type: ignore[no-any-return]
+        return timm_optim.param_groups_weight_decay(  # type: ignore[no-any-return]
+            model, weight_decay=weight_decay, no_weight_decay_list=undecayed
+        )
     if not hasattr(model, "group_matcher"):
         raise ValueError(f"layer_decay needs a model with group_matcher, got {type(model).__name__}; pass its encoder")
     return timm_optim.param_groups_layer_decay(  # type: ignore[no-any-return]
