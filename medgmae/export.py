@@ -46,7 +46,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     config = model_config(model)
     tensors = _tensors(model)
     folder = Path(folder).expanduser()
-    with writing(folder):
+    with writing(folder, "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
             _write_files(Path(name), config, tensors)
@@ -152,7 +152,7 @@ def model_readme(config: Mapping[str, Any], repo_id: str | None = None) -> str:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_id or config['architecture']}",
-        f"A `{config['architecture']}` of [medgmae](https://pypi.org/project/medgmae) {config['library_version']}.",
+        f"A `{config['architecture']}`, saved by medgmae {config['library_version']}.",
         f'```python\nimport medgmae\n\nmodel = medgmae.create_model("{source}").eval()\n```',
     ]
     if config["model_args"]:
@@ -217,9 +217,13 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", "medgmae": json.dumps(config)})
+    try:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", "medgmae": json.dumps(config)})
+    except SafetensorError as error:  # how safetensors reports a file system that refuses
+        raise OSError(str(error)) from error
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / README_FILE).write_text(model_readme(config), encoding="utf-8")
     for path in folder.iterdir():

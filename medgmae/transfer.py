@@ -71,18 +71,18 @@ def download(
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, remedy: str = _MOVE) -> Iterator[None]:
     """Turn an error of the file system into one that says what to do about it."""
     try:
         yield
     except OSError as error:
-        raise WeightsError(disk_message(folder, error)) from error
+        raise WeightsError(disk_message(folder, error, remedy)) from error
 
 
-def disk_message(folder: Path, error: OSError) -> str:
+def disk_message(folder: Path, error: OSError, remedy: str = _MOVE) -> str:
     """What went wrong in ``folder``, and what to do."""
     problem = "the disk is full" if error.errno in _FULL else f"cannot write ({error.strerror or error})"
-    return f"{folder}: {problem}; {_MOVE}"
+    return f"{folder}: {problem}; {remedy}"
 
 
 def _is_there(target: Path, root: Path, md5: str | None, sha256: str | None) -> bool:

@@ -359,8 +359,22 @@ def test_models_that_cannot_be_saved(tmp_path: Path) -> None:
         save_pretrained(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(WeightsError, match=r"file: cannot write"):
+    with pytest.raises(WeightsError, match=r"file: cannot write .*; choose another folder"):
         save_pretrained(tiny(), tmp_path / "file")
+
+
+def test_failed_save_leaves_the_old_model(hub: HubServer, tmp_path: Path) -> None:
+    model = tiny()
+    save_pretrained(model, tmp_path)
+    code = f"""
+import medgmae, resource
+model = medgmae.create_model("vit_nano_patch8_32")
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+out["found"] = attempt(medgmae.save_pretrained, model, "{tmp_path}")
+"""
+    assert "cannot write" in run_client(code, hub, tmp_path)["found"]
+    assert same(medgmae.create_model(f"local-dir:{tmp_path}").state_dict(), model)
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
 
 def test_readme_of_every_card_is_valid() -> None:
