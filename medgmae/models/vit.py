@@ -90,7 +90,7 @@ class ViT(nn.Module):
         self.in_chans, self.embed_dim = in_chans, embed_dim
         self.num_prefix_tokens, self.pool = int(class_token), pool
         self.num_features = embed_dim * (2 if pool == "cat" else 1)
-        self.head_hidden, self.norm_eps, self.grad_checkpointing = tuple(head_hidden), norm_eps, False
+        self.grad_checkpointing = False
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim, self.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
@@ -102,15 +102,11 @@ class ViT(nn.Module):
         if fc_norm is None:
             fc_norm = pool != "cls"
         self.norm = nn.Identity() if fc_norm else nn.LayerNorm(embed_dim, eps=norm_eps)
-        self._make_head(num_classes)
+        self.fc_norm = nn.LayerNorm(self.num_features, eps=norm_eps) if fc_norm else nn.Identity()
+        self.num_classes, self.head_hidden = num_classes, tuple(head_hidden)
+        self.head = make_head(self.num_features, num_classes, self.head_hidden)
         self._positions = PositionCache()
         self.apply(initialize)
-
-    def _make_head(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        wanted = isinstance(self.norm, nn.Identity)
-        self.fc_norm = nn.LayerNorm(self.num_features, eps=self.norm_eps) if wanted else nn.Identity()
-        self.head = make_head(self.num_features, num_classes, self.head_hidden)
 
     def reset_parameters(self) -> None:
         """Initialise the class token and the table of positions."""
@@ -219,7 +215,7 @@ class ViT(nn.Module):
         if indices is None:
             return list(range(depth))
         if isinstance(indices, int):
-            wanted = list(range(depth - indices, depth))
+            wanted = list(range(depth - indices, depth)) or [depth]  # none at all is as wrong as too many
         else:
             wanted = [i + depth if i < 0 else i for i in indices]
         if not all(0 <= i < depth for i in wanted):
@@ -231,11 +227,10 @@ class ViT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head, and the norm before it, by new ones with a random start."""
-        device = self.pos_embed.device
-        self._make_head(num_classes)
-        self.fc_norm.to(device)
-        self.head.to(device).apply(initialize)
+        """Replace the head by a new one with a random start; what comes before it stays."""
+        self.num_classes = num_classes
+        head = make_head(self.num_features, num_classes, self.head_hidden).apply(initialize)
+        self.head = head.to(self.pos_embed).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
