@@ -1,0 +1,164 @@
+"""Saved folders: everything comes back, nothing half-written stays, and the card in them is valid."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer, run_client
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import medgmae
+from medgmae.cards import WeightsError
+from medgmae.export import model_config, model_readme, save_pretrained
+
+
+def tiny(**overrides: object) -> torch.nn.Module:
+    return medgmae.create_model("vit_nano_patch8_32", **overrides)
+
+
+def same(state: dict[str, torch.Tensor], model: torch.nn.Module) -> bool:
+    expected = model.state_dict()
+    return state.keys() == expected.keys() and all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def test_saved_folder_comes_back(tmp_path: Path) -> None:
+    model = tiny(num_classes=2, img_size=(16, 32, 24), drop_path=0.1)
+    assert save_pretrained(model, tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    back = medgmae.create_model(f"local-dir:{tmp_path}/a/b")
+    assert same(back.state_dict(), model)
+    assert back.grid == model.grid == (2, 4, 3)
+    assert back.config["model_args"] == {"num_classes": 2, "img_size": [16, 32, 24], "drop_path": 0.1}
+    x = torch.randn(1, 1, 16, 32, 24)
+    assert torch.equal(back.eval()(x), model.eval()(x))
+    filled = tiny(num_classes=2, img_size=(16, 32, 24))
+    report = medgmae.load_pretrained(filled, tmp_path / "a" / "b")
+    assert same(filled.state_dict(), model)
+    assert not report.missing
+    assert not report.unused
+
+
+def test_config_has_the_common_layout(tmp_path: Path) -> None:
+    save_pretrained(tiny(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"] == "vit_nano_patch8_32"
+    assert (config["num_classes"], config["num_features"], config["model_args"]) == (0, 48, {})
+    assert (config["library_name"], config["library_version"]) == ("medgmae", medgmae.__version__)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as stream:
+        metadata = stream.metadata()
+    assert metadata["format"] == "pt"
+    assert json.loads(metadata["medgmae"]) == config
+
+
+def test_card_travels_with_the_weights(tmp_path: Path) -> None:
+    card = medgmae.weight_card("vit_large_patch16_256.tangerine")
+    model = tiny()
+    model.config["card"] = card.to_json()
+    save_pretrained(model, tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    assert {key: saved[key] for key in ("tag", "license", "input", "citation", "page")} == {
+        key: card.to_json()[key] for key in ("tag", "license", "input", "citation", "page")
+    }
+    assert saved["url"] is saved["md5"] is saved["hub"] is None  # they are another file's
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("---\n")
+    assert "license: cc-by-nc-4.0" in readme.split("---")[1]
+    assert "10.1038/s43856-025-01328-1" in readme
+    assert medgmae.create_model(f"local-dir:{tmp_path}").config["card"]["tag"] == card.tag
+
+
+def test_new_head_is_saved_with_its_size(tmp_path: Path) -> None:
+    model = tiny()
+    model.reset_classifier(5)
+    save_pretrained(model, tmp_path)
+    back = medgmae.create_model(f"local-dir:{tmp_path}")
+    assert same(back.state_dict(), model)
+
+
+def test_saving_again_replaces_and_keeps_other_files(tmp_path: Path) -> None:
+    save_pretrained(tiny(), tmp_path)
+    (tmp_path / "log.txt").write_text("mine")
+    other = tiny(in_chans=4)
+    save_pretrained(other, tmp_path)
+    assert same(load_file(tmp_path / "model.safetensors"), other)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"README.md", "config.json", "log.txt", "model.safetensors"}
+
+
+class Awkward(torch.nn.Module):
+    """Tensors that safetensors refuses as they are: shared, views of larger memory, not contiguous, empty, scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"architecture": "awkward", "model_args": {}}
+        self.a = torch.nn.Linear(4, 4)
+        self.b = torch.nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+        base = torch.arange(24.0).reshape(4, 6)
+        views = {"row": base[1], "column": base[:, 2], "turned": base.T, "none": base[:0], "one": base[0, 0]}
+        for name, value in views.items():
+            self.register_buffer(name, value)
+        self.register_buffer("bf16", torch.ones(3, dtype=torch.bfloat16))
+        self.register_buffer("count", torch.tensor(7))
+
+
+def test_nothing_is_lost_on_saving(tmp_path: Path) -> None:
+    model = Awkward()
+    save_pretrained(model, tmp_path)
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in model.state_dict().items())
+    assert model.b.weight is model.a.weight
+
+
+def test_wrappers_are_taken_off(tmp_path: Path) -> None:
+    model = tiny()
+    save_pretrained(torch.nn.DataParallel(torch.compile(model)), tmp_path)
+    assert same(medgmae.create_model(f"local-dir:{tmp_path}").state_dict(), model)
+
+
+def test_models_that_cannot_be_saved(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        empty = torch.nn.Linear(2, 2)
+    empty.config = {"architecture": "x", "model_args": {}}
+    with pytest.raises(WeightsError, match="weight: a tensor without values"):
+        save_pretrained(empty, tmp_path)
+    model = tiny()
+    model.config["model_args"] = {"img_size": torch.ones(3)}
+    with pytest.raises(WeightsError, match=r"model.config does not fit into JSON.*Tensor"):
+        save_pretrained(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WeightsError, match=r"file: cannot write .*; choose another folder"):
+        save_pretrained(tiny(), tmp_path / "file")
+
+
+def test_failed_save_leaves_the_old_model(tmp_path: Path) -> None:
+    model = tiny()
+    save_pretrained(model, tmp_path)
+    code = f"""
+import medgmae, resource
+model = medgmae.create_model("vit_nano_patch8_32")
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+out["found"] = attempt(medgmae.save_pretrained, model, "{tmp_path}")
+"""
+    with HubServer() as hub:
+        assert "cannot write" in run_client(code, hub, tmp_path / "home")["found"]
+    assert same(medgmae.create_model(f"local-dir:{tmp_path}").state_dict(), model)
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_readme_of_every_card_is_valid() -> None:
+    from huggingface_hub import ModelCard
+
+    model = tiny()
+    for tag in medgmae.list_weights():
+        model.config["card"] = medgmae.weight_card(tag).to_json()
+        card = ModelCard(model_readme(model_config(model), "lab/net"), ignore_metadata_errors=False)
+        assert card.data.library_name == "medgmae"
+        assert tag in card.text
+        assert "None" not in card.text
