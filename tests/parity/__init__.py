@@ -1,0 +1,35 @@
+"""Comparison with the numbers of the reference code bases; see README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from parity.case import Case
+
+Adapter = Callable[[Case], None]
+
+ADAPTERS: dict[str, Adapter] = {}
+
+
+def adapter(kind: str) -> Callable[[Adapter], Adapter]:
+    """Enter a function as the one that compares cases whose ``parity_kind`` is ``kind``."""
+
+    def enter(function: Adapter) -> Adapter:
+        assert kind not in ADAPTERS, kind
+        ADAPTERS[kind] = function
+        return function
+
+    return enter
+
+
+def run(case: Case) -> None:
+    """Compare one case; AssertionError says what differs, or that nothing here can compare it."""
+    from parity import glmae, medgmae_cases, selfmedmae, tangerine, tangerine_scans  # noqa: F401 - they enter adapters
+
+    kind = case.spec.get("parity_kind")
+    if kind not in ADAPTERS:
+        raise AssertionError(
+            f"{case.path}: no adapter for parity_kind {kind!r}: nothing can be compared. tests/parity needs one"
+        )
+    ADAPTERS[kind](case)
+    case.finish()

@@ -1,0 +1,1 @@
+"""Adapters for TANGERINE's way from a file to a prediction."""

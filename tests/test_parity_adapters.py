@@ -1,0 +1,123 @@
+"""The comparison with the reference code bases, itself tested on the cases that are shipped: it can fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity import ADAPTERS, run
+from parity.case import Case
+from safetensors.torch import load_file, save_file
+
+SHIPPED = Path(__file__).parent / "fixtures"
+
+MODELS = [
+    "tangerine/vit_cls_token",
+    "tangerine/mae_aniso",
+    "glmae/encoder_aniso",
+    "glmae/mae3d_sibling_normpix",
+    "selfmedmae/mae3d_uva_linear_c1",
+    "medgmae/mae3d_baseline",
+]
+
+# Wrappings that training code puts around weights: entry of the container ("" for none) and prefix of the names.
+WRAPPINGS = {
+    "tangerine": [("model", "module."), ("model_state", ""), ("state_dict", "module.model."), ("", "module.")],
+    "glmae": [("student", "module.backbone."), ("state_dict", "backbone."), ("model", "module."), ("", "")],
+    "selfmedmae": [("state_dict", "module."), ("", ""), ("model", "_orig_mod.")],
+    "medgmae": [("state_dict", ""), ("", "module."), ("state_dict", "module._orig_mod.")],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_wrapping_of_a_file_gives_the_same(name: str, tmp_path: Path) -> None:
+    for entry, prefix in WRAPPINGS[name.split("/")[0]]:
+        case = Case(SHIPPED / f"{name}.json", tmp_path)
+        beside: dict[str, Any] = {"epoch": 3, "args": "Namespace", "optimizer": "state"}
+        if entry == "student":
+            beside["teacher"] = {f"{prefix}{key}": torch.zeros_like(value) for key, value in case.weights.items()}
+        case.spec["container"] = {"layout": {entry: "weights/*", **beside}} if entry else {"kind": "bare"}
+        case.spec["container"]["key_prefix"] = prefix
+        case.spec.pop("checkpoint_container", None)
+        run(case)
+
+
+def copy(name: str, folder: Path, **spec: Any) -> Path:
+    """A case copied to ``folder``, with some entries of its JSON replaced."""
+    source, target = SHIPPED / f"{name}.json", folder / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({**json.loads(source.read_text()), **spec}))
+    shutil.copy(source.with_suffix(".safetensors"), target.with_suffix(".safetensors"))
+    return target
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_output_is_compared(name: str, tmp_path: Path) -> None:
+    file = copy(name, tmp_path)
+    tensors = load_file(file.with_suffix(".safetensors"))
+    outputs = [key for key in tensors if key.startswith("outputs/")]
+    assert outputs
+    for key in outputs:
+        changed = tensors[key].clone()
+        changed.view(-1)[-1] += 1
+        save_file({**tensors, key: changed}, file.with_suffix(".safetensors"))
+        with pytest.raises(AssertionError, match=key.removeprefix("outputs/")):
+            run(Case(file, tmp_path))
+
+
+def test_an_output_that_no_adapter_knows_fails(tmp_path: Path) -> None:
+    file = copy("tangerine/vit_cls_token", tmp_path)
+    tensors = load_file(file.with_suffix(".safetensors"))
+    save_file({**tensors, "outputs/attention": torch.zeros(2)}, file.with_suffix(".safetensors"))
+    with pytest.raises(AssertionError, match="no adapter compared: attention"):
+        run(Case(file, tmp_path))
+
+
+def test_a_kind_without_an_adapter_fails(tmp_path: Path) -> None:
+    file = copy("tangerine/vit_cls_token", tmp_path, parity_kind="tangerine/dreams")
+    with pytest.raises(AssertionError, match="'tangerine/dreams'"):
+        run(Case(file, tmp_path))
+
+
+def test_a_setting_that_is_not_supported_fails(tmp_path: Path) -> None:
+    config = json.loads((SHIPPED / "tangerine/vit_cls_token.json").read_text())["config"]
+    file = copy("tangerine/vit_cls_token", tmp_path, config={**config, "qkv_bias": False})
+    with pytest.raises(AssertionError, match="qkv_bias=False"):
+        run(Case(file, tmp_path))
+    file = copy("tangerine/vit_cls_token", tmp_path, config={**config, "registers": 4})
+    with pytest.raises(AssertionError, match="registers"):
+        run(Case(file, tmp_path))
+
+
+def test_tensors_that_the_json_lists_must_be_there(tmp_path: Path) -> None:
+    file = copy("tangerine/vit_cls_token", tmp_path)
+    file.with_suffix(".safetensors").unlink()
+    with pytest.raises(AssertionError, match="lacks tensors"):
+        Case(file, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"atol": 1e-5, "rtol": 1e-4}, (1e-5, 1e-4)),
+        ({"rtol": 1e-9}, (0.0, 1e-9)),
+        ("rtol 1e-4, atol 1e-5", (1e-5, 1e-4)),
+        ("atol 2e-5 (float32 sin of arguments up to about 12)", (2e-5, 0.0)),
+        ("exact", (0.0, 0.0)),
+        ({"features": {"atol": 1e-3}, "pos_embed": 1e-6}, (1e-6, 0.0)),
+        (2e-5, (2e-5, 0.0)),
+    ],
+)
+def test_tolerances_in_every_spelling(tmp_path: Path, stated: Any, expected: tuple[float, float]) -> None:
+    case = Case(copy("tangerine/vit_cls_token", tmp_path, tolerance=stated), tmp_path)
+    assert case.tolerance("pos_embed") == expected
+
+
+def test_every_adapter_has_a_shipped_case() -> None:
+    run(Case(SHIPPED / "medgmae/patchify.json", SHIPPED))
+    kinds = {json.loads(file.read_text())["parity_kind"] for file in SHIPPED.glob("*/*.json")}
+    assert kinds == set(ADAPTERS)
