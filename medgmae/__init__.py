@@ -35,6 +35,9 @@ _PUBLIC = {
     "read_volume": "medgmae.data",
     "write_volume": "medgmae.data",
     "create_transform": "medgmae.data",
+    "extract_features": "medgmae.features",
+    "Features": "medgmae.features",
+    "inspect_checkpoint": "medgmae.inspect",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
     from medgmae.data import write_volume as write_volume
     from medgmae.factory import create_model as create_model
     from medgmae.factory import list_models as list_models
+    from medgmae.features import Features as Features
+    from medgmae.features import extract_features as extract_features
     from medgmae.hub import LoadReport as LoadReport
     from medgmae.hub import WeightCard as WeightCard
     from medgmae.hub import WeightsError as WeightsError
@@ -55,6 +60,7 @@ if TYPE_CHECKING:
     from medgmae.hub import push_to_hub as push_to_hub
     from medgmae.hub import save_pretrained as save_pretrained
     from medgmae.hub import weight_card as weight_card
+    from medgmae.inspect import inspect_checkpoint as inspect_checkpoint
     from medgmae.layers import resample_pos_embed as resample_pos_embed
     from medgmae.layers import sincos_pos_embed as sincos_pos_embed
     from medgmae.masking import Masking as Masking

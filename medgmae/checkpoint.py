@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -90,7 +91,7 @@ def _torch_load(path: Path) -> Any:
         with _safe_globals():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises over ten kinds for damaged files
-        names = _forbidden_names(path) if zipped else []
+        names = _forbidden_names(path) if zipped else re.findall(r"GLOBAL ([\w.]+)", str(error))
         if names:
             raise WeightsError(
                 f"{path}: refused, because it holds objects that run code when they are read: {', '.join(names)}. "
@@ -98,6 +99,8 @@ def _torch_load(path: Path) -> Any:
                 "file, open it yourself, keep the state dictionary and save that with torch.save"
             ) from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "weights_only" in first:  # torch advises to load without safety: not a thing to pass on
+            first = "it is not a file of torch.save, or it is damaged"
         raise WeightsError(f"{path}: cannot be read as a PyTorch checkpoint ({first}); fetch it again") from error
 
 

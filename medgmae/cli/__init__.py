@@ -1,0 +1,28 @@
+"""The command line: ``medgmae list``, ``info``, ``features``, ``convert``.
+
+Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import click
+
+import medgmae
+from medgmae.cli.convert import convert_command
+from medgmae.cli.features import features_command
+from medgmae.cli.models import info_command, list_command
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(medgmae.__version__, prog_name="medgmae")
+@click.option("--debug", is_flag=True, help="Show the Python traceback of an error.")
+def main(debug: bool) -> None:
+    """3D medical masked autoencoders: models, published weights, features of scans."""
+
+
+main.add_command(list_command)
+main.add_command(info_command)
+main.add_command(features_command)
+main.add_command(convert_command)

@@ -1,0 +1,115 @@
+"""``medgmae convert``: an official checkpoint becomes a folder that this library opens by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from medgmae.cli.common import (
+    assignments,
+    echo_fields,
+    echo_json,
+    json_option,
+    per_axis,
+    reports_errors,
+    sizes,
+    source_grid_option,
+)
+
+
+@click.command("convert")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--model", help="Architecture, or a tag whose card (licence, preprocessing) shall go with the weights.")
+@click.option("--set", "options", multiple=True, callback=assignments, metavar="KEY=VALUE", help="Option of the model.")
+@click.option("--patch-size", callback=sizes(), metavar="N|D,H,W", help="Patch to resize the file's to.")
+@source_grid_option
+@click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
+@json_option
+@reports_errors
+def convert_command(
+    file: Path,
+    out: Path,
+    model: str | None,
+    options: dict[str, Any],
+    patch_size: int | tuple[int, ...] | None,
+    source_grid: int | tuple[int, ...] | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Convert a weight FILE of a known code base into the folder OUT: config.json, model.safetensors, README.md.
+
+    The architecture is inferred from the sizes in the file. Where no registered one fits, name the nearest with --model
+    and say what differs: --model vit_base_patch16_96 --set depth=8. Open the result with
+    medgmae.create_model("local-dir:OUT").
+    """
+    import medgmae
+
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise click.UsageError(f"{out} is not empty; choose another folder, or --force to write into it")
+    options = {**options, **({} if patch_size is None else {"patch_size": patch_size})}
+    made, report = _load(file, model, options, per_axis(source_grid))
+    medgmae.save_pretrained(made, out)
+    architecture = made.config["architecture"]
+    told = {
+        "out": str(out),
+        "architecture": architecture,
+        "model_args": made.config["model_args"],
+        "card": (made.config["card"] or {}).get("tag"),
+        "source": report.source,
+        "loaded": len(report.loaded),
+        "resized": report.resized,
+        "adapted": report.adapted,
+        "missing": report.missing,
+        "unused": report.unused,
+    }
+    if as_json:
+        echo_json(told)
+        return
+    echo_fields({key: value for key, value in told.items() if value and key != "unused"})
+    click.echo(f"unused  {len(report.unused)} tensors" if report.unused else "Every tensor of the file was used.")
+    tags = medgmae.list_weights(f"{architecture}.*")
+    if told["card"] is None and tags:
+        click.echo(f"No card goes with it. If the file is one of {', '.join(tags)}, convert it with --model TAG.")
+
+
+def _load(
+    file: Path, name: str | None, options: dict[str, Any], source_grid: tuple[int, ...] | None
+) -> tuple[Any, Any]:
+    """The model with the file's weights, and the report of the loader."""
+    import medgmae
+
+    path = file.expanduser().resolve()
+    card = None
+    if name is None:
+        facts = medgmae.inspect_checkpoint(path, source_grid=source_grid)
+        name, options = _inferred(facts, options)
+        card = (facts["config"] or {}).get("pretrained_cfg")
+    try:
+        if "." in name:
+            model = medgmae.create_model(name, pretrained=False, **options)
+            return model, medgmae.load_pretrained(model, path, source_grid=source_grid)
+        model = medgmae.create_model(name, pretrained=str(path), load_source_grid=source_grid, **options)
+    except TypeError as error:  # an option that the architecture does not have
+        raise click.BadParameter(str(error), param_hint="--set") from error
+    loaded: Any = model
+    if card is not None:
+        loaded.config["card"] = card
+    return loaded, loaded.load_report
+
+
+def _inferred(facts: dict[str, Any], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and options of the model that a file was made with; what the caller set wins."""
+    if facts["architecture"] is not None:
+        return facts["architecture"], {**facts["model_args"], **options}
+    found = facts["sizes"]
+    told = ", ".join(f"{key} {value}" for key, value in found.items() if value is not None)
+    encoder = facts["encoder_architecture"]
+    hint = f" Its encoder alone is a {encoder}: --model {encoder} converts that." if encoder else ""
+    raise click.UsageError(
+        f"{facts['path']} ({facts['source']}): no registered architecture has its sizes ({told}).{hint} Name the "
+        f"nearest one with --model and what differs with --set, for example --model vit_base_patch16_96 "
+        f"--set embed_dim={found['embed_dim']} --set depth={found['depth']} --set num_heads=..."
+    )

@@ -1,0 +1,209 @@
+"""``medgmae list`` and ``medgmae info``: what there is, and what a name or file stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from medgmae.cli.common import (
+    NotRecognisedError,
+    by_times,
+    echo_fields,
+    echo_json,
+    echo_table,
+    json_option,
+    megabytes,
+    per_axis,
+    reports_errors,
+    source_grid_option,
+)
+
+# Where weights come from, in the words of the table.
+AVAILABILITY = {"package": "shipped", "hub": "hub", "url": "download", "page": "by hand", "none": "not published"}
+
+
+@click.command("list")
+@click.argument("pattern", default="*")
+@click.option("--pretrained", is_flag=True, help="Only weights that can be had without a visit to a web page.")
+@json_option
+@reports_errors
+def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
+    """List architectures and known weights whose name matches PATTERN.
+
+    PATTERN is shell-style ('vit_*_256*'); without a wildcard it may stand anywhere in the name ('tangerine').
+    """
+    import medgmae
+
+    pattern = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
+    tags = medgmae.list_models(pattern, pretrained=True) if pretrained else medgmae.list_weights(pattern)
+    names = sorted([*tags, *([] if pretrained else medgmae.list_models(pattern))])
+    rows = [_row(name) for name in names]
+    if as_json:
+        echo_json(rows)
+        return
+    if not rows:
+        raise NotRecognisedError(f"nothing is called {pattern!r}; `medgmae list` shows all names")
+    table = [("NAME", "PARAMETERS", "INPUT", "PATCH", "WEIGHTS", "LICENCE", "SIZE")]
+    for row in rows:
+        card = row["weights"] or {}
+        table.append(
+            (
+                row["name"],
+                f"{row['parameters'] / 1e6:.1f} M",
+                f"{row['in_chans']} x {by_times(row['img_size'])}",
+                by_times(row["patch_size"]),
+                AVAILABILITY[card["availability"]] if card else "-",
+                (card.get("license") or "-") if card else "-",
+                megabytes(card.get("bytes")),
+            )
+        )
+    echo_table(table)
+
+
+@click.command("info")
+@click.argument("what", metavar="NAME|TAG|FILE")
+@source_grid_option
+@json_option
+@reports_errors
+def info_command(what: str, source_grid: int | tuple[int, ...] | None, as_json: bool) -> None:
+    """Show an architecture, the card of published weights, or what a weight file holds.
+
+    A file is only read: nothing in it is executed. Exit code 2: it is not recognised.
+    """
+    import medgmae
+
+    if what in medgmae.list_weights():
+        facts = {**_architecture(what), "card": {**medgmae.weight_card(what).to_json()}}
+    elif what in medgmae.list_models():
+        facts = {**_architecture(what), "weights": medgmae.list_weights(f"{what}.*")}
+    elif Path(what).expanduser().exists():
+        facts = _file(what, source_grid)
+    else:
+        raise NotRecognisedError(_nothing(what))
+    if as_json:
+        echo_json(facts)
+    elif "renamed" in facts:
+        _echo_file(facts)
+    else:
+        echo_fields(facts)
+
+
+def _nothing(what: str) -> str:
+    """Why ``what`` is neither a name nor a file, with the nearest names."""
+    import medgmae
+
+    try:
+        medgmae.weight_card(what) if "." in what else medgmae.create_model(what, pretrained=False)
+    except (medgmae.WeightsError, ValueError) as error:
+        return f"{error} There is no file of that name either".replace(".. ", ". ")
+    raise AssertionError(what)
+
+
+def _build(name: str) -> Any:
+    """The model behind a name, without storage."""
+    import torch
+
+    import medgmae
+
+    with torch.device("meta"):
+        return medgmae.create_model(name, pretrained=False)
+
+
+def _row(name: str) -> dict[str, Any]:
+    import medgmae
+
+    model = _build(name)
+    encoder = getattr(model, "encoder", model)
+    card = medgmae.weight_card(name) if "." in name else None
+    weights = None
+    if card is not None:
+        weights = {"availability": card.availability, "license": card.license, "bytes": card.bytes, "page": card.page}
+    return {
+        "name": name,
+        "architecture": name.partition(".")[0],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "in_chans": encoder.in_chans,
+        "img_size": list(encoder.img_size),
+        "patch_size": list(encoder.patch_size),
+        "weights": weights,
+    }
+
+
+def _architecture(name: str) -> dict[str, Any]:
+    model = _build(name)
+    encoder, decoder = getattr(model, "encoder", model), getattr(model, "decoder", None)
+    facts = {
+        "name": name,
+        "kind": "encoder" if decoder is None else "masked autoencoder",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "in_chans": encoder.in_chans,
+        "img_size": list(encoder.img_size),
+        "patch_size": list(encoder.patch_size),
+        "grid": list(encoder.grid),
+        "embed_dim": encoder.embed_dim,
+        "depth": len(encoder.blocks),
+        "num_heads": encoder.blocks[0].attn.num_heads,
+        "pool": encoder.pool,
+        "num_features": encoder.num_features,
+    }
+    if decoder is not None:
+        facts["decoder"] = {
+            "parameters": sum(p.numel() for p in decoder.parameters()),
+            "embed_dim": decoder.embed.out_features,
+            "depth": len(decoder.blocks),
+            "num_heads": decoder.blocks[0].attn.num_heads,
+            "sigmoid": decoder.sigmoid,
+        }
+        facts |= {"mask_ratio": model.mask_ratio, "norm_target": model.norm_target}
+    return facts
+
+
+def _file(path: str, source_grid: int | tuple[int, ...] | None) -> dict[str, Any]:
+    import medgmae
+
+    try:
+        facts = medgmae.inspect_checkpoint(path, source_grid=per_axis(source_grid))
+    except medgmae.WeightsError as error:
+        raise NotRecognisedError(str(error)) from error
+    facts["cards"] = []
+    for name in filter(None, (facts["architecture"], facts["encoder_architecture"])):
+        facts["cards"] += medgmae.list_weights(f"{name}.*")
+    return facts
+
+
+def _echo_file(facts: dict[str, Any]) -> None:
+    """Print what a file holds, names by rule rather than one by one."""
+    shown = {key: facts[key] for key in ("path", "source", "container", "tensors", "parameters", "dtypes", "sizes")}
+    shown |= {"bytes": megabytes(facts["bytes"]), "head": facts["head"] if facts["head"]["num_classes"] else None}
+    shown["fits"] = facts["architecture"] or "no registered architecture"
+    shown |= {key: facts[key] for key in ("model_args", "encoder_architecture", "cards") if facts[key]}
+    shown |= {"renamed": rename_rules(facts["renamed"]), "unused": _by_reason(facts["unused"])}
+    shown |= {key: facts[key] for key in ("missing", "resized", "adapted", "problem") if facts[key]}
+    echo_fields({key: value for key, value in shown.items() if value not in (None, "", {}, [])})
+
+
+def rename_rules(renamed: dict[str, str]) -> dict[str, str]:
+    """Renamed entries by rule: ``{"decoder_blocks.* -> decoder.blocks.*": "96 tensors"}``."""
+    rules: dict[str, int] = {}
+    for theirs, ours in renamed.items():
+        old, new = theirs.split("."), ours.split(".")
+        common = 0
+        while common < min(len(old), len(new)) and old[-1 - common] == new[-1 - common]:
+            common += 1
+        tail = ["*"] if common else []
+        rule = f"{'.'.join([*old[: len(old) - common], *tail])} -> {'.'.join([*new[: len(new) - common], *tail])}"
+        rules[rule] = rules.get(rule, 0) + 1
+    return {rule: f"{count} tensors" for rule, count in rules.items()}
+
+
+def _by_reason(unused: dict[str, str]) -> dict[str, str]:
+    found: dict[str, list[str]] = {}
+    for name, reason in unused.items():
+        found.setdefault(reason, []).append(name)
+    return {
+        reason: ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+        for reason, names in found.items()
+    }

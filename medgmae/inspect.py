@@ -1,0 +1,216 @@
+"""What a checkpoint file holds, which architecture it fits, and what would go where; nothing in it is executed."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medgmae import hub
+from medgmae.cards import WeightsError
+from medgmae.convert import STEM, Converted, Grid, Target, convert
+from medgmae.download import WEIGHTS_FILE
+from medgmae.registry import model_builder, model_names
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What tells one architecture from another by the shapes of its weights alone."""
+
+    embed_dim: int
+    depth: int
+    mlp_dim: int
+    patch_size: Grid
+    in_chans: int
+    grid: Grid
+    class_token: bool
+    pre_norm: bool
+    decoder_embed_dim: int | None
+    decoder_depth: int | None
+    sigmoid: bool | None
+
+
+# These must be equal; the other sizes are options of the architecture.
+_FIXED = ("embed_dim", "depth", "mlp_dim", "patch_size")
+_FIXED_DECODER = ("decoder_embed_dim", "decoder_depth")
+
+
+def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Grid | None = None) -> dict[str, Any]:
+    """Say what a weight file is and what would be loaded from it.
+
+    Args:
+        path: a weight file, or a folder that :func:`~medgmae.save_pretrained` wrote.
+        source_grid: patch grid (d, h, w) of the file's table of positions, where the file leaves it open.
+
+    Returns:
+        JSON-ready facts:
+
+        - path, bytes, container (entry that held the weights), source (the dialect), tensors, parameters, dtypes
+        - sizes: embed_dim, depth, grid and so on; head: num_classes and hidden widths
+        - config: of a file or folder of this library, else None
+        - architecture, model_args: what to give ``create_model``; None when no registered architecture fits. The number
+          of attention heads is the architecture's: files do not tell it
+        - encoder_architecture: the same for the encoder alone, when the file is a masked autoencoder
+        - renamed: the file's name to ours; unused: the file's name to the reason; missing: parameters that would keep
+          a random start; resized, adapted: see :class:`~medgmae.LoadReport`; problem: why it would not load, or None
+
+    Raises:
+        WeightsError: the file is not readable or not recognised.
+    """
+    path = Path(path).expanduser()
+    opened = hub.open_source(path)
+    config = opened.config if opened.config and "architecture" in opened.config else None
+    converted, chosen = _recognise(opened, source_grid)
+    sizes = _sizes(converted.state, converted.grid, converted.expects.get("decoder.sigmoid"))
+    if sizes is None:
+        raise WeightsError(f"{path} ({converted.source}): this is not a ViT, the architecture cannot be told")
+    whole = sizes.decoder_depth is not None
+    if config is not None:
+        chosen = str(config["architecture"]), dict(config.get("model_args", {}))
+    chosen = chosen or _fit(sizes, converted.state, whole)
+    encoder = _fit(sizes, converted.state, whole=False) if whole else None
+    tensors = opened.checkpoint.state.values()
+    return {
+        "path": str(path),
+        "bytes": (path / WEIGHTS_FILE if path.is_dir() else path).stat().st_size,
+        "container": opened.checkpoint.container,
+        "source": converted.source,
+        "tensors": len(tensors),
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
+        "sizes": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(sizes).items()},
+        "head": _head(converted.state),
+        "config": config,
+        "architecture": chosen[0] if chosen else None,
+        "model_args": chosen[1] if chosen else {},
+        "encoder_architecture": encoder[0] if encoder else None,
+        "renamed": dict(converted.renamed),
+        **_rehearse(opened, converted, chosen, source_grid),
+    }
+
+
+def _recognise(opened: hub.OpenSource, source_grid: Grid | None) -> tuple[Converted, tuple[str, dict[str, Any]] | None]:
+    """The file in our language; where it does not say its own grid or patch, as the registered model that it fits."""
+    config = opened.config if opened.config and "grid" in opened.config else None
+    arguments: dict[str, Any] = {"origin": opened.origin, "config": config, "source_grid": source_grid}
+    try:
+        return convert(opened.checkpoint.state, **arguments), None
+    except WeightsError:
+        for name in model_names():
+            sizes = _architecture(name)[0]
+            if sizes is None:
+                continue
+            target = Target(sizes.grid, sizes.patch_size, sizes.in_chans)
+            try:
+                converted = convert(opened.checkpoint.state, target=target, **arguments)
+            except WeightsError:
+                continue
+            found = _sizes(converted.state, converted.grid, converted.expects.get("decoder.sigmoid"))
+            if found is not None and (fit := _fit(found, converted.state, found.decoder_depth is not None)):
+                return converted, fit
+        raise
+
+
+def _sizes(state: Mapping[str, Tensor], grid: Grid, sigmoid: bool | None) -> _Sizes | None:
+    """Sizes of a ViT, or masked autoencoder of ViTs, from its tensors; None for another family."""
+    stem, hidden = state.get(f"encoder.{STEM}"), state.get("encoder.blocks.0.mlp.fc1.weight")
+    if stem is None or hidden is None:
+        return None
+    bridge = state.get("decoder.embed.weight")
+    return _Sizes(
+        embed_dim=stem.shape[0],
+        depth=_count_blocks(state, "encoder"),
+        mlp_dim=hidden.shape[0],
+        patch_size=tuple(stem.shape[2:]),
+        in_chans=stem.shape[1],
+        grid=tuple(grid),
+        class_token="encoder.cls_token" in state,
+        pre_norm="encoder.norm_pre.weight" in state,
+        decoder_embed_dim=None if bridge is None else bridge.shape[0],
+        decoder_depth=None if bridge is None else _count_blocks(state, "decoder"),
+        sigmoid=None if bridge is None else sigmoid,
+    )
+
+
+def _count_blocks(state: Mapping[str, Tensor], part: str) -> int:
+    return len({name.split(".")[2] for name in state if name.startswith(f"{part}.blocks.")})
+
+
+@functools.cache
+def _architecture(name: str) -> tuple[_Sizes | None, bool]:
+    """Sizes of a registered architecture, and whether it is a whole autoencoder; built without storage."""
+    with torch.device("meta"):
+        model: Any = model_builder(name)()
+    whole = hasattr(model, "encoder")
+    state = model.state_dict(prefix="" if whole else "encoder.")
+    grid = getattr(model.encoder if whole else model, "grid", ())
+    return _sizes(state, grid, getattr(model.decoder, "sigmoid", None) if whole else None), whole
+
+
+def _fit(sizes: _Sizes, state: Mapping[str, Tensor], whole: bool) -> tuple[str, dict[str, Any]] | None:
+    """The registered architecture that is nearest to ``sizes`` and the options that make it equal."""
+    fixed = _FIXED + (_FIXED_DECODER if whole else ())
+    candidates = []
+    for name in model_names():
+        known, known_whole = _architecture(name)
+        if known is None or known_whole != whole:
+            continue
+        if any(getattr(known, key) != getattr(sizes, key) for key in fixed):
+            continue
+        distance = abs(math.prod(known.grid) - math.prod(sizes.grid))
+        differs = [known.grid != sizes.grid, known.in_chans != sizes.in_chans, whole and known.sigmoid != sizes.sigmoid]
+        candidates.append((sum(differs), distance, name))
+    if not candidates:
+        return None
+    name = min(candidates)[2]
+    known = _architecture(name)[0]
+    assert known is not None
+    return name, _options(sizes, known, state, whole)
+
+
+def _options(sizes: _Sizes, known: _Sizes, state: Mapping[str, Tensor], whole: bool) -> dict[str, Any]:
+    """Options of ``create_model`` that turn the architecture ``known`` into the one of the file."""
+    options: dict[str, Any] = {}
+    if known.grid != sizes.grid:
+        size = [g * p for g, p in zip(sizes.grid, sizes.patch_size, strict=True)]
+        options["img_size"] = size[0] if len(set(size)) == 1 else size
+    keys = ("in_chans", "class_token", "pre_norm", *(("sigmoid",) if whole else ()))
+    options |= {key: getattr(sizes, key) for key in keys if getattr(known, key) != getattr(sizes, key)}
+    if whole:
+        return options
+    pooled = state.get("encoder.fc_norm.weight")
+    if pooled is not None:
+        options["pool"] = "cat" if len(pooled) == 2 * sizes.embed_dim else "avg"
+    elif not sizes.class_token:
+        options |= {"pool": "avg", "fc_norm": False}
+    return options | {key: value for key, value in _head(state).items() if value}
+
+
+def _head(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Classes and hidden widths of the classifier in a file."""
+    widths = [len(t) for name, t in state.items() if name.startswith("encoder.head.") and t.dim() == 2]
+    return {"num_classes": widths[-1] if widths else 0, "head_hidden": widths[:-1]}
+
+
+def _rehearse(
+    opened: hub.OpenSource, converted: Converted, chosen: tuple[str, dict[str, Any]] | None, source_grid: Grid | None
+) -> dict[str, Any]:
+    """Load into a model without storage and tell what happened."""
+    told: dict[str, Any] = {"unused": dict(converted.unused), "missing": [], "resized": {}, "adapted": {}}
+    if chosen is None:
+        return {**told, "problem": "no registered architecture has these sizes"}
+    try:
+        with torch.device("meta"):
+            model = model_builder(chosen[0])(**chosen[1])
+        report = hub.load_pretrained(model, opened, source_grid=source_grid)
+    except (WeightsError, ValueError, TypeError) as error:
+        return {**told, "problem": str(error)}
+    told = {"unused": report.unused, "missing": report.missing, "resized": report.resized, "adapted": report.adapted}
+    return {**told, "problem": None}
