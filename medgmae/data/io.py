@@ -1,0 +1,320 @@
+"""A scan from disk and back: voxels with the geometry that says where they lie in the patient."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import dicom, nifti
+from ._itk import check_text_header, quiet, reason, simpleitk
+from .geometry import Floats, Grid, VolumeError
+
+_log = logging.getLogger("medgmae")
+_WRITABLE = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
+_READABLE = (
+    "NIfTI (.nii, .nii.gz), MetaImage (.mha, .mhd), NRRD (.nrrd, .nhdr) or DICOM (a folder, or one multi-frame file)"
+)
+_WIDER = {"u2": "i4", "u4": "i8", "u8": "i8"}  # torch lacks arithmetic on unsigned types above 8 bits
+
+
+def _dhw(data: Tensor) -> tuple[int, int, int]:
+    _, d, h, w = data.shape
+    return d, h, w
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A scan, feature map or label map, and where its voxels lie.
+
+    ``world = origin + direction @ (spacing * index)`` with LPS millimetres (x, y, z) and an index (d, h, w).
+
+    Attributes:
+        data: (C, D, H, W); axes as SimpleITK's arrays give them, (z, y, x) of the file unless reoriented.
+        spacing: millimetres between voxel centres (d, h, w).
+        origin: LPS position (x, y, z) in millimetres of voxel (0, 0, 0).
+        direction: 3x3 array; column k is the LPS unit vector along which array axis k grows.
+        source: the file that it came from, for messages.
+
+    Raises:
+        VolumeError: data of another rank, or a geometry that is none (see ``Grid``).
+    """
+
+    data: Tensor
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    direction: Floats = field(default_factory=lambda: np.eye(3)[:, ::-1])
+    source: str = "volume"
+
+    def __post_init__(self) -> None:
+        if self.data.ndim != 4 or self.data.shape[0] < 1:
+            raise VolumeError(f"{self.source}: data has shape {tuple(self.data.shape)}; expected (C, D, H, W)")
+        try:
+            grid = Grid(_dhw(self.data), self.spacing, self.origin, self.direction)
+        except VolumeError as error:
+            raise VolumeError(f"{self.source}: {error}") from None
+        object.__setattr__(self, "spacing", grid.spacing)
+        object.__setattr__(self, "origin", grid.origin)
+        object.__setattr__(self, "direction", grid.direction)
+
+    @classmethod
+    def on(cls, grid: Grid, data: Tensor, source: str = "volume") -> Volume:
+        """The volume of ``data`` (C, D, H, W) on a grid of the same size."""
+        if tuple(data.shape[1:]) != grid.size:
+            raise VolumeError(
+                f"{source}: data has shape {tuple(data.shape)}; expected (C, {', '.join(map(str, grid.size))})"
+            )
+        return cls(data, grid.spacing, grid.origin, grid.direction, source)
+
+    @property
+    def grid(self) -> Grid:
+        """The geometry without the voxels."""
+        return Grid(_dhw(self.data), self.spacing, self.origin, self.direction)
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.data.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Voxels (d, h, w)."""
+        return self.grid.size
+
+    @property
+    def orientation(self) -> str:
+        """Three letters, for the axes in file order (x, y, z) = (w, h, d): the side of the body towards which the
+        index grows."""
+        return self.grid.orientation
+
+    @property
+    def tensor(self) -> Tensor:
+        """(1, C, D, H, W) float32, what a model takes."""
+        return self.data.to(torch.float32).contiguous()[None]
+
+    def with_data(self, data: Tensor) -> Volume:
+        """Other voxels (C', D, H, W) on the same grid."""
+        return Volume.on(self.grid, data, self.source)
+
+    def __repr__(self) -> str:
+        spacing = ", ".join(f"{s:.4g}" for s in self.spacing)
+        what = f"{tuple(self.data.shape)} {self.data.dtype}"
+        return f"Volume({what}, spacing ({spacing}) mm, {self.orientation}, {self.source})"
+
+
+def _guarded(path: Path, read: Callable[[], tuple[Grid, Tensor]]) -> tuple[Grid, Tensor]:
+    """``read()`` with every failure as a VolumeError that names the path."""
+    try:
+        return read()
+    except VolumeError as error:
+        text = str(error)
+        raise VolumeError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+    except OSError as error:
+        raise VolumeError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (RuntimeError, MemoryError, zlib.error, ValueError, OverflowError) as error:
+        raise VolumeError(f"{path}: cannot be read: {reason(error)}; expected {_READABLE}") from None
+
+
+def _from_affine(affine_xyz: Floats, size: Sequence[int]) -> Grid:
+    """A grid from a 4x4 that takes the index (x, y, z) to LPS millimetres; ``size`` is (d, h, w)."""
+    columns = affine_xyz[:3, :3][:, ::-1]
+    spacing = np.linalg.norm(columns, axis=0)
+    if not (np.isfinite(affine_xyz).all() and spacing.min() > 0):
+        raise VolumeError(f"the geometry is {affine_xyz[:3].tolist()}; expected finite numbers and a positive spacing")
+    return Grid((size[0], size[1], size[2]), tuple(spacing), tuple(affine_xyz[:3, 3]), columns / spacing)
+
+
+def _tensor(voxels: NDArray[Any]) -> Tensor:
+    """The array as a tensor that owns its memory, of a type that torch calculates with, all of it finite."""
+    kind = voxels.dtype.newbyteorder("=").str[1:]
+    if kind == "u8" and voxels.max() > np.iinfo(np.int64).max:
+        raise VolumeError("the voxels are unsigned 64-bit integers beyond the signed range; expected smaller numbers")
+    data = torch.from_numpy(np.array(voxels, dtype=np.dtype(_WIDER.get(kind, kind)), order="C"))
+    if data.is_floating_point() and not torch.isfinite(data.sum(dtype=torch.float64)):  # NaN and infinity survive a sum
+        bad = int((~torch.isfinite(data)).sum())
+        if bad:
+            raise VolumeError(f"{bad} of {data.numel()} voxels are NaN or infinite; expected finite intensities")
+    return data
+
+
+def _expect_channels(found: int, frames: int, shape: str, channels: int | None) -> None:
+    """``frames`` is the length of a fourth axis of the file, 0 when there is none."""
+    if channels is None and frames:
+        raise VolumeError(
+            f"the image is 4-D, {shape} with {frames} frames; expected a 3-D volume "
+            f"(channels={frames} reads the last axis as channels)"
+        )
+    if channels is not None and found != channels:
+        raise VolumeError(f"the image has {found} channel(s), {shape}; expected {channels}")
+
+
+def _read_nifti(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
+    image = nifti.read_nifti(path)
+    size = image.voxels.shape[1:]
+    _expect_channels(len(image.voxels), image.frames, " x ".join(map(str, size[::-1])), channels)
+    return _from_affine(image.affine, size), _tensor(image.voxels)
+
+
+def _read_itk(path: Path, channels: int | None, bytes_on_disk: int) -> tuple[Grid, Tensor]:
+    """Anything that SimpleITK reads; the header is judged before memory is taken for the voxels."""
+    sitk = simpleitk()
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    with quiet():
+        reader.ReadImageInformation()
+    size, rank = reader.GetSize(), reader.GetDimension()
+    shape = " x ".join(map(str, size))
+    while rank > 3 and size[rank - 1] == 1:
+        rank -= 1
+    if rank not in (3, 4):
+        raise VolumeError(f"the image is {rank}-D, {shape}; expected a 3-D volume")
+    bytes_claimed = int(np.prod(size, dtype=object)) * reader.GetNumberOfComponents()
+    if bytes_claimed > min(nifti.MAX_BYTES, nifti.MAX_INFLATION * bytes_on_disk):
+        raise VolumeError(f"the header claims {shape} voxels, more than a file of {bytes_on_disk} bytes can hold")
+    with quiet():
+        image = reader.Execute()
+    voxels, components = sitk.GetArrayFromImage(image), image.GetNumberOfComponentsPerPixel()
+    if voxels.dtype.kind not in "iuf":
+        raise VolumeError(f"the voxels are {image.GetPixelIDTypeAsString()}; expected integers or floats")
+    frames = size[3] if rank == 4 else 0
+    if components > 1 and frames:
+        raise VolumeError(f"the image is 4-D, {shape}, with {components} components per voxel; expected a 3-D volume")
+    spatial = tuple(size[2::-1])
+    voxels = (
+        np.moveaxis(voxels.reshape(*spatial, components), -1, 0) if components > 1 else voxels.reshape(-1, *spatial)
+    )
+    _expect_channels(len(voxels), frames, " x ".join(map(str, size[:3])), channels)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(len(size), len(size))[:3, :3] * np.array(
+        image.GetSpacing()[:3]
+    )
+    affine[:3, 3] = image.GetOrigin()[:3]
+    return _from_affine(affine, spatial), _tensor(voxels)
+
+
+def _read_dicom_folder(path: Path, series: str | None, channels: int | None) -> tuple[Grid, Tensor]:
+    with quiet():
+        stack = dicom.read_folder(path, series)
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = stack.direction * np.array(stack.spacing), stack.origin
+    size = stack.voxels.shape[1:]
+    _expect_channels(len(stack.voxels), 0, " x ".join(map(str, size[::-1])), channels)
+    return _from_affine(affine, size), _tensor(stack.voxels)
+
+
+def _read_file(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
+    """A file by its first bytes, not by its name."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if not start:
+        raise VolumeError("the file is empty")
+    if start[:2] == b"\x1f\x8b":
+        start = zlib.decompressobj(wbits=31).decompress(start, 540)
+        if not nifti.is_nifti(start):
+            raise VolumeError(f"a gzip file of something that is not NIfTI; expected {_READABLE}")
+    if nifti.is_nifti(start):
+        return _read_nifti(path, channels)
+    if start[128:132] == b"DICM":
+        grid, data = _read_itk(path, channels, path.stat().st_size)
+        if grid.size[0] == 1:
+            raise VolumeError("one DICOM slice; expected a volume: give the folder of the series")
+        return grid, data
+    if start[:4] == b"NRRD" or re.match(rb"\s*(ObjectType|NDims|Comment)\s*=", start):
+        return _read_itk(path, channels, check_text_header(path))
+    raise VolumeError(f"unknown file type (it starts with {start[:8]!r}); expected {_READABLE}")
+
+
+def read_volume(path: str | os.PathLike[str], *, series: str | None = None, channels: int | None = None) -> Volume:
+    """A scan from a file or a DICOM folder, in its stored voxel type (unsigned 16 and 32 bits widened) and orientation.
+
+    Several values per voxel (vector pixels, RGB) become channels. A 4-D image is an error unless ``channels`` is the
+    length of its last
+    axis: a time series is not a multi-channel scan.
+
+    Args:
+        path: NIfTI, MetaImage, NRRD or multi-frame DICOM file, told by content; or a folder, searched with its
+            subfolders for DICOM.
+        series: SeriesInstanceUID, needed when a folder holds several.
+        channels: how many channels are due; ``None`` accepts any number of a 3-D image.
+
+    Raises:
+        VolumeError: the path, what was found there and what was expected: a missing, empty, truncated, broken or
+            unknown file, NaN or infinite voxels, a spacing that is not positive, another rank or channel count,
+            several series, slices that are missing, doubled or of mixed geometry.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise VolumeError(f"{path}: no such file or folder; expected {_READABLE}")
+    if path.is_dir():
+        grid, data = _guarded(path, lambda: _read_dicom_folder(path, series, channels))
+    elif series is not None:
+        raise VolumeError(f"{path}: series={series!r} is for DICOM folders, and this is a file")
+    else:
+        grid, data = _guarded(path, lambda: _read_file(path, channels))
+    return Volume.on(grid, data, str(path))
+
+
+def to_sitk(volume: Volume) -> Any:
+    """The volume as a ``SimpleITK.Image``; several channels become vector pixels."""
+    sitk = simpleitk()
+
+    data = volume.data.detach().cpu()
+    if data.dtype in (torch.float16, torch.bfloat16):
+        data = data.float()
+    array = (data.to(torch.uint8) if data.dtype == torch.bool else data).numpy()
+    vector = len(array) > 1
+    image = sitk.GetImageFromArray(
+        np.ascontiguousarray(np.moveaxis(array, 0, -1) if vector else array[0]), isVector=vector
+    )
+    image.SetSpacing(volume.spacing[::-1])
+    image.SetOrigin(volume.origin)
+    image.SetDirection(volume.direction[:, ::-1].ravel().tolist())
+    return image
+
+
+def write_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
+    """Writes a volume with its geometry; the suffix decides the format, and everything but ``.nii`` and ``.mhd`` is
+    compressed.
+
+    Raises:
+        VolumeError: an unknown suffix, a folder that does not exist, or a file that cannot be written.
+    """
+    sitk = simpleitk()
+
+    path = Path(path)
+    if not path.name.lower().endswith(_WRITABLE):
+        raise VolumeError(f"{path}: unknown suffix; expected one of {', '.join(_WRITABLE)}")
+    if not path.parent.is_dir():
+        raise VolumeError(f"{path}: the folder {path.parent} does not exist")
+    image = to_sitk(volume)
+    try:
+        with quiet():
+            sitk.WriteImage(image, str(path), useCompression=path.suffix.lower() not in (".nii", ".mhd"))
+    except RuntimeError as error:
+        raise VolumeError(f"{path}: cannot be written: {reason(error)}") from None
+
+
+def stack_channels(volumes: Sequence[Volume]) -> Volume:
+    """Volumes on one grid as the channels of one volume: the four contrasts of a brain study, say.
+
+    Raises:
+        VolumeError: no volumes, or grids that differ.
+    """
+    if not volumes:
+        raise VolumeError("no volumes to stack; expected at least one")
+    first = volumes[0]
+    for other in volumes[1:]:
+        if other.size != first.size or np.abs(other.grid.affine - first.grid.affine).max() > 1e-2:
+            raise VolumeError(f"{other} and {first} lie on different grids; resample one like the other first")
+    return replace(first, data=torch.cat([v.data for v in volumes]))

@@ -1,0 +1,177 @@
+"""What a checkpoint expects of its input, written as data and carried out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .geometry import Grid, VolumeError
+from .io import Volume, read_volume
+from .sampling import onto
+from .transforms import crop_foreground, crop_or_pad, percentiles, window, zscore
+
+_RESAMPLE: dict[str, Any] = {
+    "to": "spacing",
+    "interpolation": "linear",
+    "origin": "centered",
+    "outside": None,
+    "keep_dtype": False,
+}
+_DEFAULTS: dict[str, Any] = {
+    "modality": "any", "channels": 1, "orientation": None, "axes": "zyx", "spacing": None, "size": None,
+    "resample": None, "window": None, "range": (0.0, 1.0), "crop": (), "normalize": "none", "pad": 0.0,
+}  # fmt: skip
+_CHOICES = {"axes": ("zyx", "xyz"), "normalize": ("none", "zscore", "zscore_nonzero")}
+_RESAMPLE_CHOICES = {
+    "to": ("spacing", "size"), "interpolation": ("linear", "bspline", "nearest"), "origin": ("centered", "first_voxel"),
+    "keep_dtype": (False, True),
+}  # fmt: skip
+
+
+def _merged(
+    name: str, given: Mapping[str, Any], defaults: dict[str, Any], choices: Mapping[str, Sequence[Any]]
+) -> dict[str, Any]:
+    unknown = sorted(set(given) - set(defaults))
+    if unknown:
+        raise VolumeError(f"{name} has unknown keys {unknown}; expected some of {sorted(defaults)}")
+    merged = {key: default if given.get(key) is None else given[key] for key, default in defaults.items()}
+    for key, allowed in choices.items():
+        if merged[key] not in allowed:
+            raise VolumeError(f"{name}.{key} is {merged[key]!r}; expected one of {list(allowed)}")
+    return merged
+
+
+def _check(block: dict[str, Any]) -> None:
+    for key, test in (
+        ("size", lambda v: isinstance(v, int) and v > 0),
+        ("spacing", lambda v: isinstance(v, (int, float)) and v > 0),
+    ):
+        value = block[key]
+        if value is not None and not (isinstance(value, (list, tuple)) and len(value) == 3 and all(map(test, value))):
+            raise VolumeError(
+                f"input.{key} is {value!r}; expected null or three positive numbers, (d, h, w) of the model's input"
+            )
+    if not isinstance(block["channels"], int) or block["channels"] < 1:
+        raise VolumeError(f"input.channels is {block['channels']!r}; expected a number of channels")
+    if not set(block["crop"]) <= {"foreground", "center"}:
+        raise VolumeError(f"input.crop is {block['crop']!r}; expected a list of 'foreground' and 'center'")
+    needed = [block["resample"]["to"]] if block["resample"] else []
+    needed += ["size"] if "center" in block["crop"] else []
+    missing = [key for key in needed if block[key] is None]
+    if missing:
+        raise VolumeError(f"input.{missing[0]} is null, and resample or crop need it")
+    pair = block["window"]
+    if isinstance(pair, Mapping):
+        pair = pair.get("percentiles")
+    if pair is not None and not (isinstance(pair, (list, tuple)) and len(pair) == 2 and pair[0] < pair[1]):
+        raise VolumeError(
+            f"input.window is {block['window']!r}; expected null, [lo, hi] or {{'percentiles': [low, high]}}"
+        )
+
+
+def _fitting(size: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    return [min(n, m) for n, m in zip(size, wanted, strict=True)]
+
+
+def _first(size: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """First voxel of the centre crop; 0 along axes that are too short for one."""
+    return [max(0, n // 2 - m // 2) for n, m in zip(size, wanted, strict=True)]
+
+
+class Preparation:
+    """A scan on disk, or a volume, to what a model takes: (C, D, H, W) float32 with its geometry; ``.tensor`` adds
+    the batch axis.
+
+    The steps, in order, with the keys of the ``input`` block that rule them (all optional but for what a step needs):
+
+    1. read: ``channels`` (default 1) must be there; ``modality`` ("CT", "MR", ...) is for people
+    2. reorient to ``orientation`` ("RAS", "LPS", letters for x, y, z; null: as stored), then lay the array out as
+       ``axes``: "zyx", as SimpleITK gives it (default), or "xyz", as nibabel and MONAI do
+    3. ``resample`` {"to": "spacing" | "size", "interpolation": "linear" | "bspline" | "nearest", "origin": "centered"
+       | "first_voxel", "outside": intensity beyond the edge or null to repeat it, "keep_dtype": round to the stored
+       integers} with ``spacing`` [d, h, w] in millimetres or ``size`` [d, h, w] in voxels, both along the axes of the
+       model's input; null: no resampling
+    4. ``window`` [lo, hi] or {"percentiles": [low, high]} of the volume, clipped and mapped to ``range`` [a, b]
+       (default 0 to 1)
+    5. ``crop``: "foreground" (the box of voxels above 0), then "center" (``size``, padded with ``pad`` after step 6;
+       left out when ``whole``)
+    6. ``normalize``: "zscore" or "zscore_nonzero" per channel, or "none"
+
+    Args:
+        block: the ``input`` block of a weight card.
+        whole: keep the whole field of view for a sliding window, instead of the centre crop.
+
+    Raises:
+        VolumeError: a block that is not valid; on call, what ``read_volume`` raises, or a volume of another channel
+            count.
+    """
+
+    def __init__(self, block: Mapping[str, Any], whole: bool = False) -> None:
+        self.input = _merged("input", block, _DEFAULTS, _CHOICES)
+        if self.input["resample"] is not None:
+            self.input["resample"] = _merged("input.resample", self.input["resample"], _RESAMPLE, _RESAMPLE_CHOICES)
+        _check(self.input)
+        self.whole = whole
+
+    def __repr__(self) -> str:
+        said = {key: value for key, value in self.input.items() if value != _DEFAULTS[key]}
+        return f"Preparation({said}, whole={self.whole})"
+
+    def __call__(self, scan: str | os.PathLike[str] | Volume) -> Volume:
+        """(C, D, H, W) float32 of a scan (path, DICOM folder or volume)."""
+        due = self.input["channels"]
+        volume = scan if isinstance(scan, Volume) else read_volume(scan, channels=due)
+        if volume.channels != due:
+            raise VolumeError(
+                f"{volume.source}: the volume has {volume.channels} channel(s); "
+                f"expected {due} ({self.input['modality']})"
+            )
+        centred = "center" in self.input["crop"] and not self.whole
+        volume = self._placed(volume, early_crop=centred and self._crop_commutes())
+        volume = self._windowed(volume)
+        if "foreground" in self.input["crop"]:
+            volume = crop_foreground(volume)
+        size = self.input["size"]
+        if centred:  # cut before the statistics, pad after them
+            volume = crop_or_pad(volume, _fitting(volume.size, size), start=_first(volume.size, size))
+        if self.input["normalize"] != "none":
+            volume = zscore(volume, nonzero=self.input["normalize"] == "zscore_nonzero")
+        if centred and tuple(size) != volume.size:
+            volume = crop_or_pad(volume, size, self.input["pad"])
+        return volume.with_data(volume.tensor[0])
+
+    def _crop_commutes(self) -> bool:
+        """Whether voxels outside the centre crop have no say in those inside: the crop can then come before the
+        resampling."""
+        return "foreground" not in self.input["crop"] and not isinstance(self.input["window"], Mapping)
+
+    def _target(self, grid: Grid) -> Grid:
+        if self.input["orientation"] is not None:
+            grid = grid.reoriented(self.input["orientation"])
+        if self.input["axes"] == "xyz":
+            grid = grid.reoriented(grid.orientation[::-1])
+        rule = self.input["resample"]
+        if rule is None:
+            return grid
+        if rule["to"] == "size":
+            return grid.with_size(self.input["size"], rule["origin"])
+        return grid.with_spacing(self.input["spacing"], rule["origin"])
+
+    def _placed(self, volume: Volume, early_crop: bool) -> Volume:
+        """Reorientation, resampling and, where it commutes, the centre crop, in one pass over the voxels."""
+        target = self._target(volume.grid)
+        if early_crop:
+            size = self.input["size"]
+            target = target.part(_first(target.size, size), _fitting(target.size, size))
+        rule = self.input["resample"] or {"interpolation": "nearest", "outside": None, "keep_dtype": False}
+        return onto(volume, target, rule["interpolation"], rule["outside"], rule["keep_dtype"])
+
+    def _windowed(self, volume: Volume) -> Volume:
+        bounds = self.input["window"]
+        if bounds is None:
+            return volume
+        low, high = self.input["range"]
+        if isinstance(bounds, Mapping):
+            bounds = percentiles(volume, *bounds["percentiles"])
+        return window(volume, bounds[0], bounds[1], (low, high))

@@ -1,0 +1,221 @@
+"""From a scan as stored to what a model takes, and back: plain functions ``Volume -> Volume`` that keep the geometry
+true.
+
+``create_transform`` composes them as a weight card's ``input`` block says. ``resample_like`` is the one inverse: it
+puts a feature map or label map back on the grid of the scan, by geometry alone, so that nothing has to be recorded on
+the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .geometry import Grid, Origin, VolumeError
+from .io import Volume
+from .sampling import Interpolation, onto, sample
+
+
+def reorient(volume: Volume, code: str) -> Volume:
+    """Axes permuted and reversed, without interpolation, until the orientation is ``code``.
+
+    Args:
+        volume: (C, D, H, W).
+        code: the side of the body towards which each axis grows, in file order (x, y, z) = (w, h, d): ``"LPS"`` is
+            SimpleITK's and DICOM's own, ``"RAS"`` is NIfTI's. An oblique volume goes to the nearest code. ``"SAR"``,
+            read backwards, gives the array (x, y, z) that nibabel and MONAI call RAS.
+
+    Raises:
+        VolumeError: not a code of three different axes.
+    """
+    return sample(volume, volume.grid.reoriented(code), "nearest", None)
+
+
+def resample(
+    volume: Volume,
+    *,
+    spacing: Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+    interpolation: Interpolation = "linear",
+    origin: Origin = "centered",
+    outside: float | None = None,
+    keep_dtype: bool = False,
+) -> Volume:
+    """The same field of view on another spacing or another number of voxels.
+
+    Args:
+        volume: (C, D, H, W).
+        spacing: millimetres (d, h, w); give this or ``size``.
+        size: voxels (d, h, w).
+        interpolation: ``"linear"``, ``"nearest"`` (labels) or ``"bspline"`` (order 3, SimpleITK's).
+        origin: what stays in place: the centre of the volume, or the centre of its first voxel (SimpleITK recipes and
+            MONAI do this; the grid can then reach up to half a new voxel beyond the far side).
+        outside: value beyond the volume's edge; ``None`` repeats the outermost voxels.
+        keep_dtype: whether integers come back as integers of the stored type, rounded.
+
+    Raises:
+        VolumeError: both or neither of ``spacing`` and ``size``, or numbers that are not positive.
+    """
+    if (spacing is None) == (size is None):
+        raise VolumeError(f"spacing is {spacing} and size is {size}; expected exactly one of them")
+    grid = volume.grid
+    target = grid.with_spacing(spacing, origin) if spacing is not None else grid.with_size(size or (), origin)
+    return onto(volume, target, interpolation, outside, keep_dtype)
+
+
+def resample_like(
+    volume: Volume, like: Volume | Grid, *, interpolation: Interpolation = "linear", outside: float = 0.0
+) -> Volume:
+    """A map put on the grid of another volume: predictions back on the source scan, or one contrast on the grid of
+    another.
+
+    Flips, permutations, crops and pads come back exactly; anything else is interpolated: use ``"nearest"`` for labels.
+
+    Args:
+        volume: feature map, label map or scan (C, d, h, w).
+        like: the volume, or the grid, whose voxels are to be filled.
+        interpolation: ``"linear"``, ``"nearest"`` or ``"bspline"``.
+        outside: value where ``volume`` has no voxels.
+    """
+    return sample(volume, like if isinstance(like, Grid) else like.grid, interpolation, outside)
+
+
+def feature_map(data: torch.Tensor, of: Volume) -> Volume:
+    """A feature map (E, d, h, w) of a model's input, as a volume in the same place: each voxel covers the patch that
+    it came from.
+
+    Raises:
+        VolumeError: the input's axes are not multiples of the map's.
+    """
+    steps = [n // m for n, m in zip(of.size, data.shape[1:], strict=True)]
+    if data.ndim != 4 or any(step * m != n for step, m, n in zip(steps, data.shape[1:], of.size, strict=True)):
+        raise VolumeError(f"a map of {tuple(data.shape)} does not divide a volume of {of.size} into patches")
+    spacing = tuple(step * mm for step, mm in zip(steps, of.spacing, strict=True))
+    centre = of.grid.world([(step - 1) / 2 for step in steps])
+    return Volume(data, (spacing[0], spacing[1], spacing[2]), tuple(centre), of.direction, of.source)
+
+
+def percentiles(volume: Volume, low: float, high: float) -> tuple[float, float]:
+    """Intensities at two percentiles (0 to 100) of all voxels, for ``window``. A constant volume gives a window of
+    width 1.
+
+    Raises:
+        VolumeError: not 0 <= low < high <= 100.
+    """
+    if not 0 <= low < high <= 100:
+        raise VolumeError(f"percentiles are {low} and {high}; expected 0 <= low < high <= 100")
+    lo, hi = np.percentile(volume.data.numpy(), [low, high])
+    return (float(lo), float(hi)) if hi > lo else (float(lo), float(lo) + 1.0)
+
+
+def window(volume: Volume, lo: float, hi: float, out: tuple[float, float] = (0.0, 1.0)) -> Volume:
+    """Intensities clipped to [lo, hi] and mapped linearly to ``out``; float32.
+
+    Raises:
+        VolumeError: not lo < hi.
+    """
+    if not lo < hi:
+        raise VolumeError(f"the window is [{lo}, {hi}]; expected two increasing numbers")
+    data = volume.data.to(torch.float32, copy=True).clamp_(lo, hi)
+    return volume.with_data(data.sub_(lo).mul_((out[1] - out[0]) / (hi - lo)).add_(out[0]))
+
+
+def zscore(volume: Volume, *, nonzero: bool = False) -> Volume:
+    """Zero mean and unit (population) variance per channel; float32. A constant channel becomes zero.
+
+    Args:
+        volume: (C, D, H, W).
+        nonzero: whether only non-zero voxels count and change, as for skull-stripped brains.
+    """
+    data = volume.data.to(torch.float32, copy=True)
+    for channel in data:
+        mask = channel != 0 if nonzero else torch.ones_like(channel, dtype=torch.bool)
+        values = channel[mask]
+        if values.numel():
+            std, mean = torch.std_mean(values.double(), correction=0)
+            channel[mask] = ((values - mean) / (std if std > 0 else 1.0)).float()
+    return volume.with_data(data)
+
+
+def crop_or_pad(volume: Volume, size: Sequence[int], value: float = 0.0, start: Sequence[int] | None = None) -> Volume:
+    """Exactly ``size`` voxels (d, h, w), cut or padded.
+
+    Args:
+        volume: (C, D, H, W).
+        size: voxels (d, h, w).
+        value: intensity of padded voxels.
+        start: first voxel (d, h, w), may be negative; default: voxel ``n // 2`` becomes voxel ``size // 2``, so that
+            a crop undoes a pad.
+
+    Raises:
+        VolumeError: a size that is not positive.
+    """
+    if len(size) != 3 or min(size) < 1:
+        raise VolumeError(f"size is {list(size)}; expected three positive numbers of voxels (d, h, w)")
+    target = volume.grid.part(
+        [n // 2 - m // 2 for n, m in zip(volume.size, size, strict=True)] if start is None else start, size
+    )
+    return sample(volume, target, "nearest", value)
+
+
+def crop_foreground(volume: Volume, threshold: float = 0.0, margin: int = 0) -> Volume:
+    """The smallest box that holds every voxel above ``threshold`` in any channel, widened by ``margin`` voxels within
+    the volume.
+
+    Raises:
+        VolumeError: no voxel is above the threshold.
+    """
+    mask = (volume.data > threshold).any(dim=0)
+    start, size = [], []
+    for axis, others in enumerate(((1, 2), (0, 2), (0, 1))):
+        used = torch.nonzero(mask.any(dim=others[1]).any(dim=others[0])).flatten().tolist()
+        if not used:
+            raise VolumeError(
+                f"{volume.source}: no voxel above {threshold:g}; the largest is {volume.data.max().item():g}"
+            )
+        start.append(max(0, used[0] - margin))
+        size.append(min(volume.size[axis] - 1, used[-1] + margin) - start[-1] + 1)
+    return crop_or_pad(volume, size, start=start)
+
+
+def card_input(source: Any) -> dict[str, Any]:
+    """The ``input`` block of a model, a weight card, a tag, or the block itself."""
+    if isinstance(source, str):
+        from medgmae.hub import weight_card
+
+        source = weight_card(source)
+    block = getattr(source, "input", None) or source
+    config = getattr(source, "config", None)
+    if isinstance(config, dict):
+        block = (config.get("card") or {}).get("input")
+    if not isinstance(block, dict) or not block:
+        what = (
+            f"the model {config.get('architecture')!r} without a weight card"
+            if isinstance(config, dict)
+            else repr(source)
+        )
+        raise VolumeError(
+            f"{what} says nothing about its input; expected a tag, a card, "
+            "a model that was built from one, or an input block"
+        )
+    return block
+
+
+def create_transform(source: Any, *, whole: bool = False) -> Any:
+    """The preparation that a checkpoint was trained with, as a callable ``path | Volume -> Volume``; see
+    ``Preparation``.
+
+    Args:
+        source: a tag (``"vit_large_patch16_256.tangerine"``), a weight card, a model with ``config["card"]``, or an
+            ``input`` block.
+        whole: keep the whole field of view for a sliding window, instead of the card's centre crop.
+
+    Raises:
+        VolumeError: the source has no ``input`` block, or the block is not valid.
+    """
+    from .preparation import Preparation
+
+    return Preparation(card_input(source), whole=whole)
