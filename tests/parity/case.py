@@ -59,21 +59,24 @@ class Case:
     def offer(self, name: str, actual: Tensor, *keys: str, tolerance: Tolerance | None = None) -> None:
         """Compare a value with the output of that name, if the case has one.
 
-        Integers are compared exactly; floats within ``tolerance``, by default what the JSON states for ``name`` or for
-        the first of ``keys`` that it knows.
+        Within ``tolerance``; by default integers exactly, floats as the JSON states it for ``name`` or for the first of
+        ``keys`` that it knows.
         """
         if not self.has(name):
             return
         self._left.discard(name)
-        self.equal(name, actual, self.outputs[name], tolerance or self.tolerance(name, *keys))
+        expected = self.outputs[name]
+        if tolerance is None:
+            tolerance = self.tolerance(name, *keys) if expected.is_floating_point() else EXACT
+        self.equal(name, actual, expected, tolerance)
 
     def equal(self, what: str, actual: Tensor, expected: Tensor, tolerance: Tolerance = EXACT) -> None:
-        """Compare two tensors: shapes, then values; tolerances apply to floats."""
+        """Compare two tensors: shapes, then values."""
         self._compared += 1
         if actual.numel() == expected.numel() == 1:
             actual = actual.reshape(expected.shape)
         assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-        atol, rtol = tolerance if expected.is_floating_point() else EXACT
+        atol, rtol = tolerance
         torch.testing.assert_close(
             actual.detach().double(), expected.double(), atol=atol, rtol=rtol, msg=lambda text: f"{what}: {text}"
         )
