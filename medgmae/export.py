@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -169,7 +170,8 @@ def _card_sections(card: Mapping[str, Any]) -> list[str]:
         if card.get(name):
             sections.append(f"**{title}:** {card[name]}")
     if card.get("input"):
-        rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in card["input"].items())
+        stated = {key: value for key, value in card["input"].items() if value not in (None, [])}
+        rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in stated.items())
         sections.append(f"## Input\n\n| | |\n|---|---|\n{rows}")
     if card.get("citation"):
         sections.append(f"## Citation\n\n{card['citation']}")
@@ -226,6 +228,7 @@ def _write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
         raise OSError(str(error)) from error
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / README_FILE).write_text(model_readme(config), encoding="utf-8")
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors makes files that only the owner may read
     for path in folder.iterdir():
         with path.open("rb+") as stream:
             os.fsync(stream.fileno())

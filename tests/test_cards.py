@@ -37,7 +37,7 @@ def test_card_says_what_a_user_must_know(tag: str) -> None:
     card = weight_card(tag)
     assert card.notes
     assert card.training_data
-    assert card.citation
+    assert card.citation or card.availability == "package"  # what ships is our own and asks for no citation
     if card.availability == "none":
         assert "weights" in card.notes  # says in words that there are none
     else:

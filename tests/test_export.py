@@ -87,6 +87,7 @@ def test_saving_again_replaces_and_keeps_other_files(tmp_path: Path) -> None:
     assert same(load_file(tmp_path / "model.safetensors"), other)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"README.md", "config.json", "log.txt", "model.safetensors"}
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # as readable as any file of the user's
 
 
 class Awkward(torch.nn.Module):
