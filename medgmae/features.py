@@ -93,7 +93,7 @@ def extract_features(
         volume: (C, D, H, W), preprocessed.
         window: voxels (d, h, w) that the model sees at once, multiples of the patch: "model" for the size it was built
             for, an int for a cube, None for the whole scan in one pass.
-        overlap: share of a window that it has in common with the next, 0 to below 1.
+        overlap: least share of a window that it has in common with the next, 0 to below 1.
         blend: how overlapping windows are averaged: "gaussian" trusts the middle of a window more than its rim.
         resize: first resample the scan to the window's size, changing its proportions; one pass then.
         outside: intensity of the padding, in the units of the volume.
@@ -155,7 +155,8 @@ def _lay_out(size: Grid, patch: Grid, window: Grid | None, overlap: float) -> _L
     grid = tuple(map(max, needed, tokens))
     starts = []
     for total, width in zip(grid, tokens, strict=True):
-        steps = math.ceil((total - width) / max(1, round(width * (1 - overlap))))
+        stride = max(1, math.floor(width * (1 - overlap) + 1e-6))
+        steps = math.ceil((total - width) / stride)
         starts.append(tuple(round(i * (total - width) / max(steps, 1)) for i in range(steps + 1)))
     return _Layout(size, patch, tokens, grid, tuple(starts))
 
