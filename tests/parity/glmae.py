@@ -299,9 +299,9 @@ def key_mapping(case: Case) -> None:
         else:
             model = medgmae.ViT(**size)
         # The list is an excerpt; the other names of a complete model come with the same prefix.
-        spelled = {name: given for given, name in result["kept"].items()}
-        prefix = spelled["cls_token"].removesuffix("cls_token")
-        state = {prefix + name: torch.randn(*shape) for name, shape in official.items()}
+        spelled = {name: given for given, name in result["kept"].items() if name in official}
+        prefix = next((given.removesuffix(name) for name, given in spelled.items()), "")
+        state = {spelled.get(name, prefix + name): torch.randn(*shape) for name, shape in official.items()}
         state |= {key: torch.randn(4, 4) for key in keys if key not in state}
         case.spec["container"] = {"layout": {result["entry"]: "weights/*", "epoch": 1600, "args": "Namespace"}}
         report = medgmae.load_pretrained(model, write_file(case, state), source_grid=(2, 2, 2))
