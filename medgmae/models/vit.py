@@ -199,7 +199,7 @@ class ViT(nn.Module):
         positions = self._positions(self.pos_embed, self.grid, self._grid_of(x))  # (1, N, E)
         tokens = self.patch_embed(x, keep)  # (B, n, E)
         if keep is not None:
-            positions = take_tokens(positions.expand(len(keep), -1, -1), keep)
+            positions = take_tokens(positions.expand(keep.shape[0], -1, -1), keep)
         tokens = tokens + positions
         if self.cls_token is not None:
             tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
