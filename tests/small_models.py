@@ -1,0 +1,70 @@
+"""Small builds of every registered architecture, for tests."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import medgmae
+
+
+@functools.cache
+def full_size(name: str) -> Any:
+    """The registered architecture itself, without storage."""
+    with torch.device("meta"):
+        return medgmae.create_model(name)
+
+
+def encoder_of(model: nn.Module) -> Any:
+    """The model, or the encoder in it."""
+    return getattr(model, "encoder", model)
+
+
+def size_of(name: str, grid: tuple[int, ...] = (2, 2, 2)) -> tuple[int, ...]:
+    """Voxels per axis of an input with so many patches per axis (the last ones of ``grid`` for images)."""
+    patch = encoder_of(full_size(name)).patch_size
+    return tuple(g * p for g, p in zip(grid[-len(patch) :], patch, strict=True))
+
+
+def small(name: str, **overrides: Any) -> Any:
+    """A registered architecture with narrow, few blocks and two patches per axis; random numbers everywhere.
+
+    The tables and tokens that start at zero, or fixed, get values, so that nothing can hide behind a zero.
+    """
+    options: dict[str, Any] = {"img_size": size_of(name), "depth": 2, "embed_dim": 24, "num_heads": 2}
+    if hasattr(full_size(name), "decoder"):
+        options |= {"decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 2}
+    model = medgmae.create_model(name, **{**options, **overrides})
+    return randomize(model)
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Add noise to every parameter, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def volume(name: str, batch: int = 2, grid: tuple[int, ...] = (2, 2, 2), chans: int | None = None) -> Tensor:
+    """A random input for :func:`small`."""
+    chans = chans or encoder_of(full_size(name)).in_chans
+    return torch.rand(batch, chans, *size_of(name, grid), generator=torch.Generator().manual_seed(batch))
+
+
+def state_copy(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state, detached from later changes."""
+    return copy.deepcopy(dict(model.state_dict()))
+
+
+def assert_same_state(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    state = model.state_dict()
+    assert list(state) == list(expected)
+    different = [name for name, value in expected.items() if not torch.equal(state[name], value)]
+    assert not different, different

@@ -1,0 +1,370 @@
+"""What every registered model must do. A new model is tested here by being registered."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import assert_same_state, encoder_of, full_size, randomize, size_of, small, state_copy, volume
+from torch import Tensor, nn
+
+import medgmae
+from medgmae.masking import Masking
+
+NAMES = medgmae.list_models()
+ENCODERS = [name for name in NAMES if not hasattr(full_size(name), "decoder")]
+AUTOENCODERS = [name for name in NAMES if hasattr(full_size(name), "decoder")]
+OTHER_GRID = (1, 3, 2)
+
+every = pytest.mark.parametrize("name", NAMES)
+every_encoder = pytest.mark.parametrize("name", ENCODERS)
+every_autoencoder = pytest.mark.parametrize("name", AUTOENCODERS)
+
+
+def masking_for(x: Tensor, model: nn.Module) -> Masking:
+    """A fixed masking of an input."""
+    patch = encoder_of(model).patch_size
+    tokens = math.prod(s // p for s, p in zip(x.shape[2:], patch, strict=True))
+    noise = torch.linspace(0, 1, len(x) * tokens).reshape(tokens, len(x)).T
+    return medgmae.random_masking(len(x), tokens, 0.5, noise=(noise * 7919) % 1)
+
+
+def run(model: Any, x: Tensor) -> Tensor:
+    """The tensor that a model computes: pooled vector, logits or prediction."""
+    return model(x, masking_for(x, model)).pred if hasattr(model, "decoder") else model(x)
+
+
+def loss_of(model: Any, x: Tensor) -> Tensor:
+    """A scalar that depends on every trained parameter."""
+    return model(x, masking_for(x, model)).loss if hasattr(model, "decoder") else model(x).square().sum()
+
+
+def test_there_are_encoders_and_autoencoders() -> None:
+    assert len(ENCODERS) >= 12
+    assert len(AUTOENCODERS) >= 11
+
+
+@every
+def test_the_registered_size_runs_without_storage(name: str) -> None:
+    model = full_size(name)
+    encoder = encoder_of(model)
+    assert tuple(s // p for s, p in zip(encoder.img_size, encoder.patch_size, strict=True)) == encoder.grid
+    x = torch.empty(1, encoder.in_chans, *encoder.img_size, device="meta")
+    assert encoder.forward_features(x).shape == (
+        1,
+        encoder.num_prefix_tokens + encoder.pos_embed.shape[1],
+        encoder.embed_dim,
+    )
+    assert model.config["architecture"] == name
+    assert medgmae.create_model.__doc__
+    if hasattr(model, "decoder"):
+        tokens = torch.empty(
+            1, encoder.num_prefix_tokens + encoder.pos_embed.shape[1], encoder.embed_dim, device="meta"
+        )
+        length = encoder.in_chans * torch.Size(encoder.patch_size).numel()
+        assert model.decoder(tokens).shape == (1, encoder.pos_embed.shape[1], length)
+
+
+@every_encoder
+def test_encoder_shapes(name: str) -> None:
+    model, x = small(name, num_classes=5).eval(), volume(name)
+    tokens = model.forward_features(x)
+    patches = 2 ** len(model.patch_size)
+    assert tokens.shape == (2, model.num_prefix_tokens + patches, 24)
+    assert model(x).shape == (2, 5)
+    assert model.forward_head(tokens, pre_logits=True).shape == (2, model.num_features)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), model.forward_head(tokens, pre_logits=True))
+
+
+@every_autoencoder
+def test_autoencoder_shapes(name: str) -> None:
+    model, x = small(name), volume(name)
+    masking = masking_for(x, model)
+    out = model(x, masking)
+    length = x.shape[1] * torch.Size(model.encoder.patch_size).numel()
+    assert out.loss.shape == ()
+    assert out.pred.shape == (2, masking.mask.shape[1], length)
+    assert torch.equal(out.mask, masking.mask)
+    assert model.reconstruct(x, masking).shape == x.shape
+
+
+@every
+def test_every_trained_parameter_gets_a_gradient(name: str) -> None:
+    model = small(name, **({} if name in AUTOENCODERS else {"num_classes": 3}))
+    loss_of(model, volume(name)).backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert [n for n, p in trained.items() if p.grad is None or not p.grad.any()] == []
+    assert [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None] == []
+    tables = {n for n in dict(model.named_parameters()) if n.endswith("pos_embed")}
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} <= tables
+
+
+@every
+def test_a_saved_model_comes_back_exactly(name: str, tmp_path: Path) -> None:
+    model, x = small(name).eval(), volume(name)
+    medgmae.save_pretrained(model, tmp_path)
+    again: Any = medgmae.create_model(f"local-dir:{tmp_path}").eval()
+    assert_same_state(again, state_copy(model))
+    assert torch.equal(run(again, x), run(model, x))
+    assert {k: p.requires_grad for k, p in again.named_parameters()} == {
+        k: p.requires_grad for k, p in model.named_parameters()
+    }
+    other = randomize(small(name), seed=5)
+    medgmae.load_pretrained(other, tmp_path)
+    assert_same_state(other, state_copy(model))
+
+
+@every
+def test_another_size_at_run_time_equals_one_at_construction(name: str) -> None:
+    model = small(name).eval()
+    resized = small(name, img_size=size_of(name, OTHER_GRID)).eval()
+    report = medgmae.load_pretrained(resized, model.state_dict(), source_grid=model_grid(model))
+    assert "pos_embed" in " ".join(report.resized)
+    x = volume(name, grid=OTHER_GRID)
+    with torch.no_grad():
+        torch.testing.assert_close(run(model, x), run(resized, x), atol=1e-6, rtol=1e-5)
+        first = run(model, x)
+        run(model, volume(name))  # the table of the other grid is kept for the next call, and not for another grid
+        assert torch.equal(run(model, x), first)
+    torch.testing.assert_close(run(model, x), first)  # with gradients the table is resampled anew
+
+
+def model_grid(model: nn.Module) -> tuple[int, ...]:
+    """Patch grid of the model's table."""
+    return tuple(encoder_of(model).grid)
+
+
+@every
+def test_sizes_that_do_not_fit_are_refused(name: str) -> None:
+    model, x = small(name), volume(name)
+    with pytest.raises(ValueError, match="multiple of the patch"):
+        model(x[..., :-1])
+    with pytest.raises(ValueError, match="in_chans=") as error:
+        encoder_of(model)(torch.cat([x, x], 1))
+    assert str(2 * x.shape[1]) in str(error.value)
+    with pytest.raises(ValueError, match="input must be"):
+        encoder_of(model)(x[0])
+
+
+@every
+def test_other_channels(name: str) -> None:
+    chans = encoder_of(full_size(name)).in_chans + 2
+    model = small(name, in_chans=chans)
+    x = volume(name, chans=chans)
+    loss_of(model, x).backward()
+    other = small(name)
+    report = medgmae.load_pretrained(encoder_of(model), encoder_of(other).state_dict())
+    assert "channels" in report.adapted["patch_embed.proj.weight"]
+    one = volume(name)[:, :1]
+    many = one.expand(-1, chans, *one.shape[2:])
+    few = one.expand(-1, chans - 2, *one.shape[2:])
+    torch.testing.assert_close(
+        encoder_of(model).forward_features(many), encoder_of(other).forward_features(few), atol=1e-4, rtol=1e-4
+    )
+
+
+@every
+def test_float64_agrees_with_float32(name: str) -> None:
+    model, x = small(name).eval(), volume(name, grid=OTHER_GRID)
+    single = run(model, x)
+    double = run(model.double(), x.double())
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(single, double.float(), atol=1e-4, rtol=1e-4)
+
+
+@every
+def test_autocast_to_bfloat16(name: str) -> None:
+    model, x = small(name), volume(name, grid=OTHER_GRID)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, x)
+        half = run(model, x)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    full = run(model, x)
+    assert (half.float() - full).norm() < 0.05 * full.norm()
+
+
+@every
+def test_export_with_any_batch(name: str) -> None:
+    model, x = small(name).eval(), volume(name, grid=OTHER_GRID)
+    batch, other = torch.export.Dim("batch", min=1, max=64), volume(name, batch=3, grid=OTHER_GRID)
+    if hasattr(model, "decoder"):
+        shapes = {"x": {0: batch}, "masking": Masking({0: batch}, {0: batch}, {0: batch})}
+        program = torch.export.export(model, (x, masking_for(x, model)), dynamic_shapes=shapes).module()
+        masking = masking_for(other, model)
+        torch.testing.assert_close(program(other, masking).pred, model(other, masking).pred)
+    else:
+        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
+        torch.testing.assert_close(program(other), model(other))
+
+
+@every
+def test_dynamo_sees_one_graph(name: str) -> None:
+    torch.compiler.reset()
+    model, x = small(name), volume(name, grid=OTHER_GRID)
+    arguments = (x, masking_for(x, model)) if hasattr(model, "decoder") else (x,)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    for ours, plain in zip(compiled(*arguments), model(*arguments), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_an_autoencoder_compiles_with_its_gradients() -> None:
+    torch.compiler.reset()
+    model, x = small("mae_vit_nano_patch8_32"), volume("mae_vit_nano_patch8_32", grid=OTHER_GRID)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(loss_of(model, x), trained)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x, masking_for(x, model)).loss, trained)
+    for ours, plain in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-3)
+
+
+def test_inductor_computes_the_same() -> None:
+    torch.compiler.reset()
+    model, x = small("vit_nano_patch8_32", depth=1).eval(), volume("vit_nano_patch8_32", grid=OTHER_GRID)
+    with torch.no_grad():
+        compiled: Any = torch.compile(model, fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+@every
+def test_checkpointing_changes_no_gradient(name: str) -> None:
+    model, x = small(name), volume(name)
+    plain = torch.autograd.grad(loss_of(model, x), [p for p in model.parameters() if p.requires_grad])
+    calls: list[str] = []
+    encoder_of(model).blocks[0].register_forward_pre_hook(lambda *_: calls.append("forward"))
+    encoder_of(model).set_grad_checkpointing()
+    saved = torch.autograd.grad(loss_of(model, x), [p for p in model.parameters() if p.requires_grad])
+    assert len(calls) == 2  # once forward, once more for the backward pass
+    for a, b in zip(saved, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@every
+def test_intermediates(name: str) -> None:
+    model, x = encoder_of(small(name)), volume(name, grid=OTHER_GRID)
+    grid = OTHER_GRID[-len(model.patch_size) :]
+    tokens, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(tokens, model.forward_features(x))
+    assert [m.shape for m in maps] == [(2, 24, *grid)] * 2
+    _, (last,) = model.forward_intermediates(x, indices=1, norm=True)
+    patches = tokens[:, model.num_prefix_tokens :]
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2), patches)
+    _, chosen = model.forward_intermediates(x, indices=[-1, 0])
+    assert torch.equal(chosen[0], maps[1])
+    assert torch.equal(chosen[1], maps[0])
+    (image, prefix) = model.forward_intermediates(x, indices=[1], return_prefix_tokens=True)[1][0]
+    assert torch.equal(image, maps[1])
+    assert prefix.shape == (2, model.num_prefix_tokens, 24)
+    for wrong in ([2], [-3], 3, 0, -1):
+        with pytest.raises(ValueError, match="valid: -2 to 1"):
+            model.forward_intermediates(x, indices=wrong)
+
+
+@every
+def test_keeping_all_patches_permuted_equals_gathering(name: str) -> None:
+    model, x = encoder_of(small(name)).eval(), volume(name, grid=OTHER_GRID)
+    count = torch.Size(OTHER_GRID[-len(model.patch_size) :]).numel()
+    keep = torch.stack([torch.randperm(count), torch.randperm(count)])
+    p = model.num_prefix_tokens
+    tokens, kept = model.forward_features(x), model.forward_features(x, keep=keep)
+    gathered = tokens[:, p:].gather(1, keep.unsqueeze(-1).expand(-1, -1, 24))
+    torch.testing.assert_close(kept, torch.cat([tokens[:, :p], gathered], 1), atol=1e-5, rtol=1e-4)
+    few = model.forward_features(x, keep=keep[:, :2])
+    assert few.shape == (2, p + 2, 24)
+    hidden = x.clone()
+    mask = torch.ones(2, count).scatter(1, keep[:, :2], 0.0)
+    cut = medgmae.patchify(hidden, model.patch_size) * (1 - mask.unsqueeze(-1))
+    hidden = medgmae.unpatchify(cut, model.patch_size, OTHER_GRID[-len(model.patch_size) :], x.shape[1])
+    assert torch.equal(model.forward_features(hidden, keep=keep[:, :2]), few)  # hidden voxels are never read
+
+
+@every
+def test_copies_and_pickles_compute_the_same(name: str) -> None:
+    model, x = small(name).eval(), volume(name, grid=OTHER_GRID)
+    with torch.no_grad():
+        expected = run(model, x)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(run(other, x), expected)
+            randomize(other, seed=3)
+            assert not torch.equal(run(other, x), expected)
+        assert torch.equal(run(model, x), expected)
+
+
+@every
+def test_a_state_dictionary_goes_through_torch_save(name: str) -> None:
+    model, buffer = small(name), io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = randomize(small(name), seed=9)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert_same_state(other, state_copy(model))
+
+
+@every
+def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
+    model, x = small(name).eval(), volume(name, batch=3)
+    masking = masking_for(x, model)
+    for i in range(3):
+        if hasattr(model, "decoder"):
+            one = model(x[i : i + 1], Masking(*(t[i : i + 1] for t in masking))).pred
+            torch.testing.assert_close(one, model(x, masking).pred[i : i + 1], atol=1e-5, rtol=1e-4)
+        else:
+            torch.testing.assert_close(model(x[i : i + 1]), model(x)[i : i + 1], atol=1e-5, rtol=1e-4)
+
+
+@every
+def test_drop_path_acts_in_training_only(name: str) -> None:
+    model, x = small(name, drop_path=0.9), volume(name, batch=8)
+    assert [block.drop_path.p for block in encoder_of(model).blocks] == [0.0, 0.9]
+    x = x[:1].expand(8, *x.shape[1:])
+    tokens = encoder_of(model).forward_features(x)
+    assert not all(torch.equal(tokens[0], other) for other in tokens)
+    model.eval()
+    assert torch.equal(run(model, x), run(model, x))
+    plain = small(name).eval()
+    assert torch.equal(run(model, x), run(plain, x))
+
+
+@every_encoder
+@pytest.mark.parametrize("pool", ["cls", "avg", "cat"])
+def test_pooling(name: str, pool: str) -> None:
+    model, x = small(name, pool=pool).eval(), volume(name)
+    tokens = model.forward_features(x)
+    cls, mean = tokens[:, 0], tokens[:, 1:].mean(1)
+    pooled = {"cls": cls, "avg": mean, "cat": torch.cat([cls, mean], 1)}[pool]
+    assert model.num_features == pooled.shape[1]
+    torch.testing.assert_close(model(x), model.fc_norm(pooled))
+    assert isinstance(model.fc_norm, nn.Identity) == (pool == "cls")
+
+
+@every_encoder
+def test_without_class_token(name: str) -> None:
+    model, x = small(name, class_token=False, pool="avg", fc_norm=False), volume(name)
+    assert model.forward_features(x).shape[1] == model.pos_embed.shape[1]
+    torch.testing.assert_close(model(x), model.forward_features(x).mean(1))
+    with pytest.raises(ValueError, match="needs a class token"):
+        small(name, class_token=False)
+
+
+@every_encoder
+def test_resetting_the_classifier_keeps_the_features(name: str, tmp_path: Path) -> None:
+    model, x = small(name, num_classes=3, pool="avg", head_hidden=(6,)).double().eval(), volume(name).double()
+    features = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.reset_classifier(7)
+    assert model.num_classes == 7
+    assert model(x).shape == (2, 7)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model.forward_head(model.forward_features(x), pre_logits=True), features)
+    medgmae.save_pretrained(model, tmp_path)
+    again: Any = medgmae.create_model(f"local-dir:{tmp_path}").eval()
+    torch.testing.assert_close(again(x.float()), model(x).float(), atol=1e-5, rtol=1e-4)
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), nn.Identity)
