@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def _build(
 ) -> nn.Module:
     builder = model_builder(architecture)
     # Without storage there is nothing to initialise and nothing to copy: the tensors of the file become the parameters.
-    with torch.device("meta" if source is not None else torch.get_default_device()):
+    with torch.device("meta") if source is not None else nullcontext():
         model = builder(**model_args)
     described: Any = model  # nn.Module declares its attributes as tensors or modules
     described.config = {
