@@ -94,6 +94,10 @@ def _published(card: WeightCard) -> bool:
 def _from_saved(
     name: str, pretrained: bool | str | None, overrides: dict[str, Any], loading: dict[str, Any]
 ) -> nn.Module:
+    if isinstance(pretrained, str):
+        raise ValueError(
+            f"{name} brings its own weights; drop pretrained={pretrained!r}, or name the architecture itself"
+        )
     fitting = ("strict", "source_grid", "inflate")
     opened = hub.open_source(name, **{key: value for key, value in loading.items() if key not in fitting})
     config = opened.config or {}

@@ -94,10 +94,12 @@ def _nothing(what: str) -> str:
     """Why ``what`` is neither a name nor a file, with the nearest names."""
     import medgmae
 
+    if len(Path(what).parts) > 1 or Path(what).suffix in (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors"):
+        return f"{what}: no such file or folder"
     try:
         medgmae.weight_card(what) if "." in what else medgmae.create_model(what, pretrained=False)
     except (medgmae.WeightsError, ValueError) as error:
-        return f"{error} There is no file of that name either".replace(".. ", ". ")
+        return f"{str(error).rstrip('.')}. There is no file of that name either"
     raise AssertionError(what)
 
 
