@@ -53,7 +53,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         head = file.read(16)
     if path.suffix == ".safetensors" or head[8:10] == b'{"':
         return _read_safetensors(path)
-    return find_state(_torch_load(path), str(path))
+    found = find_state(_torch_load(path), str(path))
+    hollow = [name for name, tensor in found.state.items() if tensor.is_meta]
+    if hollow:
+        raise WeightsError(
+            f"{path}: {len(hollow)} tensors have a shape but no values, {hollow[0]!r} for one. Save the state dictionary "
+            "again when every tensor is in memory (gathered from all processes, not on the meta device)"
+        )
+    return found
 
 
 def _read_safetensors(path: Path) -> Checkpoint:

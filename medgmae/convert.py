@@ -87,7 +87,16 @@ class _File:
         return any(name.startswith(prefix) for name in self.rest)
 
     def tensor(self, name: str) -> Tensor:
+        if name not in self.rest:
+            raise WeightsError(f"{self.origin}: has no {name!r}; the file is incomplete, fetch or export it again")
         return self.rest[name][1]
+
+    def table(self, name: str) -> Tensor:
+        """A table of positions or a token, (1, N, E)."""
+        tensor = self.tensor(name)
+        if tensor.dim() != 3 or len(tensor) != 1:
+            raise WeightsError(f"{self.origin}: {name!r} has shape {tuple(tensor.shape)}, expected (1, rows, width)")
+        return tensor
 
     def take(self, name: str, ours: str, tensor: Tensor | None = None) -> None:
         """Move an entry to its place, with another tensor if one is given."""
@@ -139,7 +148,7 @@ def convert(
     """
     file = _File(state, origin, target, source_grid)
     if config is not None:
-        _own(file, tuple(config["grid"]))
+        _own(file, config["grid"])
     elif file.has("encoder_pos_embed"):
         _mae3d(file)
     elif file.has("encoder.pos_embed") and file.has("decoder.mask_token"):
@@ -159,13 +168,18 @@ def convert(
     return file.out
 
 
-def _own(file: _File, grid: Grid | None) -> None:
-    """Our own names; an encoder's file has them without ``encoder.``."""
+def _own(file: _File, grid: Any) -> None:
+    """Our own names; an encoder's file has them without ``encoder.``. ``grid`` is the config's, if there is one."""
     file.out.source = "medgmae"
     prefix = "" if file.has_any("encoder.") else "encoder."
-    rows = file.tensor("encoder.pos_embed" if not prefix else "pos_embed").shape[1]
-    dims = len(grid) if grid else _dims(file, f"{'' if prefix else 'encoder.'}{STEM}")
-    file.out.grid = grid or _grid(file, rows, dims, class_row=False)[0]
+    rows = file.table("encoder.pos_embed" if not prefix else "pos_embed").shape[1]
+    if grid is None:
+        dims = _dims(file, f"{'' if prefix else 'encoder.'}{STEM}")
+        file.out.grid = _grid(file, rows, dims, class_row=False)[0]
+    elif isinstance(grid, list) and all(type(n) is int and n > 0 for n in grid) and math.prod(grid) == rows:
+        file.out.grid = tuple(grid)
+    else:
+        raise WeightsError(f"{file.origin}: the config's grid is {grid!r}, the table of positions has {rows} rows")
     file.take_all(lambda name: prefix + name)
 
 
@@ -182,13 +196,13 @@ def _plain(file: _File, source: str) -> None:
     _linear_stem(file, STEM)
     dims = _dims(file, STEM)
     _fold_layer_scale(file)
-    table = file.tensor("pos_embed")
+    table = file.table("pos_embed")
     grid, class_row = _grid(file, table.shape[1], dims, class_row=file.has("cls_token"))
     _take_table(file, class_row)
-    if not file.has("patch_embed.proj.bias"):
+    if not file.has("patch_embed.proj.bias") and file.has_any("norm_pre."):  # CLIP's encoders have none
         file.out.state["encoder.patch_embed.proj.bias"] = torch.zeros(file.tensor(STEM).shape[0])
     if has_decoder:
-        rows = file.tensor("decoder_pos_embed").shape[1] if file.has("decoder_pos_embed") else 0
+        rows = file.table("decoder_pos_embed").shape[1] if file.has("decoder_pos_embed") else 0
         _take_decoder_table(file, rows - math.prod(grid))
         file.out.expects["decoder.sigmoid"] = sigmoid
     file.out.grid = grid
@@ -228,15 +242,14 @@ def _mae3d(file: _File) -> None:
     """``MAE3D`` of SelfMedMAE and MedGMAE: tables beside the encoder, ``encoder_to_decoder`` as the bridge."""
     stem = f"encoder.{STEM}"
     _linear_stem(file, stem)
-    weight = file.tensor(stem)
+    weight, table = file.tensor(stem), file.table("encoder_pos_embed")
     if weight.dim() == 4 and weight.shape[1] > 1:
         raise WeightsError(
             f"{file.origin}: a 2D masked autoencoder of SelfMedMAE with {weight.shape[1]} channels stores its patches "
             "in a scrambled channel order, which is not supported; files with one channel are"
         )
-    rows = file.tensor("encoder_pos_embed").shape[1]
-    grid, class_row = _grid(file, rows, weight.dim() - 2, class_row=weight.dim() == 4)
-    file.take("encoder_pos_embed", "encoder.pos_embed", file.tensor("encoder_pos_embed")[:, int(class_row) :])
+    grid, class_row = _grid(file, table.shape[1], _dims(file, stem), class_row=weight.dim() == 4)
+    file.take("encoder_pos_embed", "encoder.pos_embed", table[:, int(class_row) :])
     gaussian = file.has("gaussian_query_tokens")
     if gaussian:
         for prefix in ("decoder", "mask_token", "gaussian_query_tokens", "encoder_to_decoder"):
@@ -246,7 +259,7 @@ def _mae3d(file: _File) -> None:
         file.out.expects["decoder.sigmoid"] = False
     file.out.grid = grid
     file.out.source = "MedGMAE" if gaussian else "MAE3D of SelfMedMAE or MedGMAE"
-    if file.has("encoder_to_decoder.weight") and not file.has("encoder_to_decoder.bias"):
+    if weight.dim() == 4 and file.has("encoder_to_decoder.weight") and not file.has("encoder_to_decoder.bias"):
         file.out.state["decoder.embed.bias"] = torch.zeros(file.tensor("encoder_to_decoder.weight").shape[0])
     moved = {"encoder_to_decoder.weight": "decoder.embed.weight", "encoder_to_decoder.bias": "decoder.embed.bias"}
     file.take_all(lambda name: "decoder.mask_token" if name == "mask_token" else moved.get(name, name))
@@ -254,9 +267,10 @@ def _mae3d(file: _File) -> None:
 
 def _linear_stem(file: _File, name: str) -> None:
     """Turn a linear patch weight (E, ph * pw * pd * C) into a convolution's (E, C, ph, pw, pd), exactly."""
-    full, weight = file.rest[name]
+    weight = file.tensor(name)
     if weight.dim() != 2:
         return
+    full = file.rest[name][0]
     if file.target is not None:
         patch, channels = file.target.patch_size, file.target.in_chans
     else:
@@ -278,16 +292,21 @@ def _fold_layer_scale(file: _File) -> None:
         linear = f"{block}.{'attn.proj' if branch == 'ls1' else 'mlp.fc2'}"
         gamma = file.tensor(name)
         for part, factor in ((f"{linear}.weight", gamma[:, None]), (f"{linear}.bias", gamma)):
-            full, tensor = file.rest[part]
-            file.rest[part] = (full, tensor * factor)
+            tensor = file.tensor(part)
+            if gamma.shape != tensor.shape[:1]:
+                raise WeightsError(f"{file.origin}: {name!r} of shape {tuple(gamma.shape)} does not fit {part!r}")
+            file.rest[part] = (file.rest[part][0], tensor * factor)
         file.out.unused[file.rest.pop(name)[0]] = f"folded into {linear}"
 
 
 def _take_table(file: _File, class_row: bool) -> None:
     """The encoder's table; its class row goes into the class token, which is where it would be added anyway."""
-    table = file.tensor("pos_embed")
+    table = file.table("pos_embed")
     if class_row:
-        file.take("cls_token", "encoder.cls_token", file.tensor("cls_token") + table[:, :1])
+        token = file.table("cls_token")
+        if token.shape != table[:, :1].shape:
+            raise WeightsError(f"{file.origin}: 'cls_token' is {tuple(token.shape)}, not as wide as the table")
+        file.take("cls_token", "encoder.cls_token", token + table[:, :1])
         table = table[:, 1:]
     file.take("pos_embed", "encoder.pos_embed", table)
 
@@ -301,7 +320,7 @@ def _take_decoder_table(file: _File, prefix_rows: int) -> None:
             f"{file.origin}: the decoder's table has {file.tensor('decoder_pos_embed').shape[1]} rows, which does not "
             "fit the encoder's"
         )
-    table = file.tensor("decoder_pos_embed")
+    table = file.table("decoder_pos_embed")
     prefix = table[:, :1] if prefix_rows else torch.zeros(1, 1, table.shape[2])
     file.out.state["decoder.prefix_pos_embed"] = prefix.to(table.dtype)
     file.take("decoder_pos_embed", "decoder.pos_embed", table[:, prefix_rows:])

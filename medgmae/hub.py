@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,10 @@ log = logging.getLogger("medgmae")
 
 # Names that belong to a task rather than to the encoder: never required, dropped when they do not fit.
 HEAD = ("encoder.head.", "encoder.fc_norm.")
+
+# What can be fitted to another model.
+TABLES = ("encoder.pos_embed", "decoder.pos_embed")
+STEM = "encoder.patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,11 @@ class _Plan:
         if slot is None:
             self._leave_out(ours)
             return
+        hollow = tensor.is_meta and not slot.is_meta
+        if hollow or tensor.layout != torch.strided or tensor.is_floating_point() != slot.is_floating_point():
+            kind = "no values" if hollow else f"{tensor.dtype}, {tensor.layout}"
+            self.errors.append(f"{self._models(ours)}: {kind} in the file, expected a dense {slot.dtype}")
+            return
         fitted = self._fit(ours, tensor, slot)
         if tuple(fitted.shape) == tuple(slot.shape):
             self.tensors[self._models(ours)] = fitted
@@ -219,10 +229,13 @@ class _Plan:
     def _fit(self, ours: str, tensor: Tensor, slot: Tensor) -> Tensor:
         """The tensor in the slot's shape where there is a rule for it, noted in the report."""
         name = self._models(ours)
-        if ours in ("encoder.pos_embed", "decoder.pos_embed") and tuple(self.source_grid) != tuple(self.grid):
-            self.report.resized[name] = f"grid {tuple(self.source_grid)} to {tuple(self.grid)}"
-            return adapt_table(tensor, self.source_grid, self.grid)
-        if ours == "encoder.patch_embed.proj.weight" and tensor.shape != slot.shape and len(tensor) == len(slot):
+        source, target = tuple(self.source_grid), tuple(self.grid)
+        if ours in TABLES and source != target and tensor.shape[1:2] == (math.prod(source),):
+            if len(source) > len(target):
+                return tensor  # volumes into images: there is no rule
+            self.report.resized[name] = f"grid {source} to {target}"
+            return adapt_table(tensor, source, target)
+        if ours == STEM and _is_stem_for(tensor, slot) and tensor.shape != slot.shape:
             tensor, done = adapt_stem(tensor, slot.shape, self.inflate)
             self.report.adapted[name] = "; ".join(done)
         return tensor
@@ -264,6 +277,11 @@ class _Plan:
             owner, _, attribute = path.rpartition(".")
             if self.whole and getattr(model.get_submodule(owner), attribute, wanted) != wanted:
                 self.errors.append(f"the file's decoder was trained with {attribute}={wanted}, the model's is not")
+
+
+def _is_stem_for(tensor: Tensor, slot: Tensor) -> bool:
+    """Whether a patch weight can be adapted: as wide, of no more dimensions, with no empty axis."""
+    return 4 <= tensor.dim() <= slot.dim() and len(tensor) == len(slot) and tensor.numel() > 0
 
 
 def _known_encoder_part(ours: str) -> bool:
