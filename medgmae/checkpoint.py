@@ -57,8 +57,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     hollow = [name for name, tensor in found.state.items() if tensor.is_meta]
     if hollow:
         raise WeightsError(
-            f"{path}: {len(hollow)} tensors have a shape but no values, {hollow[0]!r} for one. Save the state dictionary "
-            "again when every tensor is in memory (gathered from all processes, not on the meta device)"
+            f"{path}: {len(hollow)} tensors have a shape but no values, {hollow[0]!r} for one. Save the state "
+            "dictionary again when every tensor is in memory (gathered from all processes, not on the meta device)"
         )
     return found
 
