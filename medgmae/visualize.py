@@ -1,0 +1,301 @@
+"""Pictures of scans in three planes: what a masked autoencoder saw, what it made of it, and its features as colours."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from medgmae.data import Volume, crop_or_pad, reorient, resample_like
+from medgmae.features import Features, blend_weights, extract_features
+from medgmae.masking import Masking, visible_count
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The planes through a volume in RAS, array (z, y, x): name, sliced axis, and the sides of the body at the left, right,
+# top and bottom of the picture. The patient's right is on the left, as radiologists look at it.
+PLANES = (("axial", 0, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 2, "APSI"))
+HIDDEN_COLOUR = "#5a6b8c"  # not a grey: a hidden patch must not look like tissue
+
+
+class Reconstruction(NamedTuple):
+    """A masked scan and what a model made of it, both on the grid of the scan and in its units.
+
+    visible: (C, D, H, W), NaN where a voxel was hidden.
+    filled: (C, D, H, W), the prediction where a voxel was hidden, the scan elsewhere.
+    """
+
+    visible: Volume
+    filled: Volume
+
+
+def reconstruct_scan(
+    model: nn.Module,
+    scan: Volume,
+    *,
+    mask_ratio: float | None = None,
+    generator: torch.Generator | None = None,
+    overlap: float = 0.5,
+) -> Reconstruction:
+    """Hide patches of a whole scan and let a masked autoencoder fill them, window by window.
+
+    One random mask is drawn for the whole scan. The windows, of the size that the model was made for, lie on its patch
+    grid and overlap; their predictions are averaged, the middle of a window counting most.
+
+    Args:
+        model: a :class:`~medgmae.MaskedAutoencoder` that predicts intensities (``norm_target=None``), in eval mode.
+        scan: (C, D, H, W), preprocessed; padded with its smallest value to whole patches and at least one window.
+        mask_ratio: share of hidden patches, 0 to below 1; the model's own when None.
+        generator: source of the mask.
+        overlap: share of a window that it has in common with the next, 0 to below 1.
+
+    Raises:
+        TypeError: the model has no decoder.
+        ValueError: the model predicts normalised patches, whose mean only the hidden voxels know; or an overlap or
+            ratio that is not possible.
+    """
+    if not hasattr(model, "reconstruct") or not hasattr(model, "encoder"):
+        raise TypeError(f"reconstruct_scan needs a masked autoencoder of this library, got {type(model).__name__}")
+    owner: Any = model
+    if owner.norm_target is not None:
+        raise ValueError(
+            f"the model predicts normalised patches (norm_target={owner.norm_target!r}); only one that predicts "
+            "intensities (norm_target=None) can fill what was never seen"
+        )
+    ratio = float(owner.mask_ratio if mask_ratio is None else mask_ratio)
+    if not 0 <= ratio < 1 or not 0 <= overlap < 1:
+        raise ValueError(f"mask_ratio and overlap must be at least 0 and below 1, got {ratio} and {overlap}")
+    patch, window = owner.encoder.patch_size, owner.encoder.img_size
+    size = [max(-(n // -p) * p, w) for n, p, w in zip(scan.data.shape[1:], patch, window, strict=True)]
+    padded = crop_or_pad(scan, size, float(scan.data.min()))
+    x = padded.data.float()
+    hidden = _draw([n // p for n, p in zip(size, patch, strict=True)], ratio, generator)
+    predicted = _fill_windows(owner, x, hidden, overlap)
+    voxels = hidden
+    for axis, p in enumerate(patch):
+        voxels = voxels.repeat_interleave(p, axis)
+    visible = padded.with_data(x.masked_fill(voxels, math.nan))
+    filled = padded.with_data(torch.where(voxels, predicted, x))
+    return Reconstruction(crop_or_pad(visible, scan.size), crop_or_pad(filled, scan.size))
+
+
+def _draw(grid: list[int], ratio: float, generator: torch.Generator | None) -> Tensor:
+    """A random mask on a patch grid (d, h, w), True = hidden."""
+    count = math.prod(grid)
+    hidden = torch.ones(count, dtype=torch.bool)
+    hidden[torch.randperm(count, generator=generator)[: max(visible_count(count, ratio), 1)]] = False
+    return hidden.reshape(grid)
+
+
+def _masking(hidden: Tensor) -> Masking:
+    """The masking (batch of one) in which the patches of a grid (d, h, w) that are True in ``hidden`` are hidden."""
+    mask = hidden.flatten()
+    order = torch.cat([torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()])
+    return Masking(order[None, : int((~mask).sum())], torch.argsort(order)[None], mask.float()[None])
+
+
+def _fill_windows(model: Any, x: Tensor, hidden: Tensor, overlap: float) -> Tensor:
+    """Predict all of x (C, D, H, W) from its visible patches; the middle of a window counts most."""
+    patch, window = model.encoder.patch_size, model.encoder.img_size
+    device = next(model.parameters()).device
+    weight = blend_weights(window)
+    total, summed = torch.zeros(x.shape[1:]), torch.zeros_like(x)
+    starts = []
+    for extent, w, p in zip(hidden.shape, window, patch, strict=True):
+        room, step = extent - w // p, max(1, round(w // p * (1 - overlap)))
+        count = math.ceil(room / step)
+        starts.append([round(i * room / max(count, 1)) for i in range(count + 1)])
+    for start in itertools.product(*starts):
+        cells = tuple(slice(s, s + w // p) for s, w, p in zip(start, window, patch, strict=True))
+        voxels = tuple(slice(s * p, s * p + w) for s, w, p in zip(start, window, patch, strict=True))
+        masking = Masking(*(t.to(device) for t in _masking(hidden[cells])))
+        piece = x[(slice(None), *voxels)].unsqueeze(0).to(device)
+        found = model.reconstruct(piece, masking, paste_visible=False)[0].cpu()
+        summed[(slice(None), *voxels)] += found * weight
+        total[voxels] += weight
+    return summed / total
+
+
+def dense_features(model: nn.Module, scan: Volume, *, steps: int = 2, overlap: float = 0.5) -> Volume:
+    """A feature map finer than the patches: the scan is read several times, shifted by parts of a patch.
+
+    Args:
+        model: an encoder of this library, or a masked autoencoder, whose encoder is then used.
+        scan: (C, D, H, W), preprocessed.
+        steps: places per patch and axis; must divide the patch. The work grows with its cube.
+        overlap: of the windows, see :func:`~medgmae.extract_features`.
+
+    Returns:
+        (E, d, h, w), a place every ``patch / steps`` voxels.
+
+    Raises:
+        ValueError: ``steps`` does not divide the patch; and what ``extract_features`` raises.
+    """
+    encoder: Any = getattr(model, "encoder", model)
+    patch = encoder.patch_size
+    if steps < 1 or any(p % steps for p in patch):
+        raise ValueError(f"steps (={steps}) must be at least 1 and divide the patch {tuple(patch)}")
+    size = [-(n // -p) * p for n, p in zip(scan.size, patch, strict=True)]
+    maps: dict[tuple[int, ...], Volume] = {}
+    for shift in itertools.product(range(steps), repeat=3):
+        # The places of all shifts together are centred on the scan.
+        start = [k * (p // steps) - (p - p // steps) // 2 for k, p in zip(shift, patch, strict=True)]
+        shifted = crop_or_pad(scan, size, float(scan.data.min()), start=start)
+        maps[shift] = _map_of(extract_features(model, shifted, overlap=overlap))
+    first = maps[0, 0, 0]
+    finer = torch.empty(first.data.shape[0], *(n * steps for n in first.size))
+    for (i, j, k), found in maps.items():
+        finer[:, i::steps, j::steps, k::steps] = found.data
+    d, h, w = (mm / steps for mm in first.spacing)
+    return Volume(finer, (d, h, w), first.origin, first.direction, scan.source)
+
+
+def _map_of(features: Features) -> Volume:
+    assert features.map is not None  # asked for by default
+    return features.map
+
+
+def pca_rgb(feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The three directions in which features vary most, as red, green and blue.
+
+    Args:
+        feature_map: (E, d, h, w), E >= 3.
+        mask: (d, h, w) bool, where the features count; elsewhere the colour is black. Everywhere when None.
+
+    Returns:
+        (3, d, h, w) float32 in [0, 1]: principal components, each stretched between its percentiles 1 and 99. The sign
+        of a component is that of the sum of its loadings' cubes, so that equal features get equal colours.
+
+    Raises:
+        ValueError: fewer than three features, or a mask of another size or with fewer than four places.
+    """
+    if feature_map.dim() != 4 or feature_map.shape[0] < 3:
+        raise ValueError(f"feature_map must be (E, d, h, w) with at least 3 features, got {tuple(feature_map.shape)}")
+    grid = feature_map.shape[1:]
+    chosen = torch.ones(grid, dtype=torch.bool) if mask is None else mask.bool().cpu()
+    if chosen.shape != grid or int(chosen.sum()) < 4:
+        raise ValueError(
+            f"mask must be {tuple(grid)} with at least 4 places, got {tuple(chosen.shape)} with {int(chosen.sum())}"
+        )
+    tokens = feature_map.detach().cpu().double().flatten(1).T[chosen.flatten()]  # (n, E)
+    tokens = tokens - tokens.mean(0)
+    axes = torch.linalg.eigh(tokens.T @ tokens).eigenvectors[:, -3:].flip(1)  # (E, 3), the largest first
+    axes = axes * torch.where(axes.pow(3).sum(0) < 0, -1.0, 1.0)
+    scores = tokens @ axes
+    low, high = torch.quantile(scores, torch.tensor([0.01, 0.99], dtype=scores.dtype), dim=0)
+    colours = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    rgb = torch.zeros(3, math.prod(grid))
+    rgb[:, chosen.flatten()] = colours.T.float()
+    return rgb.reshape(3, *grid)
+
+
+def feature_colours(features: Volume, scan: Volume, threshold: float = 0.02) -> Volume:
+    """Features (E, d, h, w) as smooth colours (3, D, H, W) on the grid of a scan, black where the scan is background.
+
+    Args:
+        features: a feature map with its geometry, such as ``extract_features`` gives.
+        scan: (C, D, H, W), preprocessed.
+        threshold: voxels of the scan up to this value are background.
+
+    Raises:
+        ValueError: see :func:`pca_rgb`.
+    """
+    body = scan.with_data((scan.data > threshold).any(0, keepdim=True).float())
+    inside = resample_like(body, features)
+    rgb = features.with_data(pca_rgb(features.data, inside.data[0] > 0.2))
+    smooth = resample_like(rgb, scan)
+    return smooth.with_data(smooth.data.clamp(0, 1) * body.data)
+
+
+def reconstruction_figure(
+    scan: Volume, reconstruction: Reconstruction | None = None, colours: Volume | None = None, *, title: str = ""
+) -> Figure:
+    """A figure with a row per plane: the scan and, where given, its visible patches, their filling and the features.
+
+    The planes go through the middle of what is not background. Write it with ``figure.savefig("scan.png")``.
+
+    Args:
+        scan: (C, D, H, W), preprocessed; the first channel is shown.
+        reconstruction: of :func:`reconstruct_scan`.
+        colours: (3, D, H, W) on the grid of the scan, of :func:`feature_colours`.
+        title: line above the pictures.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to get it.
+    """
+    columns: list[tuple[str, Volume]] = [("scan", scan)]
+    if reconstruction is not None:
+        columns += [("visible patches", reconstruction.visible), ("reconstruction", reconstruction.filled)]
+    if colours is not None:
+        columns.append(("patch features, PCA as RGB", colours))
+    planes = [[_plane(reorient(volume, "RAS"), axis, _middle(scan)) for _, volume in columns] for _, axis, _ in PLANES]
+    widest = max(row[0].millimetres[0] for row in planes)
+    heights = [row[0].millimetres[1] / widest for row in planes]
+    figure = _new_figure((3 * len(columns) + 0.5, 3 * sum(heights) + 0.9))
+    grid = figure.subplots(3, len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
+    brightest = float(np.percentile(scan.data[0].numpy(), 99.9))
+    for row, pictures, (name, _, sides) in zip(grid, planes, PLANES, strict=True):
+        for axes, picture in zip(row, pictures, strict=True):
+            _show(axes, picture, float(scan.data[0].min()), brightest)
+        row[0].set_ylabel(name, fontsize=11)
+        _name_sides(row[0], sides)
+    for axes, (name, _) in zip(grid[0], columns, strict=True):
+        axes.set_title(name, fontsize=11)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+class _Picture(NamedTuple):
+    """pixels: (rows, columns) or (rows, columns, 3), the first row at the bottom; millimetres: width and height."""
+
+    pixels: NDArray[Any]
+    millimetres: tuple[float, float]
+
+
+def _middle(scan: Volume) -> tuple[int, int, int]:
+    """Voxel (d, h, w) in RAS in the middle of what lies above a tenth of the range; of the volume if nothing does."""
+    data = reorient(scan, "RAS").data[0]
+    places = torch.nonzero(data > data.min() + 0.1 * (data.max() - data.min()))
+    low, high = (places.amin(0), places.amax(0)) if len(places) else (torch.zeros(3), torch.tensor(data.shape) - 1)
+    d, h, w = ((low + high) // 2).int().tolist()
+    return d, h, w
+
+
+def _plane(volume: Volume, axis: int, at: tuple[int, int, int]) -> _Picture:
+    """One slice of a volume (C, D, H, W) in RAS, mirrored so that right, or the front, is on the left."""
+    shown = volume.data if volume.data.shape[0] == 3 else volume.data[:1]
+    pixels = shown.select(axis + 1, at[axis]).flip(2).movedim(0, 2).squeeze(2).numpy()
+    up, across = (mm for k, mm in enumerate(volume.spacing) if k != axis)
+    return _Picture(pixels, (pixels.shape[1] * across, pixels.shape[0] * up))
+
+
+def _show(axes: Axes, picture: _Picture, low: float, high: float) -> None:
+    from matplotlib import colormaps
+
+    grey = colormaps["gray"].with_extremes(bad=HIDDEN_COLOUR)
+    width, height = picture.millimetres
+    axes.imshow(picture.pixels, cmap=grey, vmin=low, vmax=high, origin="lower", extent=(0, width, 0, height))
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _name_sides(axes: Axes, sides: str) -> None:
+    """The side of the body at each edge of a picture: left, right, top, bottom."""
+    for letter, (x, y) in zip(sides, ((0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04)), strict=True):
+        text = axes.text(x, y, letter, transform=axes.transAxes, ha="center", va="center", fontsize=8, color="white")
+        text.set_bbox({"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0})
+
+
+def _new_figure(inches: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib, which is not installed: pip install medgmae[viz]") from error
+    return Figure(figsize=inches, layout="constrained", facecolor="white", dpi=110)

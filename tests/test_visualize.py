@@ -1,0 +1,196 @@
+"""Pictures: colours from features, fillings of whole scans, figures; on a real scan and the shipped weights."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medgmae import Masking, Volume, create_model, create_transform, extract_features
+from medgmae.data import crop_or_pad
+from medgmae.visualize import (
+    Reconstruction,
+    dense_features,
+    feature_colours,
+    pca_rgb,
+    reconstruct_scan,
+    reconstruction_figure,
+)
+
+DATA = Path(__file__).parent.parent / "examples/data"
+TAG = "mae_vit_tiny_patch8_64.demo"
+
+
+@pytest.fixture(scope="module")
+def scan() -> Volume:
+    return create_transform(TAG, whole=True)(DATA / "mr_brain_t1.nii.gz")
+
+
+@pytest.fixture(scope="module")
+def small(scan: Volume) -> Volume:
+    return crop_or_pad(scan, (40, 44, 36))
+
+
+def nano() -> torch.nn.Module:
+    return create_model("mae_vit_nano_patch8_32").eval()
+
+
+def test_pca_colours_are_the_principal_components() -> None:
+    features = torch.randn(3, 4, 5, 6) * torch.tensor([1.0, 9.0, 3.0]).reshape(3, 1, 1, 1)
+    rgb = pca_rgb(features)
+    assert rgb.shape == (3, 4, 5, 6)
+    assert 0 <= float(rgb.min()) < float(rgb.max()) <= 1
+    for channel, feature in enumerate((1, 2, 0)):  # by variance
+        together = torch.corrcoef(torch.stack([rgb[channel].flatten(), features[feature].flatten()]))[0, 1]
+        assert together > 0.95
+
+
+def test_pca_colours_do_not_depend_on_the_sign_of_an_eigenvector_or_the_order_of_places() -> None:
+    features = torch.randn(16, 4, 4, 4)
+    flipped = pca_rgb(features.flip(1, 3)).flip(1, 3)
+    torch.testing.assert_close(flipped, pca_rgb(features), atol=1e-5, rtol=0)
+
+
+def test_pca_colours_outside_the_mask_are_black_and_do_not_count() -> None:
+    features, mask = torch.randn(8, 4, 4, 4), torch.zeros(4, 4, 4, dtype=torch.bool)
+    mask[:2] = True
+    loud = features.clone()
+    loud[:, 2:] = 1e6
+    rgb = pca_rgb(loud, mask)
+    assert rgb[:, 2:].abs().max() == 0
+    torch.testing.assert_close(rgb, pca_rgb(features, mask))
+
+
+@pytest.mark.parametrize(
+    ("features", "mask", "message"),
+    [
+        (torch.zeros(2, 3, 3, 3), None, "at least 3 features, got (2, 3, 3, 3)"),
+        (torch.zeros(5, 3, 3), None, "(E, d, h, w)"),
+        (torch.zeros(5, 3, 3, 3), torch.ones(3, 3, 2), "(3, 3, 3) with at least 4 places, got (3, 3, 2)"),
+        (torch.zeros(5, 3, 3, 3), torch.zeros(3, 3, 3), "with 0"),
+    ],
+)
+def test_pca_says_what_it_cannot_use(features: torch.Tensor, mask: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pca_rgb(features, mask)
+
+
+def test_constant_features_give_finite_colours() -> None:
+    assert pca_rgb(torch.ones(4, 2, 2, 2)).isfinite().all()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.75])
+def test_reconstruction_keeps_what_was_visible(small: Volume, ratio: float) -> None:
+    found = reconstruct_scan(nano(), small, mask_ratio=ratio, generator=torch.Generator().manual_seed(1))
+    seen = ~found.visible.data.isnan()
+    torch.testing.assert_close(found.visible.data[seen], small.data[seen])
+    torch.testing.assert_close(found.filled.data[seen], small.data[seen])
+    assert found.filled.data.isfinite().all()
+    assert abs(float(seen.float().mean()) - (1 - ratio)) < 0.15
+    for part in found:
+        np.testing.assert_allclose(part.grid.affine, small.grid.affine)
+        assert part.size == small.size
+
+
+def test_one_window_equals_the_model(scan: Volume) -> None:
+    """On a scan of exactly one window the filling is what ``reconstruct`` gives with the same mask."""
+    model, cube = nano(), crop_or_pad(scan, (32, 32, 32))
+    found = reconstruct_scan(model, cube, generator=torch.Generator().manual_seed(2))
+    hidden = found.visible.data.isnan()[0, ::8, ::8, ::8].flatten()
+    order = torch.cat([torch.nonzero(~hidden).flatten(), torch.nonzero(hidden).flatten()])
+    masking = Masking(order[None, : int((~hidden).sum())], order.argsort()[None], hidden[None].float())
+    torch.testing.assert_close(found.filled.data, model.reconstruct(cube.data[None], masking)[0], atol=1e-5, rtol=0)
+
+
+def test_the_mask_comes_from_the_generator(small: Volume) -> None:
+    first, again, other = (
+        reconstruct_scan(nano(), small, generator=torch.Generator().manual_seed(s)).visible.data.isnan()
+        for s in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_reconstruction_says_what_it_cannot_use(small: Volume) -> None:
+    with pytest.raises(TypeError, match="needs a masked autoencoder of this library, got ViT"):
+        reconstruct_scan(create_model("vit_nano_patch8_32"), small)
+    with pytest.raises(ValueError, match="norm_target='biased'"):
+        reconstruct_scan(create_model("mae_vit_nano_patch8_32", norm_target="biased"), small)
+    with pytest.raises(ValueError, match=r"got 1\.0 and 0\.5"):
+        reconstruct_scan(nano(), small, mask_ratio=1.0)
+
+
+def test_dense_features_hold_the_plain_ones_and_lie_between_them(small: Volume) -> None:
+    model, cube = nano(), crop_or_pad(small, (32, 32, 32))
+    plain = extract_features(model, cube).map
+    assert plain is not None
+    one = dense_features(model, cube, steps=1)
+    torch.testing.assert_close(one.data, plain.data)
+    np.testing.assert_allclose(one.grid.affine, plain.grid.affine)
+    fine = dense_features(model, cube, steps=2)
+    assert fine.data.shape == (48, 8, 8, 8)
+    np.testing.assert_allclose(fine.spacing, np.array(plain.spacing) / 2)
+    centre = fine.grid.world((np.array(fine.size) - 1) / 2)
+    np.testing.assert_allclose(centre, cube.grid.world((np.array(cube.size) - 1) / 2))
+    shifted = extract_features(model, crop_or_pad(cube, (32, 32, 32), float(cube.data.min()), start=(2, -2, 2))).map
+    assert shifted is not None
+    torch.testing.assert_close(fine.data[:, 1::2, ::2, 1::2], shifted.data)
+    np.testing.assert_allclose(fine.grid.world((1, 0, 1)), shifted.origin)
+    with pytest.raises(ValueError, match=r"steps \(=3\) must be at least 1 and divide the patch \(8, 8, 8\)"):
+        dense_features(model, cube, steps=3)
+
+
+def test_colours_lie_on_the_scan_and_leave_its_background_black(scan: Volume) -> None:
+    features = extract_features(create_model(TAG), scan, overlap=0.0).map
+    assert features is not None
+    colours = feature_colours(features, scan)
+    assert colours.data.shape == (3, *scan.size)
+    np.testing.assert_allclose(colours.grid.affine, scan.grid.affine)
+    background = scan.data[0] <= 0.02
+    assert colours.data[:, background].abs().max() == 0
+    assert colours.data[:, ~background].std(dim=1).min() > 0.1
+
+
+def test_figure_shows_right_on_the_left_and_up_on_top(tmp_path: Path) -> None:
+    from PIL import Image
+
+    data = torch.zeros(1, 8, 10, 12)  # RAS array (z, y, x): bright at the top, in front, on the right
+    data[:, 4:, 5:, 6:] = 1.0
+    scan = Volume(data, (2.0, 2.0, 2.0), direction=np.array([[0.0, 0, -1], [0, -1, 0], [1, 0, 0]]))
+    assert scan.grid.orientation == "RAS"
+    figure = reconstruction_figure(scan, title="corner")
+    pictures = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]  # the first row is at the bottom
+    assert [picture.shape for picture in pictures] == [(10, 12), (8, 12), (8, 10)]
+    for picture in pictures:
+        assert picture[-1, 0] == 1.0  # top left
+        assert picture[0, 0] == picture[-1, -1] == 0.0
+    figure.savefig(tmp_path / "corner.png")
+    with Image.open(tmp_path / "corner.png") as image:
+        assert min(image.size) > 300
+
+
+def test_figure_has_a_row_per_plane_and_a_column_per_picture(small: Volume, tmp_path: Path) -> None:
+    found = reconstruct_scan(nano(), small)
+    figure = reconstruction_figure(small, found, feature_colours(dense_features(nano(), small, steps=1), small))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[:4] == ["scan", "visible patches", "reconstruction", "patch features, PCA as RGB"]
+    assert [axes.get_ylabel() for axes in figure.axes[::4]] == ["axial", "coronal", "sagittal"]
+    figure.savefig(tmp_path / "scan.png")
+    assert (tmp_path / "scan.png").stat().st_size > 10_000
+    assert len(reconstruction_figure(small, Reconstruction(found.visible, small)).axes) == 9
+
+
+def test_without_matplotlib_the_error_says_how_to_get_it() -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "import torch; from medgmae import Volume; from medgmae.visualize import reconstruction_figure\n"
+        "reconstruction_figure(Volume(torch.rand(1, 4, 4, 4)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install medgmae[viz]" in done.stderr.splitlines()[-1]
