@@ -209,7 +209,7 @@ class _Plan:
             self._leave_out(ours)
             return
         hollow = tensor.is_meta and not slot.is_meta
-        if hollow or tensor.layout != torch.strided or tensor.is_floating_point() != slot.is_floating_point():
+        if hollow or tensor.layout != torch.strided or tensor.is_floating_point() < slot.is_floating_point():
             kind = "no values" if hollow else f"{tensor.dtype}, {tensor.layout}"
             self.errors.append(f"{self._models(ours)}: {kind} in the file, expected a dense {slot.dtype}")
             return
