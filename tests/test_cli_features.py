@@ -221,6 +221,20 @@ def test_preprocessing_is_the_cards_or_is_told(saved: Path, bare: Path, tmp_path
     assert "Note" not in said
 
 
+def test_a_tag_with_the_file_that_its_card_is_about(tmp_path: Path) -> None:
+    tag = "vit_base_patch16_96.glmae"  # only a person can download it
+    torch.manual_seed(3)
+    model = medgmae.create_model("vit_base_patch16_96")
+    torch.save({"student": model.state_dict()}, tmp_path / "checkpoint.pth")
+    out, options = tmp_path / "f.npy", ["--window", "32", "--resize", "--json"]
+    result = features(CT, "--model", tag, "--weights", tmp_path / "checkpoint.pth", "--out", out, *options)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["input"]["window"] == [-1000, 1000]
+    scan = medgmae.create_transform(tag, whole=True)(CT)
+    wanted = medgmae.extract_features(model, scan, window=32, resize=True).pooled
+    np.testing.assert_array_equal(np.load(out)[0], wanted.numpy())
+
+
 def test_dicom_folders(bare: Path, tmp_path: Path) -> None:
     image = sitk.GetImageFromArray(np.random.default_rng(0).integers(-500, 500, (12, 32, 40)).astype(np.int16))
     folder = tmp_path / "patients/one"

@@ -76,6 +76,17 @@ def echo_fields(fields: Mapping[str, Any], indent: int = 0) -> None:
             click.echo(textwrap.fill(text, 110, initial_indent=label, subsequent_indent=" " * len(label)))
 
 
+def by_reason(unused: Mapping[str, str]) -> dict[str, str]:
+    """Unused entries by the reason why, a few names each."""
+    found: dict[str, list[str]] = {}
+    for name, reason in unused.items():
+        found.setdefault(reason, []).append(name)
+    return {
+        reason: ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+        for reason, names in found.items()
+    }
+
+
 def megabytes(count: int | None) -> str:
     """A file size in words; "-" when it is not known."""
     if count is None:
@@ -129,6 +140,18 @@ source_grid_option = click.option(
     metavar="D,H,W",
     help="Patch grid that a file's table of positions was made for, where the file leaves it open.",
 )
+
+
+def model_with_weights(name: str, weights: str, **options: Any) -> Any:
+    """A model with weights from a source of the user's; the tag in ``name`` says what they are, by its card."""
+    import medgmae
+
+    if "." not in name or name.startswith(("hf-hub:", "local-dir:")):
+        return medgmae.create_model(name, pretrained=weights, **options)
+    card = medgmae.weight_card(name)
+    model: Any = medgmae.create_model(card.architecture, pretrained=weights, **{**card.model_args, **options})
+    model.config["card"] = card.to_json()
+    return model
 
 
 def per_axis(size: int | tuple[int, ...] | None) -> tuple[int, ...] | None:

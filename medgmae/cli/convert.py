@@ -9,9 +9,11 @@ import click
 
 from medgmae.cli.common import (
     assignments,
+    by_reason,
     echo_fields,
     echo_json,
     json_option,
+    model_with_weights,
     per_axis,
     reports_errors,
     sizes,
@@ -45,13 +47,20 @@ def convert_command(
     and say what differs: --model vit_base_patch16_96 --set depth=8. Open the result with
     medgmae.create_model("local-dir:OUT").
     """
+    from tqdm.auto import tqdm
+
     import medgmae
 
     if out.is_dir() and any(out.iterdir()) and not force:
         raise click.UsageError(f"{out} is not empty; choose another folder, or --force to write into it")
     options = {**options, **({} if patch_size is None else {"patch_size": patch_size})}
-    made, report = _load(file, model, options, per_axis(source_grid))
-    medgmae.save_pretrained(made, out)
+    with tqdm(total=2, desc="converting", disable=None, leave=False) as bar:
+        made = _load(file, model, options, per_axis(source_grid))
+        bar.set_description("writing")
+        bar.update()
+        medgmae.save_pretrained(made, out)
+        bar.update()
+    report = made.load_report
     architecture = made.config["architecture"]
     told = {
         "out": str(out),
@@ -68,17 +77,14 @@ def convert_command(
     if as_json:
         echo_json(told)
         return
-    echo_fields({key: value for key, value in told.items() if value and key != "unused"})
-    click.echo(f"unused  {len(report.unused)} tensors" if report.unused else "Every tensor of the file was used.")
+    echo_fields({key: value for key, value in {**told, "unused": by_reason(report.unused)}.items() if value})
     tags = medgmae.list_weights(f"{architecture}.*")
     if told["card"] is None and tags:
         click.echo(f"No card goes with it. If the file is one of {', '.join(tags)}, convert it with --model TAG.")
 
 
-def _load(
-    file: Path, name: str | None, options: dict[str, Any], source_grid: tuple[int, ...] | None
-) -> tuple[Any, Any]:
-    """The model with the file's weights, and the report of the loader."""
+def _load(file: Path, name: str | None, options: dict[str, Any], source_grid: tuple[int, ...] | None) -> Any:
+    """The model with the file's weights."""
     import medgmae
 
     path = file.expanduser().resolve()
@@ -88,16 +94,12 @@ def _load(
         name, options = _inferred(facts, options)
         card = (facts["config"] or {}).get("pretrained_cfg")
     try:
-        if "." in name:
-            model = medgmae.create_model(name, pretrained=False, **options)
-            return model, medgmae.load_pretrained(model, path, source_grid=source_grid)
-        model = medgmae.create_model(name, pretrained=str(path), load_source_grid=source_grid, **options)
+        model = model_with_weights(name, str(path), load_source_grid=source_grid, **options)
     except TypeError as error:  # an option that the architecture does not have
         raise click.BadParameter(str(error), param_hint="--set") from error
-    loaded: Any = model
     if card is not None:
-        loaded.config["card"] = card
-    return loaded, loaded.load_report
+        model.config["card"] = card
+    return model
 
 
 def _inferred(facts: dict[str, Any], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -10,7 +10,15 @@ from typing import Any
 
 import click
 
-from medgmae.cli.common import assignments, echo_json, is_expected, json_option, reports_errors, sizes
+from medgmae.cli.common import (
+    assignments,
+    echo_json,
+    is_expected,
+    json_option,
+    model_with_weights,
+    reports_errors,
+    sizes,
+)
 from medgmae.cli.writers import SUFFIXES, TensorWriter, VectorWriter, unique_names
 
 SCANS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
@@ -24,7 +32,10 @@ DEFAULT_INPUT = {"window": {"percentiles": [0.5, 99.5]}, "range": [0.0, 1.0]}
 @click.option(
     "--model", "name", required=True, help="Architecture, architecture.tag, hf-hub:org/repo or local-dir:FOLDER."
 )
-@click.option("--weights", help="Weights for the architecture: a tag, file, folder or hf-hub:org/repo.")
+@click.option(
+    "--weights",
+    help="Weights: a tag, file, folder or hf-hub:org/repo; with architecture.tag, the file that its card is about.",
+)
 @click.option("--random-weights", is_flag=True, help="Leave the model untrained.")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="A .safetensors, .csv or .npy file."
@@ -229,8 +240,9 @@ def _model(name: str, weights: str | None, random_weights: bool) -> tuple[Any, s
             f"{name} alone is an untrained model, whose features mean nothing.{known} Name weights with --weights, or "
             "say --random-weights"
         )
-    model = medgmae.create_model(name, pretrained=weights) if weights else medgmae.create_model(name)
-    return model, weights or name
+    if weights is None:
+        return medgmae.create_model(name), name
+    return model_with_weights(name, weights), weights
 
 
 def _transform(model: Any, tag: str | None, changes: dict[str, Any]) -> Any:

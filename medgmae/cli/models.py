@@ -9,6 +9,7 @@ import click
 
 from medgmae.cli.common import (
     NotRecognisedError,
+    by_reason,
     by_times,
     echo_fields,
     echo_json,
@@ -182,7 +183,7 @@ def _echo_file(facts: dict[str, Any]) -> None:
     shown |= {"bytes": megabytes(facts["bytes"]), "head": facts["head"] if facts["head"]["num_classes"] else None}
     shown["fits"] = facts["architecture"] or "no registered architecture"
     shown |= {key: facts[key] for key in ("model_args", "encoder_architecture", "cards") if facts[key]}
-    shown |= {"renamed": rename_rules(facts["renamed"]), "unused": _by_reason(facts["unused"])}
+    shown |= {"renamed": rename_rules(facts["renamed"]), "unused": by_reason(facts["unused"])}
     shown |= {key: facts[key] for key in ("missing", "resized", "adapted", "problem") if facts[key]}
     echo_fields({key: value for key, value in shown.items() if value not in (None, "", {}, [])})
 
@@ -199,13 +200,3 @@ def rename_rules(renamed: dict[str, str]) -> dict[str, str]:
         rule = f"{'.'.join([*old[: len(old) - common], *tail])} -> {'.'.join([*new[: len(new) - common], *tail])}"
         rules[rule] = rules.get(rule, 0) + 1
     return {rule: f"{count} tensors" for rule, count in rules.items()}
-
-
-def _by_reason(unused: dict[str, str]) -> dict[str, str]:
-    found: dict[str, list[str]] = {}
-    for name, reason in unused.items():
-        found.setdefault(reason, []).append(name)
-    return {
-        reason: ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-        for reason, names in found.items()
-    }
