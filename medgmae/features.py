@@ -179,7 +179,7 @@ def _run(
     weight = blend_weights(layout.window, blend)
     total = torch.zeros(layout.grid)
     summed: Tensor | None = None
-    pooled: list[Tensor] = []
+    pooled = torch.zeros((), dtype=torch.float64)
     windows = layout.windows()
     with _evaluating(encoder), tqdm(total=len(windows), desc="windows", leave=False, disable=not progress) as bar:
         for first in range(0, len(windows), batch_size):
@@ -187,7 +187,7 @@ def _run(
             batch = torch.stack([_cut(data, layout, start, outside) for start in chosen])  # (B, C, D, H, W)
             x = batch.to(parameter.device, parameter.dtype)
             tokens, vectors = _forward(encoder, x, autocast)
-            pooled += vectors.float().cpu().unbind(0)
+            pooled = pooled + vectors.float().cpu().double().sum(0)  # sums, since a view would keep all tokens alive
             if want_map:
                 maps = tokens[:, encoder.num_prefix_tokens :].float().cpu().mT.reshape(len(chosen), -1, *layout.window)
                 summed = torch.zeros(maps.shape[1], *layout.grid) if summed is None else summed
@@ -196,7 +196,7 @@ def _run(
                     summed[(slice(None), *where)] += image * weight
                     total[where] += weight
             bar.update(len(chosen))
-    mean = torch.stack(pooled).mean(0)
+    mean = (pooled / len(windows)).float()
     return mean, None if summed is None else summed.div_(total)
 
 

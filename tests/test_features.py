@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import medgmae
 from medgmae.data import resample_like
@@ -231,6 +232,22 @@ def test_windows_are_streamed(nano: medgmae.ViT) -> None:
     assert seen == [1] * 18
     assert second.map is None
     torch.testing.assert_close(first.pooled, second.pooled)
+
+
+@pytest.mark.parametrize("pool", ["cls", "avg"])
+def test_tokens_of_past_windows_are_let_go(pool: Any) -> None:
+    model = medgmae.ViT(32, 8, embed_dim=24, depth=1, num_heads=2, pool=pool)
+    alive: list[int] = []
+    seen: list[StorageWeakRef] = []
+
+    def remember(module: torch.nn.Module, args: Any, tokens: Tensor) -> None:
+        seen.append(StorageWeakRef(tokens.untyped_storage()))
+        alive.append(sum(not storage.expired() for storage in seen))
+
+    model.blocks[0].register_forward_hook(remember)
+    medgmae.extract_features(model, volume(64, 64, 48))
+    assert len(seen) == 18
+    assert max(alive) <= 2
 
 
 def test_modes_of_the_model_are_given_back() -> None:
