@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import medgmae
 
+torch.set_num_threads(1)  # the tensors are so small that threads would only wait for each other
+
 
 @functools.cache
 def full_size(name: str) -> Any:
@@ -38,7 +40,9 @@ def small(name: str, **overrides: Any) -> Any:
     options: dict[str, Any] = {"img_size": size_of(name), "depth": 2, "embed_dim": 24, "num_heads": 2}
     if hasattr(full_size(name), "decoder"):
         options |= {"decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 2}
-    model = medgmae.create_model(name, **{**options, **overrides})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = medgmae.create_model(name, **{**options, **overrides})
     return randomize(model)
 
 
