@@ -353,5 +353,6 @@ def _grid(file: _File, rows: int, dims: int, class_row: bool) -> tuple[Grid, boo
             f"{file.origin}: the table of positions has {rows} rows; its patch grid is {could}"
             + (f", not {file.source_grid}" if file.source_grid else "")
             + ". Pass source_grid=(d, h, w), the grid that the file was trained with"
+            + ("" if class_row else " (no row is counted for a class token: the file has no cls_token)")
         )
     return found.pop()

@@ -109,9 +109,8 @@ def test_a_file_loads_exactly_or_not_at_all(
         for name in hit:
             del state[prefix + name]
     elif damage == "extra":
-        state |= {
-            f"{prefix}{order.choice(['encoder.', 'blocks.0.', 'blocks.7.', ''])}spare{i}": torch.ones(3) for i in hit
-        }
+        place = order.choice(["encoder.", "blocks.0.", "blocks.7.", ""])
+        state |= {f"{prefix}{place}spare.{name}": torch.ones(3) for name in hit}
     elif damage == "shape":
         for name in hit:
             state[prefix + name] = state[prefix + name][..., :-1].clone()
@@ -121,14 +120,16 @@ def test_a_file_loads_exactly_or_not_at_all(
     before, wanted = state_copy(model), SOURCE if into == "autoencoder" else ENCODER
     try:
         report = medgmae.load_pretrained(model, CONTAINERS[container](state), strict=strict)
-    except WeightsError as error:
-        assert damage != "none" or (into == "autoencoder" and strict and not DIALECTS[dialect][1]), error
+    except WeightsError:
+        report = None
+    if report is None:
+        assert damage != "none" or (into == "autoencoder" and strict and not DIALECTS[dialect][1])
         assert_same_state(model, before)
         return
     if damage in ("drop", "shape"):  # what was hit is not the encoder's
         encoder_file = {n for n in names if _is_encoders(n, dialect)}
         assert not encoder_file & set(hit)
-    assert damage != "double" or strict is None, "one name twice: which one is meant cannot be known"
+    assert damage != "double"  # one name twice: which one is meant cannot be known
     expected = {n: wanted[n] if n in report.loaded else before[n] for n in before}
     assert_same_state(model, expected)
     assert set(report.missing) | set(report.loaded) == set(before)
@@ -229,7 +230,11 @@ def test_entries_without_a_place_are_errors_or_reported() -> None:
 @pytest.mark.parametrize("rows", [(60, 48), (64,), (1, 64, 48, 1), (2, 64, 48), (1, 0, 48), ()])
 @pytest.mark.parametrize("name", ["pos_embed", "cls_token", "patch_embed.proj.weight"])
 def test_shapes_that_no_vit_has_are_errors(name: str, rows: tuple[int, ...]) -> None:
-    refused(nano_encoder(), {**to_timm_encoder(SOURCE), name: torch.zeros(rows)}, "WeightsError|shape|rows|file|linear")
+    refused(
+        nano_encoder(),
+        {**to_timm_encoder(SOURCE), name: torch.zeros(rows)},
+        r"expected \(1, rows, width\)|has \d+ rows|in the file|not a ViT's|is linear|not as wide",
+    )
 
 
 def test_ambiguous_grids_are_asked_for() -> None:
