@@ -26,7 +26,7 @@ SOURCES = ["cuda", "medgmae", "weights", "pyproject.toml", "setup.py", "MANIFEST
 SOURCES += ["CHANGELOG.md", "Makefile", "constraints.txt"]
 PROBE = """
 import json, sys
-from importlib.metadata import metadata, requires, version
+from importlib.metadata import entry_points, version
 from importlib.resources import files
 import medgmae
 from medgmae.ops import native_info, self_test
@@ -35,7 +35,7 @@ json.dump({
     "file": medgmae.__file__, "version": [medgmae.__version__, version("medgmae")], "info": info,
     "errors": self_test() if info["loaded"] else None, "models": medgmae.list_models(),
     "cards": sorted(path.name for path in files("medgmae.weights").iterdir() if path.name.endswith(".json")),
-    "requires": [line for line in requires("medgmae") if "extra ==" not in line],
+    "command": [script.load().name for script in entry_points(group="console_scripts", name="medgmae")],
 }, sys.stdout)
 """
 
@@ -155,6 +155,7 @@ def test_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None
     assert found["info"]["version"] == medgmae.__version__
     assert found["cards"] == sorted(path.name for path in (ROOT / "weights").glob("*.json"))
     assert found["models"] == medgmae.list_models()
+    assert len(found["command"]) == 1
 
 
 def test_native_module_needs_neither_torch_nor_cuda(wheel: Path, tmp_path: Path) -> None:
