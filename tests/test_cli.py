@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ ROOT = Path(__file__).parent.parent
 NANO = "vit_nano_patch8_32"
 
 
+# click before 8.2 mixes the two streams unless it is told not to.
+SEPARATE: Any = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
+
+
 def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
+    return CliRunner(**SEPARATE).invoke(main, [str(arg) for arg in args])
 
 
 def shell(*args: str | Path) -> subprocess.CompletedProcess[str]:

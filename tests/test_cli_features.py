@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import json
+import os
+import pty
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +21,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_cli import run
 
 import medgmae
-from medgmae.cli import main
 from medgmae.cli.features import expand
 from medgmae.cli.writers import unique_names
 
@@ -69,7 +75,7 @@ def scans(tmp_path: Path) -> Path:
 
 
 def features(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, ["features", *map(str, args)])
+    return run("features", *args)
 
 
 def test_safetensors_hold_what_extract_features_gives(saved: Path, tmp_path: Path) -> None:
@@ -117,33 +123,36 @@ def test_written_geometry_is_the_scans(bare: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(world, image.TransformContinuousIndexToPhysicalPoint(centre), atol=1e-3)
 
 
+def in_a_terminal(*args: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout, and what a terminal 100 columns wide gets on stderr."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 100, 0, 0))
+    command = [sys.executable, "-m", "medgmae", *map(str, args)]
+    shown = bytearray()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True, cwd=ROOT) as process:
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # Linux says EIO where the other side is closed
+            while chunk := os.read(ours, 4096):
+                shown += chunk
+        stdout = process.communicate(timeout=120)[0]
+    os.close(ours)
+    return process.returncode, stdout, shown.decode()
+
+
 def test_broken_scans_are_reported_and_the_rest_goes_on(bare: Path, scans: Path, tmp_path: Path) -> None:
     out = tmp_path / "f.csv"
-    command = [
-        sys.executable,
-        "-m",
-        "medgmae",
-        "features",
-        scans,
-        tmp_path / "absent.nii",
-        "--model",
-        f"local-dir:{bare}",
-    ]
-    done = subprocess.run(
-        [*map(str, command), "--out", str(out), "--json"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=ROOT,
+    code, stdout, stderr = in_a_terminal(
+        "features", scans, tmp_path / "absent.nii", "--model", f"local-dir:{bare}", "--out", out, "--json"
     )
-    assert done.returncode == 1, done.stderr
-    told = json.loads(done.stdout)
+    assert code == 1, stderr
+    told = json.loads(stdout)
     assert [Path(error["path"]).name for error in told["errors"]] == ["cut.nii.gz", "absent.nii"]
     assert sorted(told["scans"]) == ["a", "b"]
-    assert done.stderr.count("Error: ") == 2
-    assert "cut.nii.gz" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert stderr.count("Error: ") == 2
+    assert "cut.nii.gz" in stderr
+    assert "Traceback" not in stderr
+    assert "scans: 100%" in stderr
+    assert "windows:" in stderr
     rows = list(csv.reader(out.read_text().splitlines()))
     assert rows[0][:3] == ["name", "path", "f0"]
     assert [row[0] for row in rows[1:]] == ["a", "b"]

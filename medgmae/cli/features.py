@@ -163,7 +163,8 @@ class _Run:
                         raise
                     message = str(error) if str(path) in str(error) else f"{path}: {error}"
                     self.errors.append({"path": str(path), "error": message})
-                    tqdm.write(f"Error: {message}", file=sys.stderr)
+                    with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
+                        click.echo(f"Error: {message}", err=True)
                 bar.update()
 
     def _extract(self, path: Path, name: str, writer: TensorWriter | VectorWriter) -> None:
