@@ -67,8 +67,9 @@ def resize_patch(weight: Tensor, patch_size: Sequence[int]) -> Tensor:
 
 def _resize_matrix(old: int, new: int) -> Tensor:
     """The (new, old) float64 matrix of linear, antialiased resizing of ``old`` samples to ``new``."""
-    eye = torch.eye(old, dtype=torch.float64).reshape(1, old, old, 1)
-    return F.interpolate(eye, size=(new, 1), mode="bilinear", antialias=True, align_corners=False)[0, :, :, 0].T
+    # Along the last axis: along the one before it torch (2.15) repeats the first row where the last axis has length 1.
+    eye = torch.eye(old, dtype=torch.float64).reshape(1, old, 1, old)
+    return F.interpolate(eye, size=(1, new), mode="bilinear", antialias=True, align_corners=False)[0, :, 0].T
 
 
 def adapt_stem(weight: Tensor, shape: Sequence[int], inflate: Inflate) -> tuple[Tensor, list[str]]:
