@@ -73,6 +73,8 @@ def _read_safetensors(path: Path) -> Checkpoint:
         config = json.loads(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
     except Exception as error:  # safetensors raises several kinds for damaged files
         raise WeightsError(f"{path}: not a readable safetensors file ({error}); fetch it again") from error
+    if not isinstance(config, dict | None):
+        raise WeightsError(f"{path}: its {CONFIG_KEY!r} entry should be a JSON object, got {type(config).__name__}")
     if not state:
         raise WeightsError(f"{path}: the file holds no tensors")
     return Checkpoint(state, "", config)
