@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._itk import simpleitk
+from ._itk import reason, simpleitk
 from .geometry import Floats, VolumeError
 
 _log = logging.getLogger("medgmae")
@@ -69,10 +69,11 @@ class Stack:
     direction: Floats
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file starts as DICOM part 10 files do."""
+def _is_dicom(path: Path) -> bool:
+    """Whether a file starts as DICOM part 10 files do, or is named so: a broken slice must not pass for another
+    file."""
     with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        return file.read(132)[128:] == b"DICM" or path.suffix.lower() in (".dcm", ".ima")
 
 
 def _class_uid(path: Path) -> str:
@@ -99,7 +100,7 @@ def _read_slice(path: Path) -> tuple[Slice, str, str, str]:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise VolumeError(f"{path}: cannot be read as a DICOM image: {str(error).strip().splitlines()[-1]}") from None
+        raise VolumeError(f"{path}: cannot be read as a DICOM image: {reason(error)}") from None
     direction = np.array(reader.GetDirection()).reshape(reader.GetDimension(), -1)[:3, :3]
     pixel = f"{reader.GetNumberOfComponents()} x {sitk.GetPixelIDValueAsString(reader.GetPixelID())}"
     slice_ = Slice(path, reader.GetSize(), reader.GetSpacing(), np.array(reader.GetOrigin()[:3]), direction, pixel)
@@ -116,7 +117,7 @@ def find_series(folder: Path) -> list[Series]:
     found: dict[str, Series] = {}
     others = 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if not is_dicom(path) or _class_uid(path).startswith(_NOT_IMAGES):
+        if not _is_dicom(path) or _class_uid(path).startswith(_NOT_IMAGES):
             others += 1
             continue
         slice_, uid, modality, description = _read_slice(path)

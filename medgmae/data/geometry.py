@@ -43,6 +43,7 @@ def _rotation(matrix: Any) -> Floats:
         raise VolumeError(
             f"direction is {direction.round(4).tolist()}; expected orthonormal columns (sheared axes have no spacing)"
         )
+    direction[np.abs(direction) < 1e-12] = 0.0  # SimpleITK turns subnormal cosines into NaN
     direction.flags.writeable = False
     return direction
 

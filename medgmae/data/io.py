@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import dicom, nifti
-from ._itk import check_text_header, quiet, reason, simpleitk
+from ._itk import quiet, reason, simpleitk
 from .geometry import Floats, Grid, VolumeError
+from .text_headers import check_text_header, is_text_header
 
 _log = logging.getLogger("medgmae")
 _WRITABLE = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
@@ -181,7 +181,9 @@ def _read_itk(path: Path, channels: int | None, bytes_on_disk: int) -> tuple[Gri
         raise VolumeError(f"the image is {rank}-D, {shape}; expected a 3-D volume")
     bytes_claimed = int(np.prod(size, dtype=object)) * reader.GetNumberOfComponents()
     if bytes_claimed > min(nifti.MAX_BYTES, nifti.MAX_INFLATION * bytes_on_disk):
-        raise VolumeError(f"the header claims {shape} voxels, more than a file of {bytes_on_disk} bytes can hold")
+        raise VolumeError(
+            f"the header claims {shape} voxels, more than {bytes_on_disk} bytes can hold; expected a size that fits"
+        )
     with quiet():
         image = reader.Execute()
     voxels, components = sitk.GetArrayFromImage(image), image.GetNumberOfComponentsPerPixel()
@@ -218,7 +220,7 @@ def _read_file(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
     with path.open("rb") as file:
         start = file.read(4096)
     if not start:
-        raise VolumeError("the file is empty")
+        raise VolumeError(f"the file is empty; expected {_READABLE}")
     if start[:2] == b"\x1f\x8b":
         start = zlib.decompressobj(wbits=31).decompress(start, 540)
         if not nifti.is_nifti(start):
@@ -230,7 +232,7 @@ def _read_file(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
         if grid.size[0] == 1:
             raise VolumeError("one DICOM slice; expected a volume: give the folder of the series")
         return grid, data
-    if start[:4] == b"NRRD" or re.match(rb"\s*(ObjectType|NDims|Comment)\s*=", start):
+    if is_text_header(start):
         return _read_itk(path, channels, check_text_header(path))
     raise VolumeError(f"unknown file type (it starts with {start[:8]!r}); expected {_READABLE}")
 

@@ -70,7 +70,7 @@ def _header(start: bytes) -> Any:
     version_two = start[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
     layout = np.dtype(_V2 if version_two else _V1).newbyteorder("<" if little else ">")
     if len(start) < layout.itemsize:
-        raise VolumeError(f"the file ends within its header: {len(start)} of {layout.itemsize} bytes")
+        raise VolumeError(f"the file ends within its header, after {len(start)} bytes; expected {layout.itemsize}")
     header = np.frombuffer(start, layout, count=1)[0]
     if bytes(header["magic"])[:3] not in (b"n+1", b"n+2"):
         raise VolumeError(
@@ -111,7 +111,7 @@ def _layout(header: Any) -> tuple[tuple[int, ...], np.dtype[Any], int, int]:
     if expected > MAX_BYTES:
         raise VolumeError(
             f"the header claims {' x '.join(map(str, shape))} voxels ({expected:.3g} bytes); "
-            f"the limit is {MAX_BYTES:.3g} bytes"
+            f"expected at most {MAX_BYTES:.3g} bytes"
         )
     if not header.dtype.itemsize <= offset <= 1 << 30 or offset % 1:
         raise VolumeError(
@@ -136,7 +136,7 @@ def _inflate(packed: bytes, limit: int) -> bytes:
                 break
             packed = member.unused_data.lstrip(b"\x00")
     except zlib.error as error:
-        raise VolumeError(f"the gzip stream is broken after {total} bytes: {error}") from None
+        raise VolumeError(f"the gzip stream is broken after {total} bytes ({error}); expected an intact file") from None
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
@@ -154,7 +154,8 @@ def _voxel_bytes(path: Path, raw: bytes) -> tuple[Any, tuple[int, ...], np.dtype
     needed = offset + expected
     if zipped and needed > MAX_INFLATION * len(raw) + 1024:
         raise VolumeError(
-            f"the header claims {' x '.join(map(str, shape))} voxels, more than {len(raw)} zipped bytes can hold"
+            f"the header claims {' x '.join(map(str, shape))} voxels, more than {len(raw)} zipped bytes can hold; "
+            "expected a size that fits the file"
         )
     content = _inflate_whole(raw, needed) if zipped else raw
     if len(content) < needed:

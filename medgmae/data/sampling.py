@@ -6,13 +6,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ._itk import simpleitk
 from .geometry import _SNAP, AxisMap, Floats, Grid, VolumeError, axis_maps
 from .io import Volume, to_sitk
 
+Voxels = NDArray[Any]
 Interpolation = Literal["nearest", "linear", "bspline"]
+
+_SLAB = 1 << 18  # voxels: about 1 MB of float32
 
 
 def _inside(positions: Floats, voxels: int) -> tuple[int, int]:
@@ -22,47 +26,76 @@ def _inside(positions: Floats, voxels: int) -> tuple[int, int]:
     return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
 
 
-def _pick(data: Tensor, dim: int, index: Floats) -> Tensor:
-    """Slices of ``data`` at whole positions; a view where their order allows it."""
-    steps = np.diff(index)
-    if len(index) and (steps == 1).all():
-        return data.narrow(dim, int(index[0]), len(index))
-    if len(index) and (steps == -1).all():
-        return data.narrow(dim, int(index[-1]), len(index)).flip(dim)
-    return data.index_select(dim, torch.from_numpy(index.astype(np.int64)))
+def _pick(data: Voxels, axis: int, index: Floats) -> Voxels:
+    """Slices of ``data`` at whole positions; a view where they are evenly spaced."""
+    steps = np.unique(np.diff(index))
+    if len(index) and len(steps) <= 1 and (not len(steps) or steps[0] != 0):
+        step, first = int(steps[0]) if len(steps) else 1, int(index[0])
+        stop = first + step * len(index)
+        return data[(slice(None),) * axis + (slice(first, stop if stop >= 0 else None, step),)]
+    return data.take(index.astype(np.intp), axis)
 
 
-def _along(data: Tensor, dim: int, positions: Floats, interpolation: Interpolation) -> Tensor:
+def _along(data: Voxels, axis: int, positions: Floats, interpolation: Interpolation) -> Voxels:
     """``data`` resampled along one axis; positions beyond the outermost voxel centres take the outermost voxel."""
-    last = data.shape[dim] - 1
+    last = data.shape[axis] - 1
     positions = positions.clip(0, last)
     if interpolation == "nearest":
-        return _pick(data, dim, np.floor(positions + 0.5).clip(0, last))
+        return _pick(data, axis, np.floor(positions + 0.5).clip(0, last))
     below = np.floor(positions)
     if (below == positions).all():
-        return _pick(data, dim, positions)
-    kind = data.dtype if data.dtype == torch.float64 else torch.float32
-    weight = torch.from_numpy(positions - below).to(kind).reshape([-1 if k == dim else 1 for k in range(4)])
-    lower = _pick(data, dim, below).to(kind)
-    upper = _pick(data, dim, (below + 1).clip(0, last)).to(kind)
-    return lower.lerp(upper, weight)
+        return _pick(data, axis, positions)
+    kind = np.float64 if data.dtype == np.float64 else np.float32
+    weight = (positions - below).astype(kind).reshape([-1 if k == axis else 1 for k in range(4)])
+    lower: Any = _pick(data, axis, below).astype(kind)
+    upper: Any = _pick(data, axis, (below + 1).clip(0, last)).astype(kind)
+    upper -= lower  # in place: the slab stays in cache
+    upper *= weight
+    lower += upper
+    return np.asarray(lower)
+
+
+def _slabs(data: Voxels, positions: list[Floats], interpolation: Interpolation) -> Voxels:
+    """``data`` at ``positions`` of each of its own axes, in slabs that stay in the processor's cache.
+
+    The interpolation of a CT by planes takes a tenth of the time that one pass after the other over all of it takes.
+    """
+    if all((p == np.round(p)).all() for p in positions):  # nothing to interpolate: views do
+        for axis, where in enumerate(positions, 1):
+            data = _along(data, axis, where, "nearest")
+        return data
+    kind = data.dtype if interpolation == "nearest" or data.dtype == np.float64 else np.float32
+    result = np.empty((len(data), *map(len, positions)), kind)
+    rows = max(1, _SLAB // max(1, data[:, 0].size))
+    for first in range(0, len(positions[0]), rows):
+        slab = _along(data, 1, positions[0][first : first + rows], interpolation)
+        for axis in (2, 3):
+            slab = _along(slab, axis, positions[axis - 1], interpolation)
+        result[:, first : first + rows] = slab
+    return result
 
 
 def _separable(data: Tensor, maps: list[AxisMap], interpolation: Interpolation, outside: float | None) -> Tensor:
-    source = data.shape[1:]
-    data = data.permute(0, *(1 + m.source for m in maps))
-    bounds = [(0, len(m.positions)) if outside is None else _inside(m.positions, source[m.source]) for m in maps]
-    ratio = [(stop - start) / source[m.source] for m, (start, stop) in zip(maps, bounds, strict=True)]
-    for k in sorted(
-        range(3), key=lambda k: (not maps[k].whole, ratio[k])
-    ):  # what shrinks most first: the rest then has less to do
-        start, stop = bounds[k]
-        data = _along(data, k + 1, maps[k].positions[start:stop], interpolation)
-    if outside is not None and any(bound != (0, len(m.positions)) for m, bound in zip(maps, bounds, strict=True)):
-        margins = [n for m, (start, stop) in zip(maps, bounds, strict=True) for n in (start, len(m.positions) - stop)]
-        flat = [margins[i] for k in (2, 1, 0) for i in (2 * k, 2 * k + 1)]
-        return torch.nn.functional.pad(data, flat, value=outside)
-    return data
+    """One-dimensional passes, in the memory order of ``data``."""
+    voxels: Voxels = data.detach().cpu().numpy()
+    bounds = [
+        (0, len(m.positions)) if outside is None else _inside(m.positions, voxels.shape[m.source + 1]) for m in maps
+    ]
+    inner = [m.positions[start:stop] for m, (start, stop) in zip(maps, bounds, strict=True)]
+    voxels = _slabs(voxels, [inner[k] for k in sorted(range(3), key=lambda k: maps[k].source)], interpolation)
+    voxels = voxels.transpose(0, *(m.source + 1 for m in maps))
+    margins = [(start, len(m.positions) - stop) for m, (start, stop) in zip(maps, bounds, strict=True)]
+    if any(map(any, margins)):
+        if (
+            voxels.dtype.kind in "iu"
+            and not np.iinfo(voxels.dtype).min <= float(outside or 0) <= np.iinfo(voxels.dtype).max
+        ):
+            raise VolumeError(f"the pad value {outside} does not fit voxels of type {voxels.dtype}")
+        padded = np.full((len(voxels), *(len(m.positions) for m in maps)), outside, voxels.dtype)
+        padded[(slice(None), *(slice(start, stop) for start, stop in bounds))] = voxels
+        voxels = padded
+    # a view is copied: torch knows no negative strides, and a volume must not change when another one does
+    return torch.from_numpy(np.array(voxels, order="C"))
 
 
 def _itk(volume: Volume, target: Grid, interpolation: Interpolation, outside: float | None) -> Tensor:
@@ -98,6 +131,8 @@ def sample(volume: Volume, target: Grid, interpolation: Interpolation, outside: 
     """
     if interpolation not in ("nearest", "linear", "bspline"):
         raise VolumeError(f"interpolation is {interpolation!r}; expected 'nearest', 'linear' or 'bspline'")
+    if volume.data.dtype in (torch.float16, torch.bfloat16):
+        volume = volume.with_data(volume.data.float())
     maps = axis_maps(volume.grid, target)
     if maps is not None and (interpolation != "bspline" or all(m.whole for m in maps)):
         return Volume.on(target, _separable(volume.data, maps, interpolation, outside), volume.source)

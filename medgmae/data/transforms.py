@@ -8,8 +8,8 @@ the way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ import torch
 from .geometry import Grid, Origin, VolumeError
 from .io import Volume
 from .sampling import Interpolation, onto, sample
+
+if TYPE_CHECKING:
+    from .preparation import Preparation
 
 
 def reorient(volume: Volume, code: str) -> Volume:
@@ -181,30 +184,34 @@ def crop_foreground(volume: Volume, threshold: float = 0.0, margin: int = 0) -> 
     return crop_or_pad(volume, size, start=start)
 
 
-def card_input(source: Any) -> dict[str, Any]:
-    """The ``input`` block of a model, a weight card, a tag, or the block itself."""
+def card_input(source: Any) -> Mapping[str, Any]:
+    """The ``input`` block of a tag, a weight card or a model that was built from one, or the block itself.
+
+    Raises:
+        VolumeError: there is none.
+    """
+    if isinstance(source, Mapping):
+        return source
+    what = repr(source)
     if isinstance(source, str):
         from medgmae.hub import weight_card
 
         source = weight_card(source)
-    block = getattr(source, "input", None) or source
     config = getattr(source, "config", None)
-    if isinstance(config, dict):
+    if isinstance(config, Mapping):
+        what = f"the model {config.get('architecture')!r}, with no input in its weight card,"
         block = (config.get("card") or {}).get("input")
-    if not isinstance(block, dict) or not block:
-        what = (
-            f"the model {config.get('architecture')!r} without a weight card"
-            if isinstance(config, dict)
-            else repr(source)
-        )
+    else:
+        what = getattr(source, "tag", what)
+        block = getattr(source, "input", None)
+    if not isinstance(block, Mapping):
         raise VolumeError(
-            f"{what} says nothing about its input; expected a tag, a card, "
-            "a model that was built from one, or an input block"
+            f"{what} says nothing about its input; expected a tag, a card or a model that does, or an input block"
         )
     return block
 
 
-def create_transform(source: Any, *, whole: bool = False) -> Any:
+def create_transform(source: Any, *, whole: bool = False) -> Preparation:
     """The preparation that a checkpoint was trained with, as a callable ``path | Volume -> Volume``; see
     ``Preparation``.
 
