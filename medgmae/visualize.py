@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -51,7 +53,7 @@ def reconstruct_scan(
 
     Args:
         model: a :class:`~medgmae.MaskedAutoencoder` that predicts intensities (``norm_target=None``), in eval mode.
-        scan: (C, D, H, W), preprocessed; padded with its smallest value to whole patches and at least one window.
+        scan: (C, D, H, W), preprocessed; its rim is repeated up to whole patches and at least one window.
         mask_ratio: share of hidden patches, 0 to below 1; the model's own when None.
         generator: source of the mask.
         overlap: share of a window that it has in common with the next, 0 to below 1.
@@ -74,8 +76,8 @@ def reconstruct_scan(
         raise ValueError(f"mask_ratio and overlap must be at least 0 and below 1, got {ratio} and {overlap}")
     patch, window = owner.encoder.patch_size, owner.encoder.img_size
     size = [max(-(n // -p) * p, w) for n, p, w in zip(scan.data.shape[1:], patch, window, strict=True)]
-    padded = crop_or_pad(scan, size, float(scan.data.min()))
-    x = padded.data.float()
+    padded = _extend(scan, [(n - m) // 2 for n, m in zip(scan.size, size, strict=True)], size)
+    x = padded.data
     hidden = _draw([n // p for n, p in zip(size, patch, strict=True)], ratio, generator)
     predicted = _fill_windows(owner, x, hidden, overlap)
     voxels = hidden
@@ -84,6 +86,14 @@ def reconstruct_scan(
     visible = padded.with_data(x.masked_fill(voxels, math.nan))
     filled = padded.with_data(torch.where(voxels, predicted, x))
     return Reconstruction(crop_or_pad(visible, scan.size), crop_or_pad(filled, scan.size))
+
+
+def _extend(scan: Volume, start: Sequence[int], size: Sequence[int]) -> Volume:
+    """``size`` voxels from voxel ``start`` on, float32; beyond the scan its rim, as black would look like air."""
+    data = scan.data.float()
+    for axis, (first, count, n) in enumerate(zip(start, size, scan.size, strict=True)):
+        data = data.index_select(axis + 1, torch.arange(first, first + count).clamp(0, n - 1))
+    return Volume.on(scan.grid.part(start, size), data, scan.source)
 
 
 def _draw(grid: list[int], ratio: float, generator: torch.Generator | None) -> Tensor:
@@ -123,7 +133,7 @@ def _fill_windows(model: Any, x: Tensor, hidden: Tensor, overlap: float) -> Tens
     return summed / total
 
 
-def dense_features(model: nn.Module, scan: Volume, *, steps: int = 2, overlap: float = 0.5) -> Volume:
+def dense_features(model: nn.Module, scan: Volume, *, steps: int = 2, overlap: float = 0.25) -> Volume:
     """A feature map finer than the patches: the scan is read several times, shifted by parts of a patch.
 
     Args:
@@ -142,13 +152,13 @@ def dense_features(model: nn.Module, scan: Volume, *, steps: int = 2, overlap: f
     patch = encoder.patch_size
     if steps < 1 or any(p % steps for p in patch):
         raise ValueError(f"steps (={steps}) must be at least 1 and divide the patch {tuple(patch)}")
-    size = [-(n // -p) * p for n, p in zip(scan.size, patch, strict=True)]
+    size = [max(-(n // -p) * p, w) for n, p, w in zip(scan.size, patch, encoder.img_size, strict=True)]
+    before = [(m - n) // 2 for n, m in zip(scan.size, size, strict=True)]
     maps: dict[tuple[int, ...], Volume] = {}
     for shift in itertools.product(range(steps), repeat=3):
         # The places of all shifts together are centred on the scan.
-        start = [k * (p // steps) - (p - p // steps) // 2 for k, p in zip(shift, patch, strict=True)]
-        shifted = crop_or_pad(scan, size, float(scan.data.min()), start=start)
-        maps[shift] = _map_of(extract_features(model, shifted, overlap=overlap))
+        start = [k * (p // steps) - (p - p // steps) // 2 - b for k, p, b in zip(shift, patch, before, strict=True)]
+        maps[shift] = _map_of(extract_features(model, _extend(scan, start, size), overlap=overlap))
     first = maps[0, 0, 0]
     finer = torch.empty(first.data.shape[0], *(n * steps for n in first.size))
     for (i, j, k), found in maps.items():
@@ -167,10 +177,10 @@ def pca_rgb(feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         feature_map: (E, d, h, w), E >= 3.
-        mask: (d, h, w) bool, where the features count; elsewhere the colour is black. Everywhere when None.
+        mask: (d, h, w) bool, the places whose features set directions and range; all when None.
 
     Returns:
-        (3, d, h, w) float32 in [0, 1]: principal components, each stretched between its percentiles 1 and 99. The sign
+        (3, d, h, w) float32 in [0, 1]: principal components, each stretched between its percentiles 2 and 98. The sign
         of a component is that of the sum of its loadings' cubes, so that equal features get equal colours.
 
     Raises:
@@ -184,33 +194,32 @@ def pca_rgb(feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"mask must be {tuple(grid)} with at least 4 places, got {tuple(chosen.shape)} with {int(chosen.sum())}"
         )
-    tokens = feature_map.detach().cpu().double().flatten(1).T[chosen.flatten()]  # (n, E)
-    tokens = tokens - tokens.mean(0)
-    axes = torch.linalg.eigh(tokens.T @ tokens).eigenvectors[:, -3:].flip(1)  # (E, 3), the largest first
+    tokens = feature_map.detach().cpu().double().flatten(1).T  # (d h w, E)
+    fitted = tokens[chosen.flatten()]
+    mean = fitted.mean(0)
+    axes = torch.linalg.eigh((fitted - mean).T @ (fitted - mean)).eigenvectors[:, -3:].flip(1)  # (E, 3), largest first
     axes = axes * torch.where(axes.pow(3).sum(0) < 0, -1.0, 1.0)
-    scores = tokens @ axes
-    low, high = torch.quantile(scores, torch.tensor([0.01, 0.99], dtype=scores.dtype), dim=0)
-    colours = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    rgb = torch.zeros(3, math.prod(grid))
-    rgb[:, chosen.flatten()] = colours.T.float()
-    return rgb.reshape(3, *grid)
+    low, high = torch.quantile((fitted - mean) @ axes, torch.tensor([0.02, 0.98], dtype=axes.dtype), dim=0)
+    colours: Tensor = ((tokens - mean) @ axes - low) / (high - low).clamp(min=1e-12)
+    return colours.clamp(0, 1).T.reshape(3, *grid).float()
 
 
 def feature_colours(features: Volume, scan: Volume, threshold: float = 0.02) -> Volume:
     """Features (E, d, h, w) as smooth colours (3, D, H, W) on the grid of a scan, black where the scan is background.
 
     Args:
-        features: a feature map with its geometry, such as ``extract_features`` gives.
+        features: a feature map with its geometry, such as :func:`dense_features` or ``extract_features`` gives.
         scan: (C, D, H, W), preprocessed.
-        threshold: voxels of the scan up to this value are background.
+        threshold: voxels of the scan up to this value are background, small holes in the body excepted.
 
     Raises:
         ValueError: see :func:`pca_rgb`.
     """
-    body = scan.with_data((scan.data > threshold).any(0, keepdim=True).float())
-    inside = resample_like(body, features)
-    rgb = features.with_data(pca_rgb(features.data, inside.data[0] > 0.2))
-    smooth = resample_like(rgb, scan)
+    bright = (scan.data > threshold).any(0, keepdim=True).float()
+    wider = F.max_pool3d(bright, 5, stride=1, padding=2)
+    body = scan.with_data(-F.max_pool3d(-wider, 5, stride=1, padding=2))  # holes closed
+    inside = resample_like(body, features).data[0] > 0.5
+    smooth = resample_like(features.with_data(pca_rgb(features.data, inside)), scan, outside=0.0)
     return smooth.with_data(smooth.data.clamp(0, 1) * body.data)
 
 

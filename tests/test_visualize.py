@@ -56,14 +56,13 @@ def test_pca_colours_do_not_depend_on_the_sign_of_an_eigenvector_or_the_order_of
     torch.testing.assert_close(flipped, pca_rgb(features), atol=1e-5, rtol=0)
 
 
-def test_pca_colours_outside_the_mask_are_black_and_do_not_count() -> None:
+def test_only_places_in_the_mask_set_the_colours() -> None:
     features, mask = torch.randn(8, 4, 4, 4), torch.zeros(4, 4, 4, dtype=torch.bool)
     mask[:2] = True
     loud = features.clone()
     loud[:, 2:] = 1e6
-    rgb = pca_rgb(loud, mask)
-    assert rgb[:, 2:].abs().max() == 0
-    torch.testing.assert_close(rgb, pca_rgb(features, mask))
+    torch.testing.assert_close(pca_rgb(loud, mask)[:, :2], pca_rgb(features, mask)[:, :2])
+    torch.testing.assert_close(pca_rgb(features, mask)[:, :2], pca_rgb(features[:, :2]))
 
 
 @pytest.mark.parametrize(
@@ -137,10 +136,12 @@ def test_dense_features_hold_the_plain_ones_and_lie_between_them(small: Volume) 
     np.testing.assert_allclose(fine.spacing, np.array(plain.spacing) / 2)
     centre = fine.grid.world((np.array(fine.size) - 1) / 2)
     np.testing.assert_allclose(centre, cube.grid.world((np.array(cube.size) - 1) / 2))
-    shifted = extract_features(model, crop_or_pad(cube, (32, 32, 32), float(cube.data.min()), start=(2, -2, 2))).map
-    assert shifted is not None
-    torch.testing.assert_close(fine.data[:, 1::2, ::2, 1::2], shifted.data)
-    np.testing.assert_allclose(fine.grid.world((1, 0, 1)), shifted.origin)
+    rim = torch.nn.functional.pad(cube.data, (2, 2, 2, 2, 2, 2), mode="replicate")
+    for at in ((0, 0, 0), (1, 0, 1), (1, 1, 1)):
+        d, h, w = (4 * k for k in at)
+        shifted = extract_features(model, cube.with_data(rim[:, d : d + 32, h : h + 32, w : w + 32])).map
+        assert shifted is not None
+        torch.testing.assert_close(fine.data[:, at[0] :: 2, at[1] :: 2, at[2] :: 2], shifted.data)
     with pytest.raises(ValueError, match=r"steps \(=3\) must be at least 1 and divide the patch \(8, 8, 8\)"):
         dense_features(model, cube, steps=3)
 
@@ -151,9 +152,10 @@ def test_colours_lie_on_the_scan_and_leave_its_background_black(scan: Volume) ->
     colours = feature_colours(features, scan)
     assert colours.data.shape == (3, *scan.size)
     np.testing.assert_allclose(colours.grid.affine, scan.grid.affine)
-    background = scan.data[0] <= 0.02
-    assert colours.data[:, background].abs().max() == 0
-    assert colours.data[:, ~background].std(dim=1).min() > 0.1
+    far = torch.nn.functional.max_pool3d(scan.data, 5, stride=1, padding=2)[0] <= 0.02
+    assert far.float().mean() > 0.3
+    assert colours.data[:, far].abs().max() == 0
+    assert colours.data[:, scan.data[0] > 0.1].std(dim=1).min() > 0.05
 
 
 def test_figure_shows_right_on_the_left_and_up_on_top(tmp_path: Path) -> None:
