@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
+
+
+# By number of axes, in einops' words: an input, and the same as a sequence of patch vectors, channel fastest.
+LAYOUTS = {
+    2: ("b c (d p) (h q)", "b (d h) (p q c)"),
+    3: ("b c (d p) (h q) (w r)", "b (d h w) (p q r c)"),
+}
 
 
 class Masking(NamedTuple):
@@ -85,11 +94,8 @@ def patchify(x: Tensor, patch_size: Sequence[int]) -> Tensor:
         ValueError: an axis is not a multiple of the patch.
     """
     check_multiple(x.shape[2:], patch_size)
-    grid = [s // p for s, p in zip(x.shape[2:], patch_size, strict=True)]
-    n = len(grid)
-    split = [v for pair in zip(grid, patch_size, strict=True) for v in pair]
-    order = [0, *range(2, 2 + 2 * n, 2), *range(3, 3 + 2 * n, 2), 1]
-    return x.reshape(x.shape[0], x.shape[1], *split).permute(order).flatten(1, n).flatten(2)
+    whole, patches = LAYOUTS[len(patch_size)]
+    return rearrange(x, f"{whole} -> {patches}", **dict(zip("pqr", patch_size, strict=False)))
 
 
 def unpatchify(patches: Tensor, patch_size: Sequence[int], grid: Sequence[int], channels: int) -> Tensor:
@@ -98,15 +104,12 @@ def unpatchify(patches: Tensor, patch_size: Sequence[int], grid: Sequence[int], 
     Raises:
         ValueError: the number of patches or their length does not fit.
     """
-    n = len(grid)
-    count, length = 1, channels
-    for g, p in zip(grid, patch_size, strict=True):
-        count, length = count * g, length * p
+    count, length = math.prod(grid), math.prod(patch_size) * channels
     if patches.shape[1:] != (count, length):
         raise ValueError(
             f"patches must be (B, {count}, {length}) for grid {tuple(grid)}, patch {tuple(patch_size)} and "
             f"{channels} channels, got {tuple(patches.shape)}"
         )
-    x = patches.reshape(patches.shape[0], *grid, *patch_size, channels)
-    order = [0, 2 * n + 1, *(axis for i in range(n) for axis in (1 + i, 1 + n + i))]
-    return x.permute(order).reshape(x.shape[0], channels, *(g * p for g, p in zip(grid, patch_size, strict=True)))
+    sizes = {**dict(zip("dhw", grid, strict=False)), **dict(zip("pqr", patch_size, strict=False))}
+    whole, sequence = LAYOUTS[len(grid)]
+    return rearrange(patches, f"{sequence} -> {whole}", c=channels, **sizes)
