@@ -10,7 +10,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-
 # By number of axes, in einops' words: an input, and the same as a sequence of patch vectors, channel fastest.
 LAYOUTS = {
     2: ("b c (d p) (h q)", "b (d h) (p q c)"),
