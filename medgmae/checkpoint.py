@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -53,7 +54,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         head = file.read(16)
     if path.suffix == ".safetensors" or head[8:10] == b'{"':
         return _read_safetensors(path)
-    found = find_state(_torch_load(path), str(path))
+    found = find_state(_torch_load(path, zipped=head.startswith(b"PK\x03\x04")), str(path))
     hollow = [name for name, tensor in found.state.items() if tensor.is_meta]
     if hollow:
         raise WeightsError(
@@ -94,9 +95,10 @@ def _safe_globals() -> AbstractContextManager[Any]:
     return torch.serialization.safe_globals(_allowed())  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
 
 
-def _torch_load(path: Path) -> Any:
-    zipped = zipfile.is_zipfile(path)
+def _torch_load(path: Path, zipped: bool) -> Any:
     try:
+        if zipped:
+            _check_archive(path)
         with _safe_globals():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises over ten kinds for damaged files
@@ -111,6 +113,26 @@ def _torch_load(path: Path) -> Any:
         if "weights_only" in first:  # torch advises to load without safety: not a thing to pass on
             first = "it is not a file of torch.save, or it is damaged"
         raise WeightsError(f"{path}: cannot be read as a PyTorch checkpoint ({first}); fetch it again") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raise BadZipFile for damage anywhere but in the bytes of tensors: a file that is mapped has no other check.
+
+    Tensors are left out because to sum them is to read them all, which takes longer than loading.
+    """
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{entry.filename} is compressed, which torch.save never does")
+            file.seek(entry.header_offset)
+            header = file.read(30)
+            name, extra = struct.unpack("<HH", header[26:])
+            sound = header.startswith(b"PK\x03\x04") and file.read(name) == entry.orig_filename.encode()
+            file.seek(entry.header_offset + 30 + name + extra + entry.file_size)
+            if not sound or file.read(2) != b"PK":  # what follows an entry is its sum, the next one or the directory
+                raise zipfile.BadZipFile(f"{entry.filename} is not where the directory says")
+            if "/data/" not in entry.filename:
+                archive.read(entry)  # compares the checksum
 
 
 def _forbidden_names(path: Path) -> list[str]:

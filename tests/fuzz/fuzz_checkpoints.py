@@ -2,7 +2,7 @@
 
     python tests/fuzz/fuzz_checkpoints.py --count 10000 --seed 0
 
-Small checkpoints of several dialects, zipped, legacy and safetensors, are damaged as checkpoint_damage.py says. Each goes
+Small checkpoints of several dialects, zipped, legacy and safetensors, are damaged (see checkpoint_damage.py). Each goes
 into a model that exists or into one that is being built, in a worker process that is watched for crashes, hangs and
 memory.
 
