@@ -196,6 +196,8 @@ def test_bad_nifti_files_are_named_and_explained(
     packed, path = intact[".nii.gz"], tmp_path / "bad.nii.gz"
     rejects(path, packed[: len(packed) // 2], "truncated")
     rejects(path, packed[:-4] + b"\0\0\0\0")
+    for missing in (1, 8):  # every voxel is there, but not the checksum that vouches for them
+        rejects(path, packed[:-missing], "truncated", "checksum")
     rejects(path, damaged(packed, len(packed) // 2, b"\xff\xff\xff"), "gzip")
     rejects(path, gzip.compress(damaged(nii, 42, struct.pack("<3h", 3000, 3000, 300))), "more than")
     rejects(path, gzip.compress(b"no image at all" * 40), "not NIfTI")

@@ -120,36 +120,35 @@ def _layout(header: Any) -> tuple[tuple[int, ...], np.dtype[Any], int, int]:
     return shape, dtype, expected, int(offset)
 
 
-def _inflate(packed: bytes, limit: int) -> bytes:
-    """At most ``limit`` bytes of the gzip members in ``packed``; checks the CRC of every member that ends before
-    that."""
+def _inflate(packed: bytes, limit: int) -> tuple[bytes, bool]:
+    """At most ``limit`` bytes of the gzip members in ``packed``, and whether the last one's checksum was seen, and
+    held."""
     pieces: list[bytes] = []
-    total = 0
+    total, sealed = 0, True
     try:
         while packed and total < limit:
             member = zlib.decompressobj(wbits=31)
             pieces.append(member.decompress(packed, limit - total))
             total += len(pieces[-1])
-            if not member.eof:
-                if total >= limit:  # the trailer, with the CRC, comes after the last byte of data
-                    pieces.append(member.decompress(member.unconsumed_tail, 1))
-                break
+            sealed = member.eof
             packed = member.unused_data.lstrip(b"\x00")
     except zlib.error as error:
         raise VolumeError(f"the gzip stream is broken after {total} bytes ({error}); expected an intact file") from None
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), sealed
 
 
 def _inflate_whole(packed: bytes, needed: int) -> bytes:
-    content = _inflate(packed, needed + (1 << 20))  # a little more than is needed: extra bytes at the end are legal
-    if len(content) < needed:
-        raise VolumeError(f"the file is truncated: {len(content)} bytes after unzipping, expected {needed}")
+    content, sealed = _inflate(packed, needed + (1 << 20))  # extra bytes at the end are legal, a megabyte of them
+    if len(content) < needed or not sealed:
+        raise VolumeError(
+            f"the file is truncated: {len(content)} bytes after unzipping, expected {needed} and a checksum"
+        )
     return content
 
 
 def _voxel_bytes(path: Path, raw: bytes) -> tuple[Any, tuple[int, ...], np.dtype[Any], bytes, int]:
     zipped = raw[:2] == b"\x1f\x8b"
-    header = _header(_inflate(raw[: 1 << 14], 540) if zipped else raw[:540])
+    header = _header(_inflate(raw[: 1 << 14], 540)[0] if zipped else raw[:540])
     shape, dtype, expected, offset = _layout(header)
     needed = offset + expected
     if zipped and needed > MAX_INFLATION * len(raw) + 1024:

@@ -32,6 +32,8 @@ MEMORY = 3 << 30  # bytes that the worker may hold beyond what its imports take
 PATIENCE = 20.0  # seconds for one file
 SERIES = "-series"  # a folder of slices, the last of which is damaged
 SLICES = 5
+VOXELS = ((np.arange(6 * 8 * 10).reshape(6, 8, 10) * 7) % 500).astype(np.int16)
+SEALED = "sealed"  # name of files whose checksum covers what was damaged
 SUFFIXES = (".nii", ".nii.gz", ".mha", "-zip.mha", ".nrrd", "-raw.nrrd", ".dcm", SERIES)
 
 
@@ -65,8 +67,7 @@ def make_seeds(folder: Path) -> dict[str, bytes]:
     SERIES``."""
     import SimpleITK as sitk
 
-    voxels = (np.arange(6 * 8 * 10, dtype=np.int16).reshape(6, 8, 10) * 7) % 500
-    image = sitk.GetImageFromArray(voxels.astype(np.int16))
+    image = sitk.GetImageFromArray(VOXELS)
     image.SetSpacing((0.7, 0.8, 2.5))
     image.SetOrigin((10.0, -20.0, 5.0))
     kinds = {".nii": sitk.sitkFloat32, "-raw.nrrd": sitk.sitkFloat32, ".dcm": sitk.sitkUInt16}
@@ -130,16 +131,17 @@ def _damage(content: bytes, header: int, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-def make_case(seeds: dict[str, bytes], number: int, seed: int) -> tuple[str, bytes]:
-    """Suffix and content of a damaged file; the same for the same numbers."""
+def make_case(seeds: dict[str, bytes], number: int, seed: int) -> tuple[str, str, bytes]:
+    """Name, suffix and content of a damaged file; the same for the same numbers."""
     import gzip
 
     rng = random.Random(f"{seed}-{number}")
     suffix = SUFFIXES[number % len(SUFFIXES)]
     content = seeds[suffix]
     if suffix == ".nii.gz" and rng.random() < 0.5:  # a valid gzip of a damaged file
-        return suffix, gzip.compress(_damage(gzip.decompress(content), 352, rng), 1)
-    return suffix, _damage(content, _header_length(content, suffix), rng)
+        return f"case{number}", suffix, gzip.compress(_damage(gzip.decompress(content), 352, rng), 1)
+    name = f"{SEALED}{number}" if suffix == ".nii.gz" else f"case{number}"
+    return name, suffix, _damage(content, _header_length(content, suffix), rng)
 
 
 def judge(path: Path) -> str:
@@ -156,6 +158,8 @@ def judge(path: Path) -> str:
         return f"{type(error).__name__}: {error}"
     if not isinstance(volume, Volume) or not torch.isfinite(volume.data.double()).all():
         return "a volume that is not valid"
+    if path.name.startswith(SEALED) and not np.array_equal(volume.data[0].numpy(), VOXELS):
+        return f"other voxels than those that the checksum covers: {volume}"
     if path.is_dir() and volume.size[0] != SLICES:
         return f"a slice was lost in silence: {volume}"
     turned = np.abs(volume.direction.T @ volume.direction - np.eye(3)).max()
@@ -221,8 +225,8 @@ def fuzz(count: int, seed: int, keep: Path | None = None) -> tuple[Counter[str],
         locale.setlocale(locale.LC_ALL, kept)  # writing DICOM leaves the process in the C locale
         worker = Worker()
         for number in range(count):
-            suffix, content = make_case(seeds, number, seed)
-            file = folder / (f"{SERIES}/{SLICES - 1}.dcm" if suffix == SERIES else f"case{number}{suffix}")
+            stem, suffix, content = make_case(seeds, number, seed)
+            file = folder / (f"{SERIES}/{SLICES - 1}.dcm" if suffix == SERIES else f"{stem}{suffix}")
             path = file.parent if suffix == SERIES else file
             file.write_bytes(content)
             started = time.perf_counter()
