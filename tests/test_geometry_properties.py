@@ -104,8 +104,10 @@ def test_resampling_a_ramp_gives_the_ramp(grid: Grid, spacing: tuple[float, floa
     index = grid.index(where)
     inner = ((index >= 0) & (index <= np.array(grid.size) - 1)).all(-1)
     np.testing.assert_allclose(result.data[0].numpy()[inner], (where @ slope)[inner], atol=1e-6)
-    outer = np.abs(grid.index(where[-1, -1, -1]) - (np.array(grid.size) - 1)) * np.array(grid.spacing)
-    assert (outer <= np.array(fine) * 0.5 + np.array(grid.spacing) * 0.5 + 1e-6).all()
+    old, new = np.array(grid.spacing), np.array(fine)
+    gap = (grid.index(where[-1, -1, -1]) - (np.array(grid.size) - 1)) * old  # between the last centres
+    gap += (new - old) / 2 * (origin == "centered")  # between the far edges
+    assert (np.abs(gap) <= new / 2 + 1e-6).all()
 
 
 @SETTINGS
