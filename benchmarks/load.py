@@ -4,10 +4,10 @@
 
 Two files with the same random encoder are made in DIR (2.7 GB): the layout of an official pre-training checkpoint,
 ``{"model": state of the whole masked autoencoder, "optimizer": {} (left empty), "epoch", "scaler", "args":
-Namespace}``, and the folder that ``save_pretrained`` writes. Each measurement is a fresh process; ways take turns; medians
-are reported. Memory is the peak resident size (VmHWM) above that of a process that only imports. Loading maps the file, so
-the time until every parameter was read once is given beside the time to load. ``--cold`` drops the files from the page
-cache before each measurement.
+Namespace}``, and the folder that ``save_pretrained`` writes. Each measurement is a fresh process; the ways take turns;
+medians are reported. Memory is the peak resident size (VmHWM) above that of a process that only imports. Loading maps
+the file, so the time until every parameter was read once is given beside the time to load. ``--cold`` drops the files
+from the page cache before each measurement.
 """
 
 from __future__ import annotations
