@@ -46,8 +46,10 @@ def create_model(name: str, pretrained: bool | str | None = None, **overrides: A
             Options that begin with ``load_`` go to :func:`~medgmae.load_pretrained`: load_strict, load_source_grid ...
 
     Returns:
-        The model in training mode, with ``model.config`` (architecture, model_args, grid, card) and, where weights were
-        loaded, ``model.load_report``.
+        The model in training mode, on torch's default device, with ``model.config`` (architecture, model_args, grid,
+        card) and, where weights were loaded, ``model.load_report``. On the CPU the parameters are then mapped from the
+        file, which is quick and takes its size in memory once: do not write over that file in place while the model
+        lives. :func:`~medgmae.save_pretrained` replaces files safely.
 
     Raises:
         ValueError: unknown name.
@@ -125,6 +127,9 @@ def _build(
     if source is not None:
         described.load_report = hub.load_pretrained(model, source, **loading)
         _materialize(model)
+        device = torch.get_default_device()
+        if device.type not in ("cpu", "meta"):
+            model.to(device)
     return model
 
 

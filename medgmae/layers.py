@@ -75,7 +75,11 @@ def resample_pos_embed(table: Tensor, source_grid: Sequence[int], target_grid: S
 
 
 class PositionCache:
-    """A table of positions for the grid at hand, resampled once per grid as long as the table does not change."""
+    """A table of positions for the grid at hand, resampled once per grid as long as the table does not change.
+
+    A table that is learning is resampled every time. A change is seen unless it goes through ``.data``, which hides it
+    from torch: use ``copy_`` under ``torch.no_grad()`` instead.
+    """
 
     def __init__(self) -> None:
         self._key: tuple[object, ...] | None = None
