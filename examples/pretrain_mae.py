@@ -58,7 +58,7 @@ def backward(replica: torch.nn.Module, x: Tensor, keep: Tensor, restore: Tensor,
     with torch.autocast("cpu", torch.bfloat16):
         loss = replica(x, Masking(keep, restore, mask)).loss
     loss.backward()
-    return float(loss)
+    return loss.item()
 
 
 @click.command()
@@ -66,7 +66,7 @@ def backward(replica: torch.nn.Module, x: Tensor, keep: Tensor, restore: Tensor,
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint and the model.")
 @click.option("--model", "name", default="mae_vit_tiny_patch8_64", show_default=True)
 @click.option("--held-out", type=click.Path(exists=True, path_type=Path), help="Scan to measure on, not trained on.")
-@click.option("--steps", default=3600, show_default=True)
+@click.option("--steps", default=3700, show_default=True)
 @click.option("--batch", default=8, show_default=True, help="Crops per step, a multiple of the workers.")
 @click.option("--lr", default=1e-3, show_default=True, help="Peak of the learning rate.")
 @click.option("--warmup", default=200, show_default=True, help="Steps up to the peak; half a cosine follows.")

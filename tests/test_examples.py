@@ -1,0 +1,163 @@
+"""The example scripts run, and the shipped demonstration weights are what their card says."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+
+from medgmae import (
+    Volume,
+    create_model,
+    create_transform,
+    extract_features,
+    read_volume,
+    weight_card,
+    write_volume,
+)
+from medgmae.cards import weights_folder
+from medgmae.data import crop_or_pad
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+BRAIN = EXAMPLES / "data/mr_brain_t1.nii.gz"
+TAG = "mae_vit_tiny_patch8_64.demo"
+TAGS = (TAG, TAG.removeprefix("mae_"))
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import an example by name, as Python does when it runs one beside the others."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module
+
+
+def run(module: ModuleType, *arguments: object) -> str:
+    done = CliRunner().invoke(module.main, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def small_scan(folder: Path) -> Path:
+    """A cube of 88 mm from the middle of the brain."""
+    path = folder / "small.nii.gz"
+    write_volume(crop_or_pad(read_volume(BRAIN), (88, 88, 88)), path)
+    return path
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_the_card_tells_the_truth_about_its_file(tag: str) -> None:
+    card = weight_card(tag)
+    assert card.file is not None
+    content = (weights_folder() / card.file).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == card.sha256
+    assert len(content) == card.bytes <= 12_000_000
+    with safe_open(weights_folder() / card.file, framework="pt") as file:
+        assert json.loads(file.metadata()["medgmae"])["architecture"] == TAG.partition(".")[0]
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118 - not a dict
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_shipped_weights_load_completely_in_single_precision(tag: str) -> None:
+    model = create_model(tag)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.load_report.missing == []
+    assert set(model.load_report.loaded) == set(model.state_dict())
+
+
+def test_both_tags_give_the_same_tokens() -> None:
+    x = torch.rand(1, 1, 64, 64, 64)
+    whole, encoder = (create_model(tag).eval() for tag in TAGS)
+    torch.testing.assert_close(whole.encoder.forward_features(x), encoder.forward_features(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:nilearn", "ignore::FutureWarning:nilearn")
+def test_shipped_weights_beat_filling_without_training_by_what_the_card_says(script: Any) -> None:
+    evaluate = script("evaluate_mae")
+    found = evaluate.compare(create_model(TAG).eval(), evaluate.windows(evaluate.mni152(), 64))
+    said = dict(
+        re.findall(
+            r"(mean of the visible voxels|trilinear fill|harmonic fill|model) (\d+\.\d+) dB",
+            weight_card(TAG).notes or "",
+        )
+    )
+    assert set(said) == set(found)
+    for name, decibel in found.items():
+        assert decibel == pytest.approx(float(said[name]), abs=0.05), name
+    assert found["model"] > found["trilinear fill"] + 1 > found["mean of the visible voxels"] + 1
+
+
+def test_fillings_keep_what_is_visible_and_reproduce_what_they_can(script: Any) -> None:
+    evaluate = script("evaluate_mae")
+    model = create_model("mae_vit_nano_patch8_32")
+    visible = evaluate.visible_voxels(evaluate.fixed_masking(model, 2, seed=0), model)
+    assert float(visible.mean()) == 0.25
+    ramp = torch.linspace(0, 1, 32).reshape(1, 1, 32, 1, 1).expand(2, 1, 32, 32, 32)
+    for fill in (evaluate.mean_fill, evaluate.trilinear_fill, evaluate.harmonic_fill):
+        torch.testing.assert_close(fill(torch.full_like(ramp, 0.3), visible), torch.full_like(ramp, 0.3))
+        torch.testing.assert_close(fill(ramp, visible)[visible > 0], ramp[visible > 0])
+    mean, trilinear, harmonic = (
+        evaluate.psnr(fill(ramp, visible), ramp, visible)
+        for fill in (evaluate.mean_fill, evaluate.trilinear_fill, evaluate.harmonic_fill)
+    )
+    assert mean < trilinear < harmonic
+
+
+def test_psnr_counts_hidden_voxels_only(script: Any) -> None:
+    visible = torch.zeros(1, 1, 2, 2, 2)
+    visible[..., 0] = 1
+    assert script("evaluate_mae").psnr(torch.full_like(visible, 0.1), visible * 0, visible) == pytest.approx(20)
+
+
+def test_pretraining_learns_saves_and_resumes(script: Any, tmp_path: Path) -> None:
+    pretrain, scan, out = script("pretrain_mae"), small_scan(tmp_path), tmp_path / "out"
+    options = ["--model", "mae_vit_nano_patch8_32", "--batch", 2, "--every", 2, "--warmup", 2, "--out", out]
+    output = run(pretrain, scan, "--steps", 3, "--held-out", scan, *options)
+    assert "step 2: held-out scan" in output
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 3
+    first = create_model(f"local-dir:{out}")
+    assert first.encoder.img_size == (32, 32, 32)
+    fresh = create_model("mae_vit_nano_patch8_32")
+    assert not torch.equal(first.decoder.head.bias, fresh.decoder.head.bias)
+
+    run(pretrain, scan, "--steps", 5, *options)
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert not torch.equal(first.decoder.head.bias, create_model(f"local-dir:{out}").decoder.head.bias)
+
+
+def test_crops_are_random_but_repeatable_and_mirrored_left_and_right_only(script: Any) -> None:
+    pretrain = script("pretrain_mae")
+    scan = torch.linspace(0, 1, 20**3).reshape(1, 20, 20, 20).roll(3, dims=3)
+
+    def crop(seed: int) -> torch.Tensor:
+        return pretrain.random_crop(scan, 16, torch.Generator().manual_seed(seed))
+
+    crops = [crop(seed) for seed in range(8)]
+    assert all(c.shape == (1, 16, 16, 16) and c.min() >= 0 and c.max() <= 1 for c in crops)
+    assert torch.equal(crops[3], crop(3))
+    assert not torch.equal(crops[3], crops[4])
+    for c in crops:  # the ramp still rises from the bottom to the top
+        assert c[0, 0].mean() < c[0, 8].mean() < c[0, 15].mean()
+
+
+def test_demo_writes_features_and_a_picture(script: Any, tmp_path: Path) -> None:
+    demo, scan = script("demo"), small_scan(tmp_path)
+    output = run(demo, scan, "--out", tmp_path / "out")
+    assert "$ medgmae features" in output
+    assert "done in" in output
+    pooled, found = demo.read_features(tmp_path / "out/features.safetensors")["small"]
+    expected = extract_features(create_model(TAGS[1]).eval(), create_transform(TAGS[1], whole=True)(scan))
+    assert isinstance(found, Volume)
+    assert isinstance(expected.map, Volume)
+    torch.testing.assert_close(pooled, expected.pooled)
+    torch.testing.assert_close(found.data, expected.map.data)
+    assert found.origin == pytest.approx(expected.map.origin)
+    assert (tmp_path / "out/small.png").stat().st_size > 30_000
