@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from medgmae.cards import WeightsError
+from medgmae.layers import sincos_grid
 
 Grid = tuple[int, ...]
 
@@ -172,10 +173,11 @@ def _own(file: _File, grid: Any) -> None:
     """Our own names; an encoder's file has them without ``encoder.``. ``grid`` is the config's, if there is one."""
     file.out.source = "medgmae"
     prefix = "" if file.has_any("encoder.") else "encoder."
-    rows = file.table("encoder.pos_embed" if not prefix else "pos_embed").shape[1]
+    table = file.table("encoder.pos_embed" if not prefix else "pos_embed")
+    rows = table.shape[1]
     if grid is None:
         dims = _dims(file, f"{'' if prefix else 'encoder.'}{STEM}")
-        file.out.grid = _grid(file, rows, dims, class_row=False)[0]
+        file.out.grid = _grid(file, table, dims, class_row=False)[0]
     elif isinstance(grid, list) and all(type(n) is int and n > 0 for n in grid) and math.prod(grid) == rows:
         file.out.grid = tuple(grid)
     else:
@@ -197,7 +199,7 @@ def _plain(file: _File, source: str) -> None:
     dims = _dims(file, STEM)
     _fold_layer_scale(file)
     table = file.table("pos_embed")
-    grid, class_row = _grid(file, table.shape[1], dims, class_row=file.has("cls_token"))
+    grid, class_row = _grid(file, table, dims, class_row=file.has("cls_token"))
     _take_table(file, class_row)
     if not file.has("patch_embed.proj.bias") and file.has_any("norm_pre."):  # CLIP's encoders have none
         file.out.state["encoder.patch_embed.proj.bias"] = torch.zeros(file.tensor(STEM).shape[0])
@@ -248,7 +250,7 @@ def _mae3d(file: _File) -> None:
             f"{file.origin}: a 2D masked autoencoder of SelfMedMAE with {weight.shape[1]} channels stores its patches "
             "in a scrambled channel order, which is not supported; files with one channel are"
         )
-    grid, class_row = _grid(file, table.shape[1], _dims(file, stem), class_row=weight.dim() == 4)
+    grid, class_row = _grid(file, table, _dims(file, stem), class_row=weight.dim() == 4)
     file.take("encoder_pos_embed", "encoder.pos_embed", table[:, int(class_row) :])
     gaussian = file.has("gaussian_query_tokens")
     if gaussian:
@@ -333,25 +335,30 @@ def _dims(file: _File, stem: str) -> int:
     return dims
 
 
-def _grid(file: _File, rows: int, dims: int, class_row: bool) -> tuple[Grid, bool]:
-    """Patch grid of a table with ``rows`` rows, and whether its first row belongs to the class token.
+def _grid(file: _File, table: Tensor, dims: int, class_row: bool) -> tuple[Grid, bool]:
+    """Patch grid of a table of positions, and whether its first row belongs to the class token.
 
-    Only what leaves no choice is accepted: the grid that was passed, the model's own, or a cube.
+    Only what leaves no choice is accepted: the grid that was passed, the one that a sine-cosine table shows by itself,
+    else the model's own or a cube.
     """
-    asked = file.source_grid or (file.target.grid if file.target and len(file.target.grid) == dims else None)
+    rows, asked = table.shape[1], file.source_grid
+    choices = [(rows - has_row, has_row) for has_row in sorted({class_row, False}, reverse=True)]
     found: set[tuple[Grid, bool]] = set()
-    for has_row in {class_row, False}:
-        n = rows - has_row
-        side = round(max(n, 1) ** (1 / dims))
-        if asked is not None and math.prod(asked) == n:
-            found.add((tuple(asked), has_row))
-        if file.source_grid is None and side**dims == n:
-            found.add(((side,) * dims, has_row))
+    if asked is not None:
+        found = {(tuple(asked), has_row) for n, has_row in choices if math.prod(asked) == n}
+    else:
+        shown = [(sincos_grid(table[:, int(has_row) :], dims), has_row) for _, has_row in choices]
+        found = {(grid, has_row) for grid, has_row in shown if grid is not None}
+    if asked is None and not found:
+        own = [file.target.grid] if file.target and len(file.target.grid) == dims else []
+        for n, has_row in choices:
+            side = round(max(n, 1) ** (1 / dims))
+            found |= {(tuple(grid), has_row) for grid in (*own, (side,) * dims) if math.prod(grid) == n}
     if len(found) != 1:
         could = " or ".join(f"{g}{' and a class row' if r else ''}" for g, r in sorted(found)) or "unknown"
         raise WeightsError(
             f"{file.origin}: the table of positions has {rows} rows; its patch grid is {could}"
-            + (f", not {file.source_grid}" if file.source_grid else "")
+            + (f", not {asked}" if asked else "")
             + ". Pass source_grid=(d, h, w), the grid that the file was trained with"
             + ("" if class_row else " (no row is counted for a class token: the file has no cls_token)")
         )

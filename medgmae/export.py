@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import medgmae
 from medgmae.cards import WeightCard, WeightsError
 from medgmae.download import CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, hub_errors
+from medgmae.registry import model_builder, model_names
 from medgmae.transfer import writing
 
 README_FILE = "README.md"
@@ -43,9 +44,10 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Raises:
         WeightsError: the model has no ``config``, tensors without values, or the folder cannot be written.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     config = model_config(model)
     tensors = _tensors(model)
+    _check_rebuilds(config, model)
     folder = Path(folder).expanduser()
     with writing(folder, "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,7 @@ def push_to_hub(
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             # The card names the repository, which is only known in full now.
-            (folder / README_FILE).write_text(model_readme(model_config(_unwrap(model)), repo_id), encoding="utf-8")
+            (folder / README_FILE).write_text(model_readme(model_config(unwrap(model)), repo_id), encoding="utf-8")
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
             )
@@ -190,7 +192,8 @@ def _origin(card: WeightCard | Mapping[str, Any] | None) -> dict[str, Any] | Non
     return {name: None if name in _SOURCES else value for name, value in data.items()}
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -216,6 +219,24 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         seen.add(storage.data_ptr())
         tensors[name] = value
     return tensors
+
+
+def _check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise unless ``config`` builds a model with the same tensors: a part that was swapped by hand would be lost."""
+    if config["architecture"] not in model_names():
+        return  # a module of the caller's own; create_model will say that it does not know the name
+    with torch.device("meta"):
+        again = model_builder(config["architecture"])(**config["model_args"])
+    before = {name: tuple(tensor.shape) for name, tensor in again.state_dict().items()}
+    after = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    changed = sorted(name for name in before | after if before.get(name) != after.get(name))
+    changed += [name for name in ("pool", "norm_target") if getattr(again, name, None) != getattr(model, name, None)]
+    if changed:
+        raise WeightsError(
+            f"the model is not what create_model({config['architecture']!r}) with its options builds and could not be "
+            f"loaded again: {', '.join(changed[:6])} changed. Use create_model's options or reset_classifier instead "
+            "of replacing parts, or save your own state_dict()"
+        )
 
 
 def _write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

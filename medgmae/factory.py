@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,12 +14,17 @@ from torch import nn
 
 from medgmae import hub
 from medgmae.cards import WeightCard, WeightsError
+from medgmae.hub import Source
 from medgmae.layers import initialize
-from medgmae.registry import model_builder, model_names
+from medgmae.registry import model_builder, model_names, unknown
 
 log = logging.getLogger("medgmae")
 
 FOLDER_PREFIXES = ("hf-hub:", "local-dir:")
+
+# Options of load_pretrained that are about fitting; the others are about fetching.
+FITTING = ("strict", "source_grid", "inflate")
+FETCHING = ("cache_dir", "hub_org", "token", "progress")
 
 
 def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
@@ -32,7 +39,7 @@ def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
     return [tag for tag in hub.list_weights() if fnmatch.fnmatch(tag, pattern) and _published(hub.weight_card(tag))]
 
 
-def create_model(name: str, pretrained: bool | str | None = None, **overrides: Any) -> nn.Module:
+def create_model(name: str, pretrained: bool | Source | None = None, **overrides: Any) -> nn.Module:
     """Build a model by name.
 
     ``"vit_large_patch16_256"`` has random weights; with a tag, ``"vit_large_patch16_256.tangerine"``, it has those.
@@ -41,7 +48,7 @@ def create_model(name: str, pretrained: bool | str | None = None, **overrides: A
     Args:
         name: as above.
         pretrained: False leaves the weights random even if the name has a tag. True takes the one published checkpoint
-            of the architecture. A string names a tag or is any source that :func:`~medgmae.load_pretrained` takes.
+            of the architecture. Else a tag, or any source that :func:`~medgmae.load_pretrained` takes.
         **overrides: options of the architecture: img_size, in_chans, num_classes, pool, drop_path and so on.
             Options that begin with ``load_`` go to :func:`~medgmae.load_pretrained`: load_strict, load_source_grid ...
 
@@ -57,36 +64,50 @@ def create_model(name: str, pretrained: bool | str | None = None, **overrides: A
         WeightsError: the weights cannot be had or do not fit.
     """
     loading = {key.removeprefix("load_"): overrides.pop(key) for key in list(overrides) if key.startswith("load_")}
+    if unknown_options := set(loading) - {*FITTING, *FETCHING}:
+        raise TypeError(unknown("option", f"load_{min(unknown_options)}", [f"load_{o}" for o in (*FITTING, *FETCHING)]))
     if name.startswith(FOLDER_PREFIXES):
         return _from_saved(name, pretrained, overrides, loading)
-    architecture, _, tag = name.partition(".")
+    if "/" in name or os.sep in name:
+        raise ValueError(f"{name!r} is no model name; did you mean 'local-dir:{name}' or 'hf-hub:{name}'?")
+    architecture, dot, tag = name.partition(".")
     model_builder(architecture)
+    if dot and not tag:
+        raise ValueError(
+            f"{name!r} ends without a tag; known weights: {hub.list_weights(f'{architecture}.*') or 'none'}"
+        )
     card, source = _choose(architecture, tag, pretrained)
     return _build(architecture, {**dict(card.model_args if card else {}), **overrides}, card, source, loading)
 
 
-def _choose(architecture: str, tag: str, pretrained: bool | str | None) -> tuple[WeightCard | None, Any]:
+def _choose(architecture: str, tag: str, pretrained: bool | Source | None) -> tuple[WeightCard | None, Any]:
     """The card that applies and the source to load, None for random weights."""
-    card: WeightCard | None = None
     if tag:
-        card = hub.weight_card(f"{architecture}.{tag}")
-        if isinstance(pretrained, str):
+        if pretrained not in (None, True, False):
             raise ValueError(f"the tag {tag!r} names the weights already; drop it or pretrained={pretrained!r}")
+        card = hub.weight_card(f"{architecture}.{tag}")
         return card, None if pretrained is False else card
+    if pretrained is None or pretrained is False:
+        return None, None
     if pretrained is True:
-        tags = list_models(f"{architecture}.*", pretrained=True)
-        if len(tags) != 1:
-            choices = ", ".join(tags) or "none; pass a file or hub repository as pretrained=..."
-            raise WeightsError(
-                f"pretrained=True needs exactly one published checkpoint of {architecture}; there are: {choices}"
-            )
-        card = hub.weight_card(tags[0])
+        card = _only_published(architecture)
         return card, card
     if isinstance(pretrained, str):
         known = [t for t in (pretrained, f"{architecture}.{pretrained}") if t in hub.list_weights(f"{architecture}.*")]
-        card = hub.weight_card(known[0]) if known else None
-        return card, card or pretrained
-    return None, None
+        pretrained = hub.weight_card(known[0]) if known else pretrained
+    if not pretrained or not isinstance(pretrained, str | os.PathLike | WeightCard | Mapping | hub.OpenSource):
+        raise TypeError(f"pretrained must be True, False, a tag, a file, a folder or weights, got {pretrained!r}")
+    return pretrained if isinstance(pretrained, WeightCard) else None, pretrained
+
+
+def _only_published(architecture: str) -> WeightCard:
+    tags = list_models(f"{architecture}.*", pretrained=True)
+    if len(tags) != 1:
+        choices = ", ".join(tags) or "none; pass a file or hub repository as pretrained=..."
+        raise WeightsError(
+            f"pretrained=True needs exactly one published checkpoint of {architecture}; there are: {choices}"
+        )
+    return hub.weight_card(tags[0])
 
 
 def _published(card: WeightCard) -> bool:
@@ -94,20 +115,24 @@ def _published(card: WeightCard) -> bool:
 
 
 def _from_saved(
-    name: str, pretrained: bool | str | None, overrides: dict[str, Any], loading: dict[str, Any]
+    name: str, pretrained: bool | Source | None, overrides: dict[str, Any], loading: dict[str, Any]
 ) -> nn.Module:
-    if isinstance(pretrained, str):
+    if pretrained not in (None, True, False):
         raise ValueError(
             f"{name} brings its own weights; drop pretrained={pretrained!r}, or name the architecture itself"
         )
-    fitting = ("strict", "source_grid", "inflate")
-    opened = hub.open_source(name, **{key: value for key, value in loading.items() if key not in fitting})
+    opened = hub.open_source(name, **{key: value for key, value in loading.items() if key not in FITTING})
     config = opened.config or {}
     if "architecture" not in config:
         raise WeightsError(f"{name}: has no config.json with an 'architecture'; save it with medgmae.save_pretrained")
     card = WeightCard.from_json(config["pretrained_cfg"], name) if config.get("pretrained_cfg") else None
     model_args = {**config.get("model_args", {}), **overrides}
-    return _build(config["architecture"], model_args, card, None if pretrained is False else opened, loading)
+    model = _build(config["architecture"], model_args, card, None if pretrained is False else opened, loading)
+    report = getattr(model, "load_report", None)
+    if report and not overrides and not loading and (report.missing or report.unused):
+        lost = ", ".join([*report.missing, *report.unused][:6])
+        raise WeightsError(f"{name}: the weights are not of the model that its config describes: {lost}")
+    return model
 
 
 def _build(

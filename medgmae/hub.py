@@ -17,7 +17,8 @@ from medgmae.cards import HUB_ORG, WeightCard, WeightsError, list_weights, weigh
 from medgmae.checkpoint import Checkpoint, find_state, read_checkpoint
 from medgmae.convert import Converted, Grid, Target, convert
 from medgmae.download import resolve
-from medgmae.export import push_to_hub, save_pretrained
+from medgmae.export import push_to_hub, save_pretrained, unwrap
+from medgmae.registry import model_builder
 
 __all__ = [
     "HUB_ORG",
@@ -73,11 +74,15 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source of weights, opened: its name for messages, its tensors, and the config that travels with it."""
+    """A source of weights, opened: its name for messages, its tensors, and the config that travels with it.
+
+    expects: settings that a model needs for the weights to mean the same, as in :class:`~medgmae.convert.Converted`.
+    """
 
     origin: str
     checkpoint: Checkpoint
     config: dict[str, Any] | None
+    expects: dict[str, Any] = field(default_factory=dict)
 
 
 Source = str | os.PathLike[str] | WeightCard | Mapping[str, Any] | OpenSource
@@ -100,19 +105,69 @@ def open_source(source: Source, architecture: str | None = None, **options: Any)
     if isinstance(source, Mapping):
         return OpenSource("state dictionary", find_state(source, "state dictionary"), None)
     if isinstance(source, str) and source.startswith("timm/"):
-        return OpenSource(source, Checkpoint(_timm_weights(source.removeprefix("timm/")), "", None), None)
+        return _open_timm(source)
     found = resolve(source, architecture=architecture, **options)
     checkpoint = read_checkpoint(found.path)
-    return OpenSource(found.name, checkpoint, found.config or checkpoint.config)
+    config = found.config or checkpoint.config
+    return OpenSource(found.name, checkpoint, config, _saved_settings(config, found.name))
 
 
-def _timm_weights(name: str) -> dict[str, Tensor]:
+# Settings that no tensor shows and that change what the weights compute, as dotted attributes in our language.
+SETTINGS = (
+    "encoder.blocks.0.attn.num_heads",
+    "encoder.blocks.0.norm1.eps",
+    "decoder.blocks.0.attn.num_heads",
+    "decoder.blocks.0.norm1.eps",
+    "decoder.sigmoid",
+)
+
+
+def _saved_settings(config: dict[str, Any] | None, origin: str) -> dict[str, Any]:
+    """The settings of the model that a config of ours describes; none for other configs."""
+    if not config or not config.get("grid"):
+        return {}
+    try:
+        with torch.device("meta"):
+            model = model_builder(config["architecture"])(**config["model_args"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{origin}: its config describes no model of this version of the library ({error})"
+        ) from error
+    found = {path: _setting(model, path) for path in SETTINGS}
+    return {path: value for path, value in found.items() if value is not None}
+
+
+def _setting(model: nn.Module, path: str) -> Any:
+    """Value of a dotted attribute in our language; None where the model has no such part."""
+    value: Any = model
+    for part in (path if hasattr(model, "encoder") else path.removeprefix("encoder.")).split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _open_timm(source: str) -> OpenSource:
+    """A model of timm's 2D zoo with the weights that timm publishes."""
     import timm
 
     try:
-        return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
+        model: Any = timm.create_model(source.removeprefix("timm/"), pretrained=True, num_classes=0)
     except Exception as error:  # timm and the hub client raise many kinds
-        raise WeightsError(f"timm/{name}: timm could not give these weights ({error})") from error
+        raise WeightsError(f"{source}: timm could not give these weights ({error})") from error
+    return OpenSource(source, Checkpoint(dict(model.state_dict()), "", None), None, timm_settings(model, source))
+
+
+def timm_settings(model: Any, origin: str) -> dict[str, Any]:
+    """The settings of one of timm's ViTs that its weights need.
+
+    Raises:
+        WeightsError: not a plain ViT, or one with another activation than GELU, which our blocks do not compute.
+    """
+    block = model.blocks[0] if len(getattr(model, "blocks", ())) else None
+    if block is None or not hasattr(block, "attn") or not hasattr(block, "mlp"):
+        raise WeightsError(f"{origin}: {type(model).__name__} is not a plain ViT; choose a vit_* model of timm")
+    if type(block.mlp.act).__name__ != "GELU":
+        raise WeightsError(f"{origin}: its activation is {type(block.mlp.act).__name__}, supported is GELU")
+    return {"encoder.blocks.0.attn.num_heads": block.attn.num_heads, "encoder.blocks.0.norm1.eps": block.norm1.eps}
 
 
 def load_pretrained(
@@ -145,6 +200,7 @@ def load_pretrained(
             or the file holds parts that the model would silently ignore. The message lists the names.
         TypeError: the model is not one of this library.
     """
+    model = unwrap(model)
     encoder = _encoder(model)
     config = getattr(model, "config", None) or {}
     opened = open_source(source, config.get("architecture"), **options)
@@ -156,6 +212,7 @@ def load_pretrained(
         target=target,
         source_grid=source_grid,
     )
+    converted.expects.update(opened.expects)
     plan = _Plan(model, converted, opened.origin, strict, inflate)
     _fill(model, plan.tensors)
     log.info("%s", plan.report)
@@ -166,8 +223,7 @@ def _encoder(model: nn.Module) -> Any:
     encoder = getattr(model, "encoder", model)
     if not all(hasattr(encoder, name) for name in ("grid", "patch_size", "in_chans")):
         raise TypeError(
-            f"load_pretrained fills the models of this library, got {type(model).__name__}. Unwrap it first "
-            "(model.module under DistributedDataParallel)"
+            f"load_pretrained fills the models of this library, got {type(model).__name__}: make one with create_model"
         )
     return encoder
 
@@ -254,7 +310,7 @@ class _Plan:
             self._unused(ours, "head")
         elif ours.startswith("encoder.norm."):
             self._unused(ours, "last norm of the tokens: the model normalises the pooled vector instead")
-        elif ours == "encoder.cls_token":
+        elif ours == "encoder.cls_token" and not self.strict:
             self._unused(ours, "class token: the model has none")
         elif ours.startswith("encoder.") and not _known_encoder_part(ours) and not self.strict:
             self._unused(ours, "unknown name")
@@ -274,9 +330,9 @@ class _Plan:
 
     def _check_expectations(self, model: nn.Module, converted: Converted) -> None:
         for path, wanted in converted.expects.items():
-            owner, _, attribute = path.rpartition(".")
-            if self.whole and getattr(model.get_submodule(owner), attribute, wanted) != wanted:
-                self.errors.append(f"the file's decoder was trained with {attribute}={wanted}, the model's is not")
+            found = _setting(model, path)
+            if found is not None and found != wanted:
+                self.errors.append(f"{self._models(path)}: {wanted} in the file's model, {found} in this one")
 
 
 def _is_stem_for(tensor: Tensor, slot: Tensor) -> bool:

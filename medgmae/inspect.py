@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -195,7 +196,12 @@ def _options(sizes: _Sizes, known: _Sizes, state: Mapping[str, Tensor], whole: b
 
 def _head(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Classes and hidden widths of the classifier in a file."""
-    widths = [len(t) for name, t in state.items() if name.startswith("encoder.head.") and t.dim() == 2]
+    layers = {
+        name: t for name, t in state.items() if re.fullmatch(r"encoder\.head\.(\d+\.)?weight", name) and t.dim() == 2
+    }
+    widths = [
+        len(layers[name]) for name in sorted(layers, key=lambda name: int("0" + "".join(filter(str.isdigit, name))))
+    ]
     return {"num_classes": widths[-1] if widths else 0, "head_hidden": widths[:-1]}
 
 

@@ -54,6 +54,25 @@ def sincos_pos_embed(dim: int, grid: Sequence[int], *, reversed_mesh: bool = Fal
     return torch.cat(blocks, dim=1).unsqueeze(0)
 
 
+def sincos_grid(table: Tensor, axes: int) -> tuple[int, ...] | None:
+    """The grid for which :func:`sincos_pos_embed` gives this table (1, N, E); None when it is another kind of table."""
+    rows, dim = table.shape[1:]
+    if table.is_meta or dim < 2 * axes or not rows:
+        return None
+    first_wide, end, stride = axes - dim % axes, dim, 1
+    grid: list[int] = []
+    for axis in reversed(range(axes)):
+        width = dim // axes + int(axis >= first_wide)
+        block = table[0, ::stride, end - width : end].float()
+        again = (block[1:] - block[:1]).abs().amax(1) < 1e-3  # the coordinate is back at 0
+        size = int(again.int().argmax()) + 1 if bool(again.any()) else len(block)
+        grid, end, stride = [size, *grid], end - width, stride * size
+    if math.prod(grid) != rows:
+        return None
+    same = torch.allclose(sincos_pos_embed(dim, grid), table.float().cpu(), rtol=0, atol=2e-3)  # also after float16
+    return tuple(grid) if same else None
+
+
 def resample_pos_embed(table: Tensor, source_grid: Sequence[int], target_grid: Sequence[int]) -> Tensor:
     """Resample a table of patch positions to another grid: (1, N, E) to (1, N', E).
 

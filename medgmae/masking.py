@@ -84,6 +84,11 @@ def check_multiple(size: Sequence[int], patch_size: Sequence[int]) -> None:
         )
 
 
+def _named(axes: str, sizes: Sequence[int]) -> dict[str, int]:
+    """Lengths by the letters of LAYOUTS. As many letters as sizes: dynamo in torch 2.6 takes no other zip."""
+    return dict(zip(axes[: len(sizes)], sizes, strict=True))
+
+
 def patchify(x: Tensor, patch_size: Sequence[int]) -> Tensor:
     """Cut (B, C, *size) into (B, N, prod(patch) * C): patches in raster order, inside a patch channel fastest.
 
@@ -94,7 +99,7 @@ def patchify(x: Tensor, patch_size: Sequence[int]) -> Tensor:
     """
     check_multiple(x.shape[2:], patch_size)
     whole, patches = LAYOUTS[len(patch_size)]
-    return rearrange(x, f"{whole} -> {patches}", **dict(zip("pqr", patch_size, strict=False)))
+    return rearrange(x, f"{whole} -> {patches}", **_named("pqr", patch_size))
 
 
 def unpatchify(patches: Tensor, patch_size: Sequence[int], grid: Sequence[int], channels: int) -> Tensor:
@@ -109,6 +114,6 @@ def unpatchify(patches: Tensor, patch_size: Sequence[int], grid: Sequence[int], 
             f"patches must be (B, {count}, {length}) for grid {tuple(grid)}, patch {tuple(patch_size)} and "
             f"{channels} channels, got {tuple(patches.shape)}"
         )
-    sizes = {**dict(zip("dhw", grid, strict=False)), **dict(zip("pqr", patch_size, strict=False))}
+    sizes = _named("dhw", grid) | _named("pqr", patch_size)
     whole, sequence = LAYOUTS[len(grid)]
     return rearrange(patches, f"{sequence} -> {whole}", c=channels, **sizes)

@@ -260,6 +260,7 @@ def test_convert_a_patch_size(tmp_path: Path) -> None:
 
 def test_convert_asks_for_the_grid(tmp_path: Path) -> None:
     model = medgmae.create_model(NANO, img_size=(16, 24, 40))
+    torch.nn.init.normal_(model.pos_embed)  # a sine-cosine table would tell its grid
     torch.save(model.state_dict(), tmp_path / "plain.pth")
     result = run("convert", tmp_path / "plain.pth", tmp_path / "out")
     assert result.exit_code == 1

@@ -188,9 +188,9 @@ def test_a_decoders_class_row_is_kept() -> None:
 
 
 def test_a_sigmoid_head_and_a_plain_one_are_not_mixed_up() -> None:
-    refused(nano(sigmoid=True), to_masked_autoencoder(SOURCE), "sigmoid=False")
-    refused(nano(), to_masked_autoencoder(SOURCE, sigmoid=True), "sigmoid=True")
-    refused(nano(sigmoid=True), to_mae3d(SOURCE), "sigmoid=False")
+    refused(nano(sigmoid=True), to_masked_autoencoder(SOURCE), "decoder.sigmoid: False in the file")
+    refused(nano(), to_masked_autoencoder(SOURCE, sigmoid=True), "decoder.sigmoid: True in the file")
+    refused(nano(sigmoid=True), to_mae3d(SOURCE), "decoder.sigmoid: False in the file")
     medgmae.load_pretrained(nano_encoder(), to_masked_autoencoder(SOURCE, sigmoid=True))
 
 

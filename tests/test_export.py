@@ -163,3 +163,15 @@ def test_readme_of_every_card_is_valid() -> None:
         assert card.data.library_name == "medgmae"
         assert tag in card.text
         assert "None" not in card.text
+
+
+def test_a_part_replaced_by_hand_is_not_lost_in_silence(tmp_path: Path) -> None:
+    model = medgmae.create_model("vit_nano_patch8_32")
+    model.head = torch.nn.Linear(48, 5)
+    with pytest.raises(WeightsError, match=r"head\.bias, head\.weight changed.*reset_classifier"):
+        save_pretrained(model, tmp_path)
+    model = medgmae.create_model("vit_nano_patch8_32")
+    model.pool = "avg"
+    with pytest.raises(WeightsError, match="pool changed"):
+        save_pretrained(model, tmp_path)
+    assert not list(tmp_path.iterdir())

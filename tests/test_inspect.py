@@ -117,6 +117,9 @@ def test_other_size_and_channels_become_options(tmp_path: Path) -> None:
 
 def test_a_grid_that_the_file_leaves_open_is_asked_for(tmp_path: Path) -> None:
     model = medgmae.create_model("vit_nano_patch8_32", img_size=(16, 24, 40))
+    torch.save(model.state_dict(), tmp_path / "sincos.pth")
+    assert medgmae.inspect_checkpoint(tmp_path / "sincos.pth")["model_args"] == {"img_size": [16, 24, 40]}
+    torch.nn.init.normal_(model.pos_embed)
     torch.save(model.state_dict(), tmp_path / "plain.pth")
     with pytest.raises(medgmae.WeightsError, match="source_grid"):
         medgmae.inspect_checkpoint(tmp_path / "plain.pth")

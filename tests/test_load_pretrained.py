@@ -101,7 +101,9 @@ def test_legacy_files_are_read(tmp_path: Path, container: str) -> None:
     assert_same_state(model, EXPECTED)
 
 
-@pytest.mark.parametrize("content", [OrderedDict(STATE), {"model": OrderedDict(STATE)}, dict(STATE)], ids=repr)
+@pytest.mark.parametrize(
+    "content", [OrderedDict(STATE), {"model": OrderedDict(STATE)}, dict(STATE)], ids=["ordered", "inside", "plain"]
+)
 def test_kinds_of_dictionaries(tmp_path: Path, content: Any) -> None:
     model = nano()
     medgmae.load_pretrained(model, saved(tmp_path / "a.bin", content))
@@ -207,9 +209,49 @@ def test_another_pooling_keeps_what_it_can() -> None:
     refused(mean.state_dict(), "norm.weight: not in the file", cls)
 
 
-def test_a_wrapped_model_is_refused_with_the_remedy() -> None:
-    with pytest.raises(TypeError, match=r"got Linear.*model\.module"):
+def test_another_module_is_refused_with_the_remedy() -> None:
+    with pytest.raises(TypeError, match=r"got Linear.*create_model"):
         medgmae.load_pretrained(torch.nn.Linear(2, 2), STATE)
+
+
+def test_wrappers_are_taken_off() -> None:
+    model = nano()
+    medgmae.load_pretrained(torch.nn.DataParallel(torch.compile(model)), STATE)
+    assert_same_state(model, EXPECTED)
+
+
+@pytest.mark.parametrize("options", [{"num_heads": 4}, {"norm_eps": 1e-3}])
+def test_settings_that_no_tensor_shows_must_agree(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Other heads or another epsilon compute other features from the same weights: the saved config tells."""
+    medgmae.save_pretrained(medgmae.create_model("vit_nano_patch8_32", **options), tmp_path)
+    with pytest.raises(medgmae.WeightsError, match=r"in the file's model, .* in this one"):
+        medgmae.load_pretrained(medgmae.create_model("vit_nano_patch8_32"), tmp_path)
+    medgmae.load_pretrained(medgmae.create_model("vit_nano_patch8_32", **options), tmp_path)
+
+
+def test_the_sigmoid_of_a_saved_autoencoder_must_agree(tmp_path: Path) -> None:
+    medgmae.save_pretrained(medgmae.create_model("mae_vit_nano_patch8_32", sigmoid=True), tmp_path)
+    with pytest.raises(medgmae.WeightsError, match=r"decoder\.sigmoid: True in the file"):
+        medgmae.load_pretrained(medgmae.create_model("mae_vit_nano_patch8_32"), tmp_path)
+
+
+def test_the_grid_of_a_sine_cosine_table_is_read_off_the_table() -> None:
+    """64 rows of 8 x 4 x 2 are also a cube; the table itself tells them apart."""
+    slab = medgmae.create_model("vit_nano_patch8_32", img_size=(64, 32, 16))
+    model = medgmae.create_model("vit_nano_patch8_32")
+    report = medgmae.load_pretrained(model, slab.state_dict())
+    assert report.resized == {"pos_embed": "grid (8, 4, 2) to (4, 4, 4)"}
+    expected = medgmae.resample_pos_embed(slab.pos_embed, (8, 4, 2), (4, 4, 4))
+    assert torch.equal(model.pos_embed, expected)
+
+
+def test_a_class_token_is_not_dropped_in_silence() -> None:
+    model = medgmae.create_model("vit_nano_patch8_32", class_token=False, pool="avg", fc_norm=False)
+    file = medgmae.create_model("vit_nano_patch8_32").state_dict()
+    with pytest.raises(medgmae.WeightsError, match="cls_token: in the file"):
+        medgmae.load_pretrained(model, file)
+    report = medgmae.load_pretrained(model, file, strict=False)
+    assert report.unused == {"cls_token": "class token: the model has none"}
 
 
 def test_loading_keeps_dtype_gradients_and_identity_of_the_parameters() -> None:

@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 Origin = Literal["centered", "first_voxel"]
 
 _SIDES = ("RL", "AP", "IS")  # per world axis (x, y, z) in LPS: the side of the negative and of the positive direction
+_HAIR = np.eye(3) + 1e-5 * np.array([[0, -3, 2], [3, 0, -1], [-2, 1, 0]])
 _ORTHONORMAL = 1e-3  # DICOM gives cosines with as few as 4 digits
 _SNAP = 1e-4  # voxels: positions this close to a voxel centre are that voxel (NIfTI stores geometry in float32)
 
@@ -104,8 +105,11 @@ class Grid:
 
     def _nearest_axes(self) -> list[tuple[int, float]]:
         """Per array axis: the world axis that it follows, and the cosine. The assignment is one to one, as near as
-        possible in sum."""
-        best = max(itertools.permutations(range(3)), key=lambda p: sum(abs(self.direction[p[k], k]) for k in range(3)))
+        possible in sum, with body axes turned by a hair: whatever the order and signs of the array's axes, those that
+        lie half way between two body axes are then assigned alike.
+        """
+        near = np.abs(_HAIR @ self.direction)
+        best = max(itertools.permutations(range(3)), key=lambda axes: sum(near[axes[k], k] for k in range(3)))
         return [(axis, float(self.direction[axis, k])) for k, axis in enumerate(best)]
 
     def part(self, start: Sequence[int], size: Sequence[int]) -> Grid:

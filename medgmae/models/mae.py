@@ -128,6 +128,11 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         if norm_target not in (None, "unbiased", "biased"):
             raise ValueError(f"norm_target must be None, 'unbiased' or 'biased', got {norm_target!r}")
+        if not isinstance(encoder.norm, nn.LayerNorm):
+            raise ValueError(
+                "the encoder of a masked autoencoder normalises its tokens, not the pooled vector: build it with "
+                f"pool='cls' or fc_norm=False, got pool={encoder.pool!r}"
+            )
         self.encoder, self.decoder = encoder, decoder
         self.mask_ratio, self.norm_target = mask_ratio, norm_target
 
@@ -140,6 +145,9 @@ class MaskedAutoencoder(nn.Module):
         """
         target = patchify(x, self.encoder.patch_size)  # (B, N, L)
         masking = masking or self._draw(target)
+        shape, expected = tuple(masking.mask.shape), tuple(target.shape[:2])
+        if shape != expected:
+            raise ValueError(f"the masking is for {shape} (batch, patches), the input has {expected}")
         tokens = self.encoder.forward_features(x, keep=masking.keep)  # (B, P + n, E)
         pred = self.decoder(tokens, masking.restore, self._grid(x))  # (B, N, L)
         return MAEOutput(patch_mse(pred, target, masking.mask, self.norm_target), pred, masking.mask)

@@ -199,6 +199,8 @@ class ViT(nn.Module):
         positions = self._positions(self.pos_embed, self.grid, self._grid_of(x))  # (1, N, E)
         tokens = self.patch_embed(x, keep)  # (B, n, E)
         if keep is not None:
+            if keep.shape[0] != x.shape[0]:
+                raise ValueError(f"keep is for a batch of {keep.shape[0]}, the input is a batch of {x.shape[0]}")
             positions = take_tokens(positions.expand(keep.shape[0], -1, -1), keep)
         tokens = tokens + positions
         if self.cls_token is not None:
