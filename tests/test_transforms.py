@@ -275,6 +275,13 @@ def test_an_early_crop_changes_nothing() -> None:
         ({"channels": 0}, "channels"),
         ({"resample": {"to": "spacing", "order": 3}}, "unknown keys"),
         ({"resample": {"to": "moon"}}, "to is 'moon'"),
+        ({"resample": "spacing"}, "resample is 'spacing'"),
+        ({"resample": {"to": "spacing", "outside": "air"}}, "outside is 'air'"),
+        ({"range": 3}, "range is 3"),
+        ({"range": [0]}, "two numbers"),
+        ({"orientation": 3}, "three letters"),
+        ({"pad": "air"}, "pad is 'air'"),
+        ({"window": ["a", "b"]}, "window is"),
     ],
 )
 def test_a_wrong_block_says_what_is_wrong(change: dict[str, object], words: str) -> None:

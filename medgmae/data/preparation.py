@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .geometry import Grid, VolumeError
@@ -42,32 +43,57 @@ def _merged(
     return merged
 
 
-def _check(block: dict[str, Any]) -> None:
-    for key, test in (
-        ("size", lambda v: isinstance(v, int) and v > 0),
-        ("spacing", lambda v: isinstance(v, (int, float)) and v > 0),
-    ):
-        value = block[key]
-        if value is not None and not (isinstance(value, (list, tuple)) and len(value) == 3 and all(map(test, value))):
-            raise VolumeError(
-                f"input.{key} is {value!r}; expected null or three positive numbers, (d, h, w) of the model's input"
-            )
-    if not isinstance(block["channels"], int) or block["channels"] < 1:
-        raise VolumeError(f"input.channels is {block['channels']!r}; expected a number of channels")
-    if not set(block["crop"]) <= {"foreground", "center"}:
-        raise VolumeError(f"input.crop is {block['crop']!r}; expected a list of 'foreground' and 'center'")
-    needed = [block["resample"]["to"]] if block["resample"] else []
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _numbers(value: Any, count: int, least: float = -math.inf) -> bool:
+    sequence = isinstance(value, (list, tuple)) and len(value) == count
+    return sequence and all(_number(v) and v > least for v in value)
+
+
+def _window(value: Any) -> bool:
+    pair: Any = value.get("percentiles") if isinstance(value, Mapping) and len(value) == 1 else value
+    return value is None or (_numbers(pair, 2) and pair[0] < pair[1])
+
+
+def _whole_numbers(value: Any) -> bool:
+    return _numbers(value, 3, 0) and all(isinstance(v, int) for v in value)
+
+
+# What the value of a key must be, and how an error says so.
+_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "channels": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "a number of channels"),
+    "orientation": (lambda v: v is None or isinstance(v, str), "null or three letters such as 'RAS'"),
+    "spacing": (lambda v: v is None or _numbers(v, 3, 0), "null or three positive numbers (d, h, w) in mm"),
+    "size": (lambda v: v is None or _whole_numbers(v), "null or three positive whole numbers (d, h, w)"),
+    "resample": (lambda v: v is None or isinstance(v, Mapping), "null or an object with 'to' and so on"),
+    "window": (_window, "null, [lo, hi] or {'percentiles': [low, high]}"),
+    "range": (lambda v: _numbers(v, 2), "two numbers [a, b]"),
+    "crop": (
+        lambda v: isinstance(v, (list, tuple)) and all(c in ("foreground", "center") for c in v),
+        "a list of 'foreground' and 'center'",
+    ),
+    "pad": (_number, "a number"),
+}
+
+
+def _check_forms(block: Mapping[str, Any]) -> None:
+    for key, (valid, expected) in _FORMS.items():
+        if not valid(block[key]):
+            raise VolumeError(f"input.{key} is {block[key]!r}; expected {expected}")
+
+
+def _check_needs(block: Mapping[str, Any]) -> None:
+    """What one key needs of another."""
+    resample = block["resample"]
+    if resample and resample["outside"] is not None and not _number(resample["outside"]):
+        raise VolumeError(f"input.resample.outside is {resample['outside']!r}; expected null or a number")
+    needed = [resample["to"]] if resample else []
     needed += ["size"] if "center" in block["crop"] else []
     missing = [key for key in needed if block[key] is None]
     if missing:
         raise VolumeError(f"input.{missing[0]} is null, and resample or crop need it")
-    pair = block["window"]
-    if isinstance(pair, Mapping):
-        pair = pair.get("percentiles")
-    if pair is not None and not (isinstance(pair, (list, tuple)) and len(pair) == 2 and pair[0] < pair[1]):
-        raise VolumeError(
-            f"input.window is {block['window']!r}; expected null, [lo, hi] or {{'percentiles': [low, high]}}"
-        )
 
 
 def _fitting(size: Sequence[int], wanted: Sequence[int]) -> list[int]:
@@ -109,9 +135,10 @@ class Preparation:
 
     def __init__(self, block: Mapping[str, Any], whole: bool = False) -> None:
         self.input = _merged("input", block, _DEFAULTS, _CHOICES)
+        _check_forms(self.input)
         if self.input["resample"] is not None:
             self.input["resample"] = _merged("input.resample", self.input["resample"], _RESAMPLE, _RESAMPLE_CHOICES)
-        _check(self.input)
+        _check_needs(self.input)
         self.whole = whole
 
     def __repr__(self) -> str:
