@@ -36,41 +36,46 @@ def sincos_pos_embed(dim: int, grid: Sequence[int], *, reversed_mesh: bool = Fal
     ``reversed_mesh`` reproduces TANGERINE's order on non-cubic grids: row n gets the coordinates that n has in the
     reversed grid. The files that were trained with it carry their table, so it is needed for comparison only.
     """
-    axes = len(grid)
     shape = tuple(grid)[::-1] if reversed_mesh else tuple(grid)
     coordinates = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in shape), indexing="ij")
-    first_wide = axes - dim % axes
-    blocks: list[Tensor] = []
-    for axis, coordinate in enumerate(coordinates):
-        width = dim // axes + int(axis >= first_wide)
-        t = coordinate.reshape(-1, 1)
-        half = width // 2
-        # The published tables were computed by numpy in float32, whose power rounds differently from torch's.
-        exponents = np.arange(half, dtype=np.float32) / np.float32(max(half, 1))
-        omega = torch.tensor(np.float32(1) / np.power(np.float32(10000), exponents))
-        blocks += [(t * omega).sin(), (t * omega).cos()]
-        if width % 2:
-            blocks.append((t * 1e-4).sin())
+    widths = _axis_widths(dim, len(shape))
+    blocks = [_axis_table(t.reshape(-1, 1), width) for t, width in zip(coordinates, widths, strict=True)]
     return torch.cat(blocks, dim=1).unsqueeze(0)
 
 
+def _axis_widths(dim: int, axes: int) -> list[int]:
+    return [dim // axes + int(axis >= axes - dim % axes) for axis in range(axes)]
+
+
+def _axis_table(t: Tensor, width: int) -> Tensor:
+    """Channels for the coordinates ``t`` (n, 1) along one axis: (n, width)."""
+    half = width // 2
+    # The published tables were computed by numpy in float32, whose power rounds differently from torch's.
+    exponents = np.arange(half, dtype=np.float32) / np.float32(max(half, 1))
+    omega = torch.tensor(np.float32(1) / np.power(np.float32(10000), exponents))
+    odd = [(t * 1e-4).sin()] if width % 2 else []
+    return torch.cat([(t * omega).sin(), (t * omega).cos(), *odd], dim=1)
+
+
 def sincos_grid(table: Tensor, axes: int) -> tuple[int, ...] | None:
-    """The grid for which :func:`sincos_pos_embed` gives this table (1, N, E); None when it is another kind of table."""
+    """The grid for which :func:`sincos_pos_embed` gives this table (1, N, E); None when it is another kind of table.
+
+    Read off the rows along each axis in turn, the last first: its channels begin anew where the coordinate is 0 again.
+    """
     rows, dim = table.shape[1:]
     if table.is_meta or dim < 2 * axes or not rows:
         return None
-    first_wide, end, stride = axes - dim % axes, dim, 1
     grid: list[int] = []
-    for axis in reversed(range(axes)):
-        width = dim // axes + int(axis >= first_wide)
-        block = table[0, ::stride, end - width : end].float()
-        again = (block[1:] - block[:1]).abs().amax(1) < 1e-3  # the coordinate is back at 0
+    end, stride = dim, 1
+    for width in reversed(_axis_widths(dim, axes)):
+        block = table[0, ::stride, end - width : end].float().cpu()
+        again = (block[1:] - block[:1]).abs().amax(1) < 1e-3
         size = int(again.int().argmax()) + 1 if bool(again.any()) else len(block)
+        expected = _axis_table(torch.arange(size, dtype=torch.float32).unsqueeze(1), width)
+        if not torch.allclose(block[:size], expected, rtol=0, atol=2e-3):  # room for float16
+            return None
         grid, end, stride = [size, *grid], end - width, stride * size
-    if math.prod(grid) != rows:
-        return None
-    same = torch.allclose(sincos_pos_embed(dim, grid), table.float().cpu(), rtol=0, atol=2e-3)  # also after float16
-    return tuple(grid) if same else None
+    return tuple(grid) if stride == rows else None
 
 
 def resample_pos_embed(table: Tensor, source_grid: Sequence[int], target_grid: Sequence[int]) -> Tensor:

@@ -241,8 +241,7 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None, chan
     """A scan from a file or a DICOM folder, in its stored voxel type (unsigned 16 and 32 bits widened) and orientation.
 
     Several values per voxel (vector pixels, RGB) become channels. A 4-D image is an error unless ``channels`` is the
-    length of its last
-    axis: a time series is not a multi-channel scan.
+    length of its last axis: a time series is not a multi-channel scan.
 
     Args:
         path: NIfTI, MetaImage, NRRD or multi-frame DICOM file, told by content; or a folder, searched with its
