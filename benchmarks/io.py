@@ -18,7 +18,8 @@ the whole preparation 2.1 s and the crop 1.9 s, MONAI 8.6 and 8.2 s. The inflate
 passes were foreseen all wrong: as torch operations over the whole volume they took 10 s, with permuted memory, a gather
 along the fastest axis and a barrier between threads at every step. Plane by plane in numpy, every intermediate stays in
 cache and the same passes take 0.13 s. What is left is the inflate; isal and zlib-ng need 0.56 and 0.64 times zlib's
-processor time, which did not seem worth a dependency. results/io.json has the latest run.
+processor time, which did not seem worth a dependency. With the machine to itself: 1.0 s and 0.9 s, 0.84 s of it the
+inflate; MONAI 3.8 and 3.5 s. results/io.json has the latest run.
 
     python benchmarks/io.py [--repeats 5] [--threads N]
 """
