@@ -160,7 +160,10 @@ def find_state(content: Any, origin: str) -> Checkpoint:
     while not _is_state(content):
         entry = next((k for k in CONTAINER_KEYS if isinstance(content.get(k), Mapping)), None)
         if entry is None or len(container) > 3:
-            found = ", ".join(map(repr, list(content)[:8])) or "nothing"
+            found = (
+                ", ".join(repr(key) if isinstance(key, str) else type(key).__name__ for key in list(content)[:8])
+                or "nothing"
+            )
             spare = [k for k in OTHER_WEIGHTS if k in content]
             hint = f" ({' and '.join(spare)} alone are not loaded)" if spare else ""
             raise WeightsError(
@@ -169,7 +172,10 @@ def find_state(content: Any, origin: str) -> Checkpoint:
             )
         container.append(entry)
         content = content[entry]
-    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    odd = next((key for key in content if not isinstance(key, str)), None)
+    if odd is not None:
+        raise WeightsError(f"{origin}: a weight's name is a {type(odd).__name__}, expected text; fetch the file again")
+    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     return Checkpoint(state, ".".join(container), None)
 
 

@@ -316,3 +316,9 @@ def test_the_fuzzer_finds_nothing_in_a_short_run() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "200 files" in done.stdout
+
+
+@pytest.mark.parametrize("name", [7, torch.float32, torch.zeros(1).untyped_storage()], ids=["int", "dtype", "storage"])
+def test_names_that_are_no_text_are_refused(name: Any) -> None:
+    with pytest.raises(medgmae.WeightsError, match="name is a"):
+        medgmae.load_pretrained(nano(), {**STATE, name: torch.zeros(1)})
