@@ -38,6 +38,8 @@ _PUBLIC = {
     "extract_features": "medgmae.features",
     "Features": "medgmae.features",
     "inspect_checkpoint": "medgmae.inspect",
+    "Gaussians": "medgmae.rendering",
+    "GaussianRenderer": "medgmae.rendering",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -72,6 +74,8 @@ if TYPE_CHECKING:
     from medgmae.models.mae import ViTDecoder as ViTDecoder
     from medgmae.models.vit import ViT as ViT
     from medgmae.registry import register_model as register_model
+    from medgmae.rendering import GaussianRenderer as GaussianRenderer
+    from medgmae.rendering import Gaussians as Gaussians
 
 
 def __getattr__(name: str) -> Any:
