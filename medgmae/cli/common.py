@@ -134,6 +134,9 @@ def _literal(text: str) -> Any:
     return text
 
 
+# What a model without a card gets: the scan as stored, its intensities between two percentiles mapped to 0..1.
+DEFAULT_INPUT = {"window": {"percentiles": [0.5, 99.5]}, "range": [0.0, 1.0]}
+
 source_grid_option = click.option(
     "--source-grid",
     callback=sizes(),
@@ -157,3 +160,53 @@ def model_with_weights(name: str, weights: str, **options: Any) -> Any:
 def per_axis(size: int | tuple[int, ...] | None) -> tuple[int, ...] | None:
     """One number as that of a cube."""
     return (size,) * 3 if isinstance(size, int) else size
+
+
+def open_model(name: str, weights: str | None, random_weights: bool) -> tuple[Any, str]:
+    """The model and where its weights come from, in words."""
+    import medgmae
+
+    saved = name.startswith(("hf-hub:", "local-dir:"))
+    if random_weights:
+        if weights:
+            raise click.UsageError("--weights and --random-weights contradict each other")
+        return medgmae.create_model(name, pretrained=False), "random"
+    if weights is None and "." not in name and not saved:
+        tags = medgmae.list_models(f"{name}.*", pretrained=True)
+        known = f" Published: {', '.join(tags)}." if tags else ""
+        raise click.UsageError(
+            f"{name} alone is an untrained model, whose output means nothing.{known} Name weights with --weights, or "
+            "say --random-weights"
+        )
+    if weights is None:
+        return medgmae.create_model(name), name
+    return model_with_weights(name, weights), weights
+
+
+def preprocessing_of(model: Any, tag: str | None, changes: dict[str, Any]) -> Any:
+    """Preprocessing by the model's card, another card or the default, with changes."""
+    import medgmae
+
+    card = medgmae.weight_card(tag).to_json() if tag else model.config["card"]
+    block = dict(card["input"]) if card and card["input"] else {}
+    if not block:
+        encoder = getattr(model, "encoder", model)
+        block = {"channels": encoder.in_chans, **DEFAULT_INPUT}
+        if not changes:
+            click.echo(
+                "Note: nothing is known about the input of these weights. Scans are taken as stored, their intensities "
+                "between the 0.5th and 99.5th percentile mapped to 0..1. Change that with --input or --input-of.",
+                err=True,
+            )
+    if "spacing" in changes and not block.get("resample"):
+        block["resample"] = {"to": "spacing"}
+    return medgmae.create_transform({**block, **changes}, whole=True)
+
+
+def put_on_device(model: Any, device: str) -> None:
+    """Move a model to a device, in evaluation mode; a device that is not there is a wrong option."""
+    try:
+        model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        reason = str(error).splitlines()[0]
+        raise click.BadParameter(f"{device!r} cannot be used: {reason}", param_hint="--device") from error

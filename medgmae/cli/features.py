@@ -15,16 +15,15 @@ from medgmae.cli.common import (
     echo_json,
     is_expected,
     json_option,
-    model_with_weights,
+    open_model,
+    preprocessing_of,
+    put_on_device,
     reports_errors,
     sizes,
 )
 from medgmae.cli.writers import SUFFIXES, TensorWriter, VectorWriter, unique_names
 
 SCANS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
-
-# What a model without a card gets: the scan as stored, its intensities between two percentiles mapped to 0..1.
-DEFAULT_INPUT = {"window": {"percentiles": [0.5, 99.5]}, "range": [0.0, 1.0]}
 
 
 @click.command("features")
@@ -138,15 +137,9 @@ class _Run:
         self.options, self.want_map, self.out = options, want_map, options["out"]
         if options["threads"]:
             torch.set_num_threads(options["threads"])
-        self.model, self.weights = _model(options["name"], options["weights"], options["random_weights"])
-        try:
-            self.model.to(options["device"]).eval()
-        except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
-            reason = str(error).splitlines()[0]
-            raise click.BadParameter(
-                f"{options['device']!r} cannot be used: {reason}", param_hint="--device"
-            ) from error
-        self.preprocessing = _transform(self.model, options["input_of"], options["changes"])
+        self.model, self.weights = open_model(options["name"], options["weights"], options["random_weights"])
+        put_on_device(self.model, options["device"])
+        self.preprocessing = preprocessing_of(self.model, options["input_of"], options["changes"])
         self.done: dict[str, dict[str, Any]] = {}
         self.errors: list[dict[str, str]] = []
 
@@ -223,44 +216,3 @@ def geometry(volume: Any) -> dict[str, Any]:
         "origin": list(volume.origin),
         "direction": [[float(value) for value in row] for row in volume.direction],
     }
-
-
-def _model(name: str, weights: str | None, random_weights: bool) -> tuple[Any, str]:
-    """The model and where its weights come from, in words."""
-    import medgmae
-
-    saved = name.startswith(("hf-hub:", "local-dir:"))
-    if random_weights:
-        if weights:
-            raise click.UsageError("--weights and --random-weights contradict each other")
-        return medgmae.create_model(name, pretrained=False), "random"
-    if weights is None and "." not in name and not saved:
-        tags = medgmae.list_models(f"{name}.*", pretrained=True)
-        known = f" Published: {', '.join(tags)}." if tags else ""
-        raise click.UsageError(
-            f"{name} alone is an untrained model, whose features mean nothing.{known} Name weights with --weights, or "
-            "say --random-weights"
-        )
-    if weights is None:
-        return medgmae.create_model(name), name
-    return model_with_weights(name, weights), weights
-
-
-def _transform(model: Any, tag: str | None, changes: dict[str, Any]) -> Any:
-    """Preprocessing by the model's card, another card or the default, with changes."""
-    import medgmae
-
-    card = medgmae.weight_card(tag).to_json() if tag else model.config["card"]
-    block = dict(card["input"]) if card and card["input"] else {}
-    if not block:
-        encoder = getattr(model, "encoder", model)
-        block = {"channels": encoder.in_chans, **DEFAULT_INPUT}
-        if not changes:
-            click.echo(
-                "Note: nothing is known about the input of these weights. Scans are taken as stored, their intensities "
-                "between the 0.5th and 99.5th percentile mapped to 0..1. Change that with --input or --input-of.",
-                err=True,
-            )
-    if "spacing" in changes and not block.get("resample"):
-        block["resample"] = {"to": "spacing"}
-    return medgmae.create_transform({**block, **changes}, whole=True)
