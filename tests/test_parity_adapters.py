@@ -24,6 +24,14 @@ MODELS = [
     "medgmae/mae3d_baseline",
 ]
 
+RENDERER = [
+    "medgmae/render_batch",
+    "medgmae/render_dense_dyadic",
+    "medgmae/render_dense_tiny",
+    "medgmae/render_gaussianmodel",
+    "medgmae/render_sparse",
+]
+
 # Wrappings that training code puts around weights: entry of the container ("" for none) and prefix of the names.
 WRAPPINGS = {
     "tangerine": [("model", "module."), ("model_state", ""), ("state_dict", "module.model."), ("", "module.")],
@@ -55,7 +63,7 @@ def copy(name: str, folder: Path, **spec: Any) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *RENDERER])
 def test_every_output_is_compared(name: str, tmp_path: Path) -> None:
     file = copy(name, tmp_path)
     # Copies: safetensors may have mapped the file, which is about to be written (0.4.5 does).
@@ -110,12 +118,30 @@ def test_tensors_that_the_json_lists_must_be_there(tmp_path: Path) -> None:
         ("atol 2e-5 (float32 sin of arguments up to about 12)", (2e-5, 0.0)),
         ("exact", (0.0, 0.0)),
         ({"features": {"atol": 1e-3}, "pos_embed": 1e-6}, (1e-6, 0.0)),
+        ("atol 1e-5 (rtol 1e-3)", (1e-5, 1e-3)),
+        ("rtol 2e-4, atol 1e-3 (pos_embed); 2e-4 (gradients)", (1e-3, 2e-4)),
         (2e-5, (2e-5, 0.0)),
     ],
 )
 def test_tolerances_in_every_spelling(tmp_path: Path, stated: Any, expected: tuple[float, float]) -> None:
     case = Case(copy("tangerine/vit_cls_token", tmp_path, tolerance=stated), tmp_path)
     assert case.tolerance("pos_embed") == expected
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ("rtol 2e-4, atol 1e-2*max (values); 2e-4*max (gradients)", (0.04, 2e-4)),
+        ({"values": "max|diff| <= 2.0e-02 * max|value|", "gradients": 1e-3}, (0.08, 0.0)),
+    ],
+)
+def test_a_part_of_the_largest_value_is_taken_of_the_output(
+    tmp_path: Path, stated: Any, expected: tuple[float, float]
+) -> None:
+    case = Case(copy("tangerine/vit_cls_token", tmp_path, tolerance=stated), tmp_path)
+    assert case.tolerance("values", expected=torch.tensor([1.0, -4.0])) == pytest.approx(expected)
+    with pytest.raises(AssertionError, match="largest value"):
+        case.tolerance("values")
 
 
 def test_every_adapter_has_a_shipped_case() -> None:

@@ -44,14 +44,16 @@ class Case:
         assert len(found) == 1, f"expected one input named {' or '.join(names)}, the case has {sorted(self.inputs)}"
         return found[0]
 
-    def tolerance(self, *keys: str) -> Tolerance:
+    def tolerance(self, *keys: str, expected: Tensor | None = None) -> Tolerance:
         """(atol, rtol) that the JSON states for an output, looked up under these keys where it lists several.
 
-        A bare number is absolute. An output that is not in the list gets the loosest entry.
+        A bare number is absolute. An output that is not in the list gets the loosest entry. What is stated as a part of
+        the largest value (``1e-3*max``) is taken of ``expected``.
         """
         stated = self.spec.get("tolerance")
         assert stated is not None, "the case states no tolerance"
-        return _tolerance(stated, keys)
+        peak = None if expected is None else float(expected.abs().max()) if expected.numel() else 0.0
+        return _tolerance(stated, keys, peak)
 
     def has(self, name: str) -> bool:
         return name in self.outputs
@@ -67,7 +69,7 @@ class Case:
         self._left.discard(name)
         expected = self.outputs[name]
         if tolerance is None:
-            tolerance = self.tolerance(name, *keys) if expected.is_floating_point() else EXACT
+            tolerance = self.tolerance(name, *keys, expected=expected) if expected.is_floating_point() else EXACT
         self.equal(name, actual, expected, tolerance)
 
     def equal(self, what: str, actual: Tensor, expected: Tensor, tolerance: Tolerance = EXACT) -> None:
@@ -96,19 +98,29 @@ class Case:
         assert self._compared, "nothing was compared"
 
 
-def _tolerance(stated: Any, keys: tuple[str, ...]) -> Tolerance:
+_NUMBER = r"[0-9.]+(?:[eE][+-]?\d+)?"
+_PART_OF_MAX = re.compile(rf"({_NUMBER})\s*\*\s*max")
+
+
+def _tolerance(stated: Any, keys: tuple[str, ...], peak: float | None = None) -> Tolerance:
     if isinstance(stated, int | float):
         return float(stated), 0.0
     if isinstance(stated, str):
-        found = dict(re.findall(r"\b(atol|rtol)\s*=?\s*([0-9.]+(?:[eE][+-]?\d+)?)", stated))
-        assert found or "exact" in stated, f"no tolerance understood in {stated!r}"
-        return float(found.get("atol", 0)), float(found.get("rtol", 0))
+        labelled = re.findall(r"(.*?)\(([a-z_]+)\)", stated)  # "atol 1e-5 (values), 1e-3*max (gradients)"
+        if labelled:
+            return _tolerance({label: text for text, label in labelled}, keys, peak)
+        relative = _PART_OF_MAX.search(stated)
+        found = dict(re.findall(rf"\b(atol|rtol)\s*=?\s*({_NUMBER})", _PART_OF_MAX.sub("", stated)))
+        assert found or relative or "exact" in stated, f"no tolerance understood in {stated!r}"
+        assert relative is None or peak is not None, f"{stated!r} is about the largest value, which is not known here"
+        part = float(relative[1]) * peak if relative and peak is not None else 0.0
+        return float(found.get("atol", 0)) + part, float(found.get("rtol", 0))
     if {"atol", "rtol"} & set(stated):
         return float(stated.get("atol", 0)), float(stated.get("rtol", 0))
     for key in keys:
         if key in stated:
-            return _tolerance(stated[key], ())
-    return max(_tolerance(value, ()) for value in stated.values())
+            return _tolerance(stated[key], (), peak)
+    return max(_tolerance(value, (), peak) for value in stated.values())
 
 
 class Options:
