@@ -1,6 +1,7 @@
 // CPU kernels. setup.py compiles this file once for each instruction set, with MEDGMAE_VARIANT naming it.
 #include "axpy.h"
 #include "common.h"
+#include "voxelize_tiles.h"
 
 namespace medgmae {
 namespace {
@@ -18,10 +19,17 @@ bool axpy(DType dtype, int64_t n, double a, const void* x, void* y, int threads)
   });
 }
 
+bool voxelize(DType dtype, const VoxelizeCall& call, int threads, bool* enough_memory) {
+  return dispatch(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    *enough_memory = call.grad == nullptr ? voxelize_forward<T>(call, threads) : voxelize_gradient<T>(call, threads);
+  });
+}
+
 }  // namespace
 
 namespace MEDGMAE_VARIANT {
-extern const CpuKernels kernels = {axpy};
+extern const CpuKernels kernels = {axpy, voxelize};
 }
 
 }  // namespace medgmae

@@ -2,12 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "common.h"
 #include "cuda_kernels.h"
+#include "voxelize.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -87,6 +90,53 @@ void axpy(int dtype, int64_t n, double a, uintptr_t x, uintptr_t y, int threads,
   check_dtype(known, dtype);
 }
 
+using Sizes = std::array<int, 3>;
+using Positions = std::array<double, 3>;
+
+// Addresses: means, scales, quats, densities, index, and out, or grad and the four gradients.
+VoxelizeCall voxelize_call(int64_t batch, int64_t count, int64_t patches, const std::vector<uintptr_t>& addresses, const Sizes& size,
+                           const Sizes& patch, const Positions& origin, const Positions& step, double support,
+                           const std::array<double, 2>& widths) {
+  if (batch < 0 || count < 0 || patches < 0) throw std::invalid_argument("batch, count and patches must be 0 or more");
+  if (addresses.size() != 6 && addresses.size() != 10) throw std::invalid_argument("expected 6 or 10 addresses");
+  VoxelizeCall call = {};
+  call.batch = batch, call.count = count, call.patches = patches, call.support = support;
+  call.least_width = widths[0], call.limit_width = widths[1];
+  for (int k = 0; k < 3; ++k) {
+    if (size[k] < 1 || patch[k] < 1 || size[k] % patch[k]) throw std::invalid_argument("size must be a multiple of patch");
+    call.size[k] = size[k], call.patch[k] = patch[k], call.origin[k] = origin[k], call.step[k] = step[k];
+  }
+  const void* pointers[10] = {};
+  for (size_t i = 0; i < addresses.size(); ++i) pointers[i] = reinterpret_cast<const void*>(addresses[i]);
+  call.means = pointers[0], call.scales = pointers[1], call.quats = pointers[2], call.densities = pointers[3];
+  call.index = static_cast<const int64_t*>(pointers[4]);
+  if (addresses.size() == 6) {
+    call.out = const_cast<void*>(pointers[5]);
+    return call;
+  }
+  // An empty tensor may have no address, and tells the backward from the forward by having one.
+  static const double nothing = 0;
+  call.grad = pointers[5] != nullptr ? pointers[5] : &nothing;
+  call.grad_means = const_cast<void*>(pointers[6]), call.grad_scales = const_cast<void*>(pointers[7]);
+  call.grad_quats = const_cast<void*>(pointers[8]), call.grad_densities = const_cast<void*>(pointers[9]);
+  return call;
+}
+
+void voxelize(int dtype, int64_t batch, int64_t count, int64_t patches, const std::vector<uintptr_t>& addresses, const Sizes& size,
+              const Sizes& patch, const Positions& origin, const Positions& step, double support,
+              const std::array<double, 2>& widths, int threads, const std::string& variant) {
+  VoxelizeCall const call = voxelize_call(batch, count, patches, addresses, size, patch, origin, step, support, widths);
+  check(0, true, threads);
+  const CpuKernels& kernels = *find_variant(variant).kernels;
+  bool known, enough_memory = true;
+  {
+    py::gil_scoped_release release;
+    known = kernels.voxelize(DType(dtype), call, threads, &enough_memory);
+  }
+  check_dtype(known, dtype);
+  if (!enough_memory) throw std::bad_alloc();
+}
+
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
 void axpy_cuda(int dtype, int64_t n, double a, uintptr_t x, uintptr_t y, uintptr_t stream) {
   check(n, x != 0 && y != 0, 1);
@@ -144,6 +194,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &medgmae::build_info, "How this module was compiled and what it finds here. Starts the CUDA driver.");
   module.def("axpy", &medgmae::axpy, "dtype"_a, "n"_a, "a"_a, "x"_a, "y"_a, "threads"_a, "variant"_a = "",
              "y += a x on the CPU, for n elements at the addresses x and y.");
+  module.def("voxelize", &medgmae::voxelize, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a, "patch"_a,
+             "origin"_a, "step"_a, "support"_a, "widths"_a, "threads"_a, "variant"_a = "",
+             "Renders Gaussians on the CPU (6 addresses), or computes their gradients (10).");
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
   module.def("axpy_cuda", &medgmae::axpy_cuda, "dtype"_a, "n"_a, "a"_a, "x"_a, "y"_a, "stream"_a,
              "y += a x on the current CUDA device, for n elements at the device addresses x and y.");

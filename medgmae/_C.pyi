@@ -5,3 +5,18 @@ from typing import Any
 def build_info() -> dict[str, Any]: ...
 def axpy(dtype: int, n: int, a: float, x: int, y: int, threads: int, variant: str = "") -> None: ...
 def axpy_cuda(dtype: int, n: int, a: float, x: int, y: int, stream: int) -> None: ...
+def voxelize(
+    dtype: int,
+    batch: int,
+    count: int,
+    patches: int,
+    addresses: list[int],
+    size: list[int],
+    patch: list[int],
+    origin: list[float],
+    step: list[float],
+    support: float,
+    widths: tuple[float, float],
+    threads: int,
+    variant: str = "",
+) -> None: ...
