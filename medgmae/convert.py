@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from medgmae import convert_gaussian as gaussian
 from medgmae.cards import WeightsError
 from medgmae.layers import sincos_grid
 
@@ -152,7 +153,7 @@ def convert(
         _own(file, config["grid"])
     elif file.has("encoder_pos_embed"):
         _mae3d(file)
-    elif file.has("encoder.pos_embed") and file.has("decoder.mask_token"):
+    elif file.has("encoder.pos_embed") and (file.has("decoder.mask_token") or file.has("decoder.query_tokens")):
         _own(file, None)
     elif file.has("encoder.pos_embed") and file.has(f"encoder.{STEM}"):
         file.drop("decoder.", "decoder of a UNETR")
@@ -252,19 +253,35 @@ def _mae3d(file: _File) -> None:
         )
     grid, class_row = _grid(file, table, _dims(file, stem), class_row=weight.dim() == 4)
     file.take("encoder_pos_embed", "encoder.pos_embed", table[:, int(class_row) :])
-    gaussian = file.has("gaussian_query_tokens")
-    if gaussian:
-        for prefix in ("decoder", "mask_token", "gaussian_query_tokens", "encoder_to_decoder"):
-            file.drop(prefix, "Gaussian decoder")
-    else:
-        _take_decoder_table(file, int(class_row))
-        file.out.expects["decoder.sigmoid"] = False
     file.out.grid = grid
-    file.out.source = "MedGMAE" if gaussian else "MAE3D of SelfMedMAE or MedGMAE"
+    if gaussian.holds_gaussians(file.rest):
+        _gaussian_decoder(file)
+        return
+    _take_decoder_table(file, int(class_row))
+    file.out.expects["decoder.sigmoid"] = False
+    file.out.source = "MAE3D of SelfMedMAE or MedGMAE"
     if weight.dim() == 4 and file.has("encoder_to_decoder.weight") and not file.has("encoder_to_decoder.bias"):
         file.out.state["decoder.embed.bias"] = torch.zeros(file.tensor("encoder_to_decoder.weight").shape[0])
     moved = {"encoder_to_decoder.weight": "decoder.embed.weight", "encoder_to_decoder.bias": "decoder.embed.bias"}
     file.take_all(lambda name: "decoder.mask_token" if name == "mask_token" else moved.get(name, name))
+
+
+def _gaussian_decoder(file: _File) -> None:
+    """The rest of a MedGMAE file: its Gaussian decoder, whatever its kind and whether it is wrapped or not."""
+    kind = gaussian.decoder_kind(file.rest)
+    file.out.source = "MedGMAE" if kind == "standard" else f"MedGMAE, {kind} decoder"
+    file.out.expects |= {
+        "decoder.kind": kind,
+        "decoder.density_scale": gaussian.DENSITY_SCALE,
+        "renderer.support": gaussian.SUPPORT,
+    }
+    for name, why in gaussian.UNUSED.items():
+        file.drop(name, why)
+    for name, (full, tensor) in list(file.rest.items()):
+        ours = gaussian.gaussian_name(name)
+        if ours in file.out.state:
+            raise WeightsError(f"{file.origin}: {full!r} stands for {ours!r}, which is in the file twice")
+        file.take(name, ours, gaussian.turn_rotation(ours, tensor))
 
 
 def _linear_stem(file: _File, name: str) -> None:

@@ -16,6 +16,7 @@ from medgmae.adapt import Inflate, adapt_stem, adapt_table
 from medgmae.cards import HUB_ORG, WeightCard, WeightsError, list_weights, weight_card
 from medgmae.checkpoint import Checkpoint, find_state, read_checkpoint
 from medgmae.convert import Converted, Grid, Target, convert
+from medgmae.convert_gaussian import holds_gaussians
 from medgmae.download import resolve
 from medgmae.export import push_to_hub, save_pretrained, unwrap
 from medgmae.registry import model_builder
@@ -50,7 +51,7 @@ class LoadReport:
     source: where the weights came from and what they were recognised as.
     loaded: parameters and buffers that were filled, adapted ones included.
     resized: table of positions to the grids "from to".
-    adapted: other tensor to what was done to fit it.
+    adapted: other tensor to what was done to fit it; setting to what the file's model has and this one has.
     unused: name in the file to the reason why it was left out.
     missing: parameters that the file has not and that keep their random start.
     """
@@ -119,7 +120,16 @@ SETTINGS = (
     "decoder.blocks.0.attn.num_heads",
     "decoder.blocks.0.norm1.eps",
     "decoder.sigmoid",
+    "decoder.kind",
+    "decoder.density_scale",
+    "renderer.support",
 )
+
+# Settings that may differ when ``strict`` is False: a decoder of Gaussians of another kind shares its base part, and
+# another support changes where a Gaussian ends.
+LENIENT = ("decoder.kind", "renderer.support")
+
+_ABSENT = object()
 
 
 def _saved_settings(config: dict[str, Any] | None, origin: str) -> dict[str, Any]:
@@ -134,14 +144,14 @@ def _saved_settings(config: dict[str, Any] | None, origin: str) -> dict[str, Any
             f"{origin}: its config describes no model of this version of the library ({error})"
         ) from error
     found = {path: _setting(model, path) for path in SETTINGS}
-    return {path: value for path, value in found.items() if value is not None}
+    return {path: value for path, value in found.items() if value is not _ABSENT}
 
 
 def _setting(model: nn.Module, path: str) -> Any:
-    """Value of a dotted attribute in our language; None where the model has no such part."""
+    """Value of a dotted attribute in our language; ``_ABSENT`` where the model has no such part."""
     value: Any = model
     for part in (path if hasattr(model, "encoder") else path.removeprefix("encoder.")).split("."):
-        value = getattr(value, part, None)
+        value = getattr(value, part, _ABSENT)
     return value
 
 
@@ -240,10 +250,11 @@ class _Plan:
         self.tensors: dict[str, Tensor] = {}
         self.report = LoadReport(f"{origin} ({converted.source})", unused=dict(converted.unused))
         self.errors: list[str] = []
+        self.other_decoder = self._find_other_decoder(converted)
+        self._check_expectations(model, converted)
         for ours, tensor in converted.state.items():
             self._place(ours, tensor)
         self._check_missing()
-        self._check_expectations(model, converted)
         if self.errors:
             listed = "\n  ".join(self.errors[:12])
             if len(self.errors) > 12:
@@ -253,6 +264,17 @@ class _Plan:
                 "Build the model that the file was made with: `medgmae info FILE` shows its sizes"
             )
 
+    def _find_other_decoder(self, converted: Converted) -> str:
+        """What the file's decoder makes, "Gaussians" or "voxels", if the model's makes the other; else ""."""
+        decoder = [ours for ours in converted.state if ours.startswith("decoder.")]
+        theirs = holds_gaussians(decoder)
+        if not decoder or not self.whole or theirs == holds_gaussians(self.slots):
+            return ""
+        makes, other = ("Gaussians", "voxels") if theirs else ("voxels", "Gaussians")
+        if self.strict:
+            self.errors.append(f"decoder: it makes {makes} in the file, {other} in the model")
+        return makes
+
     def _ours(self, name: str) -> str:
         return name if self.whole else f"encoder.{name}"
 
@@ -261,6 +283,9 @@ class _Plan:
 
     def _place(self, ours: str, tensor: Tensor) -> None:
         slot = self.slots.get(ours)
+        if self.other_decoder and ours.startswith("decoder."):
+            self._unused(ours, f"decoder that makes {self.other_decoder}")
+            return
         if slot is None:
             self._leave_out(ours)
             return
@@ -331,8 +356,15 @@ class _Plan:
     def _check_expectations(self, model: nn.Module, converted: Converted) -> None:
         for path, wanted in converted.expects.items():
             found = _setting(model, path)
-            if found is not None and found != wanted:
-                self.errors.append(f"{self._models(path)}: {wanted} in the file's model, {found} in this one")
+            if found is _ABSENT or found == wanted:
+                continue
+            differ = f"{wanted!r} in the file's model, {found!r} in this one"
+            if path not in LENIENT:
+                self.errors.append(f"{self._models(path)}: {differ}")
+            elif self.strict:
+                self.errors.append(f"{path}: {differ}; strict=False takes over what both have")
+            else:
+                self.report.adapted[path] = differ
 
 
 def _is_stem_for(tensor: Tensor, slot: Tensor) -> bool:

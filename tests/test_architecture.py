@@ -23,7 +23,8 @@ SCRIPTS = sorted(path for folder in ("tests", "benchmarks", "examples") for path
 NATIVE = sorted(path for path in (ROOT / "cuda").iterdir() if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
 
 # Which modules of the package a module may import, most specific entry first; an entry also allows what is below it.
-BORDER = ["adapt", "cards", "checkpoint", "convert", "download", "export", "integrity", "registry", "transfer"]
+BORDER = ["adapt", "cards", "checkpoint", "convert", "convert_gaussian", "download", "export", "integrity"]
+BORDER += ["registry", "transfer"]
 MAY_IMPORT: dict[str, list[str]] = {
     "ops": ["ops", "_C"],
     "masking": ["ops"],
@@ -41,7 +42,8 @@ MAY_IMPORT: dict[str, list[str]] = {
     "transfer": ["cards", "integrity"],
     "download": ["cards", "integrity", "transfer"],
     "checkpoint": ["cards"],
-    "convert": ["cards", "layers"],
+    "convert": ["cards", "convert_gaussian", "layers"],
+    "convert_gaussian": [],
     "adapt": ["layers"],
     "export": ["cards", "download", "registry", "transfer"],
     "hub": [*BORDER, "layers"],

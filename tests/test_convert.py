@@ -197,7 +197,15 @@ def test_a_sigmoid_head_and_a_plain_one_are_not_mixed_up() -> None:
 def test_the_gaussian_decoder_is_left_out_and_said() -> None:
     report = medgmae.load_pretrained(nano_encoder(), DIALECTS["medgmae"][0](SOURCE))
     assert "MedGMAE" in report.source
-    assert report.unused["decoder.scale_head.weight"] == "Gaussian decoder"
+    assert report.unused["decoder.scale_head.weight"] == report.unused["gaussian_query_tokens"] == "decoder"
+
+
+def test_a_decoder_of_gaussians_does_not_go_into_one_of_voxels() -> None:
+    state = DIALECTS["medgmae"][0](SOURCE)  # the names of blocks and norms are the same in both
+    refused(nano(seed=8), state, "decoder: it makes Gaussians in the file, voxels in the model")
+    report = medgmae.load_pretrained(nano(seed=8), state, strict=False)
+    assert report.unused["decoder.norm.weight"] == "decoder that makes Gaussians"
+    assert "decoder.norm.weight" in report.missing
 
 
 def test_a_two_dimensional_selfmedmae_with_channels_is_refused() -> None:

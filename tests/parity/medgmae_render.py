@@ -247,7 +247,10 @@ def symmetric_basis() -> Tensor:
 
 
 def chain_rule(scales: Tensor, quats: Tensor) -> Tensor:
-    """(7, 6): from a symmetric gradient to the inverse covariance of a Gaussian to that of its scales and quaternion."""
+    """(7, 6): from a symmetric gradient to the inverse covariance of a Gaussian to scales and quaternion.
+
+    Columns are the entries that :func:`symmetric_basis` names.
+    """
     by_scale, by_quat = torch.func.jacrev(precision_matrix, argnums=(0, 1))(scales, quats)
     jacobian = torch.cat([by_scale, by_quat], dim=-1)  # (3, 3, 7)
     return torch.einsum("ijp,nij->pn", jacobian, symmetric_basis())
