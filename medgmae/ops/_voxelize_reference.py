@@ -17,6 +17,8 @@ from torch import Tensor
 LOWEST_EXPONENT = -80.0
 # Values of one temporary array.
 CHUNK_VALUES = 1 << 22
+# How values along one axis (..., p) broadcast against a block (..., p0, p1, p2).
+ALONG = [(..., slice(None), None, None), (..., None, slice(None), None), (..., None, None, slice(None))]
 
 
 @dataclass
@@ -89,9 +91,8 @@ def _weights(
     means: Tensor, scales: Tensor, precision: Tensor, voxels: Blocks, size: Sequence[int], support: float
 ) -> tuple[Tensor, list[Tensor]]:
     """exp(-½ dᵀ P d) inside the support, (B, N, n, p0, p1, p2), and d along each axis, (B, N, n, patch_k)."""
-    shapes = [(1, 1, 1, -1, 1, 1), (1, 1, 1, 1, -1, 1), (1, 1, 1, 1, 1, -1)]
     distance = [p.unsqueeze(1).to(means) - means[..., k, None, None] for k, p in enumerate(voxels.position)]
-    d = [v.reshape(*v.shape[:3], *shape[3:]) for v, shape in zip(distance, shapes, strict=True)]
+    d = [values[axis] for values, axis in zip(distance, ALONG, strict=True)]
     p = precision[..., None, None, None, None]
     quadratic = p[:, :, 0, 0] * d[0] ** 2 + p[:, :, 1, 1] * d[1] ** 2 + p[:, :, 2, 2] * d[2] ** 2
     quadratic = quadratic + 2 * (
@@ -100,10 +101,10 @@ def _weights(
     weights = (-0.5 * quadratic).clamp(min=LOWEST_EXPONENT, max=0).exp()
     if support == 0:
         first, last = box_bounds(means, scales, size)
-        for k, shape in enumerate(shapes):
+        for k, axis in enumerate(ALONG):
             i = voxels.index[k].unsqueeze(1)
             inside = (i >= first[..., k, None, None]) & (i <= last[..., k, None, None])
-            weights = weights * inside.reshape(*inside.shape[:3], *shape[3:])
+            weights = weights * inside[axis]
     elif math.isfinite(support):
         weights = weights * (quadratic <= support**2)
     return weights, distance

@@ -168,6 +168,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*wanted, None, None, None, None)
 
 
+def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "voxelize has no second-order gradient: call backward() or torch.autograd.grad() without create_graph=True, "
+        "or detach the gradient before it is used"
+    )
+
+
 def _batched(op: Any, tensors: int) -> Any:
     """vmap by joining the mapped dimension with the batch: the samples of a batch are independent."""
 
@@ -192,6 +199,7 @@ for _device, _forward, _gradient in native.kernels():
 torch.library.register_fake("medgmae::voxelize", _fake, lib=_LIBRARY)
 torch.library.register_fake("medgmae::voxelize_backward", _fake_backward, lib=_LIBRARY)
 torch.library.register_autograd("medgmae::voxelize", _backward, setup_context=_setup, lib=_LIBRARY)
+torch.library.register_autograd("medgmae::voxelize_backward", _no_second_gradient, lib=_LIBRARY)
 _OP = torch.ops.medgmae.voxelize.default
 torch.library.register_vmap("medgmae::voxelize", _batched(_OP, 5), lib=_LIBRARY)
 torch.library.register_vmap(
