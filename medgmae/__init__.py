@@ -38,6 +38,9 @@ _PUBLIC = {
     "extract_features": "medgmae.features",
     "Features": "medgmae.features",
     "inspect_checkpoint": "medgmae.inspect",
+    "reconstruct_scan": "medgmae.reconstruction",
+    "Reconstruction": "medgmae.reconstruction",
+    "psnr": "medgmae.reconstruction",
     "Gaussians": "medgmae.rendering",
     "GaussianRenderer": "medgmae.rendering",
 }
@@ -73,6 +76,9 @@ if TYPE_CHECKING:
     from medgmae.models.mae import MaskedAutoencoder as MaskedAutoencoder
     from medgmae.models.mae import ViTDecoder as ViTDecoder
     from medgmae.models.vit import ViT as ViT
+    from medgmae.reconstruction import Reconstruction as Reconstruction
+    from medgmae.reconstruction import psnr as psnr
+    from medgmae.reconstruction import reconstruct_scan as reconstruct_scan
     from medgmae.registry import register_model as register_model
     from medgmae.rendering import GaussianRenderer as GaussianRenderer
     from medgmae.rendering import Gaussians as Gaussians

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,9 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from medgmae.data import Volume, crop_or_pad, reorient, resample_like
-from medgmae.features import Features, blend_weights, extract_features
-from medgmae.masking import Masking, visible_count
+from medgmae.data import Volume, reorient, resample_like
+from medgmae.features import Features, extract_features
+from medgmae.reconstruction import Reconstruction, extend_rim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,112 +23,6 @@ if TYPE_CHECKING:
 # top and bottom of the picture. The patient's right is on the left, as radiologists look at it.
 PLANES = (("axial", 0, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 2, "APSI"))
 HIDDEN_COLOUR = "#5a6b8c"  # not a grey: a hidden patch must not look like tissue
-
-
-class Reconstruction(NamedTuple):
-    """A masked scan and what a model made of it, both on the grid of the scan and in its units.
-
-    visible: (C, D, H, W), NaN where a voxel was hidden.
-    filled: (C, D, H, W), the prediction where a voxel was hidden, the scan elsewhere.
-    """
-
-    visible: Volume
-    filled: Volume
-
-
-def reconstruct_scan(
-    model: nn.Module,
-    scan: Volume,
-    *,
-    mask_ratio: float | None = None,
-    generator: torch.Generator | None = None,
-    overlap: float = 0.5,
-) -> Reconstruction:
-    """Hide patches of a whole scan and let a masked autoencoder fill them, window by window.
-
-    One random mask is drawn for the whole scan. The windows, of the size that the model was made for, lie on its patch
-    grid and overlap; their predictions are averaged, the middle of a window counting most.
-
-    Args:
-        model: a :class:`~medgmae.MaskedAutoencoder` that predicts intensities (``norm_target=None``), in eval mode.
-        scan: (C, D, H, W), preprocessed; its rim is repeated up to whole patches and at least one window.
-        mask_ratio: share of hidden patches, 0 to below 1; the model's own when None.
-        generator: source of the mask.
-        overlap: share of a window that it has in common with the next, 0 to below 1.
-
-    Raises:
-        TypeError: the model has no decoder.
-        ValueError: the model predicts normalised patches, whose mean only the hidden voxels know; or an overlap or
-            ratio that is not possible.
-    """
-    if not hasattr(model, "reconstruct") or not hasattr(model, "encoder"):
-        raise TypeError(f"reconstruct_scan needs a masked autoencoder of this library, got {type(model).__name__}")
-    owner: Any = model
-    if owner.norm_target is not None:
-        raise ValueError(
-            f"the model predicts normalised patches (norm_target={owner.norm_target!r}); only one that predicts "
-            "intensities (norm_target=None) can fill what was never seen"
-        )
-    ratio = float(owner.mask_ratio if mask_ratio is None else mask_ratio)
-    if not 0 <= ratio < 1 or not 0 <= overlap < 1:
-        raise ValueError(f"mask_ratio and overlap must be at least 0 and below 1, got {ratio} and {overlap}")
-    patch, window = owner.encoder.patch_size, owner.encoder.img_size
-    size = [max(-(n // -p) * p, w) for n, p, w in zip(scan.data.shape[1:], patch, window, strict=True)]
-    padded = _extend(scan, [(n - m) // 2 for n, m in zip(scan.size, size, strict=True)], size)
-    x = padded.data
-    hidden = _draw([n // p for n, p in zip(size, patch, strict=True)], ratio, generator)
-    predicted = _fill_windows(owner, x, hidden, overlap)
-    voxels = hidden
-    for axis, p in enumerate(patch):
-        voxels = voxels.repeat_interleave(p, axis)
-    visible = padded.with_data(x.masked_fill(voxels, math.nan))
-    filled = padded.with_data(torch.where(voxels, predicted, x))
-    return Reconstruction(crop_or_pad(visible, scan.size), crop_or_pad(filled, scan.size))
-
-
-def _extend(scan: Volume, start: Sequence[int], size: Sequence[int]) -> Volume:
-    """``size`` voxels from voxel ``start`` on, float32; beyond the scan its rim, as black would look like air."""
-    data = scan.data.float()
-    for axis, (first, count, n) in enumerate(zip(start, size, scan.size, strict=True)):
-        data = data.index_select(axis + 1, torch.arange(first, first + count).clamp(0, n - 1))
-    return Volume.on(scan.grid.part(start, size), data, scan.source)
-
-
-def _draw(grid: list[int], ratio: float, generator: torch.Generator | None) -> Tensor:
-    """A random mask on a patch grid (d, h, w), True = hidden."""
-    count = math.prod(grid)
-    hidden = torch.ones(count, dtype=torch.bool)
-    hidden[torch.randperm(count, generator=generator)[: max(visible_count(count, ratio), 1)]] = False
-    return hidden.reshape(grid)
-
-
-def _masking(hidden: Tensor) -> Masking:
-    """The masking (batch of one) in which the patches of a grid (d, h, w) that are True in ``hidden`` are hidden."""
-    mask = hidden.flatten()
-    order = torch.cat([torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()])
-    return Masking(order[None, : int((~mask).sum())], torch.argsort(order)[None], mask.float()[None])
-
-
-def _fill_windows(model: Any, x: Tensor, hidden: Tensor, overlap: float) -> Tensor:
-    """Predict all of x (C, D, H, W) from its visible patches; the middle of a window counts most."""
-    patch, window = model.encoder.patch_size, model.encoder.img_size
-    device = next(model.parameters()).device
-    weight = blend_weights(window)
-    total, summed = torch.zeros(x.shape[1:]), torch.zeros_like(x)
-    starts = []
-    for extent, w, p in zip(hidden.shape, window, patch, strict=True):
-        room, step = extent - w // p, max(1, round(w // p * (1 - overlap)))
-        count = math.ceil(room / step)
-        starts.append([round(i * room / max(count, 1)) for i in range(count + 1)])
-    for start in itertools.product(*starts):
-        cells = tuple(slice(s, s + w // p) for s, w, p in zip(start, window, patch, strict=True))
-        voxels = tuple(slice(s * p, s * p + w) for s, w, p in zip(start, window, patch, strict=True))
-        masking = Masking(*(t.to(device) for t in _masking(hidden[cells])))
-        piece = x[(slice(None), *voxels)].unsqueeze(0).to(device)
-        found = model.reconstruct(piece, masking, paste_visible=False)[0].cpu()
-        summed[(slice(None), *voxels)] += found * weight
-        total[voxels] += weight
-    return summed / total
 
 
 def dense_features(model: nn.Module, scan: Volume, *, steps: int = 2, overlap: float = 0.25) -> Volume:
@@ -158,7 +50,7 @@ def dense_features(model: nn.Module, scan: Volume, *, steps: int = 2, overlap: f
     for shift in itertools.product(range(steps), repeat=3):
         # The places of all shifts together are centred on the scan.
         start = [k * (p // steps) - (p - p // steps) // 2 - b for k, p, b in zip(shift, patch, before, strict=True)]
-        maps[shift] = _map_of(extract_features(model, _extend(scan, start, size), overlap=overlap))
+        maps[shift] = _map_of(extract_features(model, extend_rim(scan, start, size), overlap=overlap))
     first = maps[0, 0, 0]
     finer = torch.empty(first.data.shape[0], *(n * steps for n in first.size))
     for (i, j, k), found in maps.items():
@@ -233,7 +125,7 @@ def reconstruction_figure(
 
     Args:
         scan: (C, D, H, W), preprocessed; the first channel is shown.
-        reconstruction: of :func:`reconstruct_scan`.
+        reconstruction: of :func:`~medgmae.reconstruct_scan`.
         colours: (3, D, H, W) on the grid of the scan, of :func:`feature_colours`.
         title: line above the pictures.
 

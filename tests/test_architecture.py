@@ -52,8 +52,9 @@ MAY_IMPORT: dict[str, list[str]] = {
     "data.transforms": ["data", "hub", "cards"],
     "data": ["data"],
     "features": ["data"],
+    "reconstruction": ["data", "features", "masking", "rendering"],
     "training": [*BORDER, "data", "factory", "hub", "layers", "losses", "masking", "models", "ops", "training"],
-    "visualize": ["data", "features", "layers", "losses", "masking", "models", "visualize"],
+    "visualize": ["data", "features", "layers", "losses", "masking", "models", "reconstruction", "visualize"],
     "cli": ["cli"],
 }
 # Heavy or optional libraries and the only modules that may import them.
