@@ -24,6 +24,10 @@ _PUBLIC = {
     "ViTDecoder": "medgmae.models.mae",
     "MaskedAutoencoder": "medgmae.models.mae",
     "MAEOutput": "medgmae.models.mae",
+    "GaussianDecoder": "medgmae.models.gaussian_decoder",
+    "GaussianMAE": "medgmae.models.gmae",
+    "GaussianMAEOutput": "medgmae.models.gmae",
+    "ssim3d": "medgmae.losses",
     "Masking": "medgmae.masking",
     "random_masking": "medgmae.masking",
     "patchify": "medgmae.masking",
@@ -68,10 +72,14 @@ if TYPE_CHECKING:
     from medgmae.inspect import inspect_checkpoint as inspect_checkpoint
     from medgmae.layers import resample_pos_embed as resample_pos_embed
     from medgmae.layers import sincos_pos_embed as sincos_pos_embed
+    from medgmae.losses import ssim3d as ssim3d
     from medgmae.masking import Masking as Masking
     from medgmae.masking import patchify as patchify
     from medgmae.masking import random_masking as random_masking
     from medgmae.masking import unpatchify as unpatchify
+    from medgmae.models.gaussian_decoder import GaussianDecoder as GaussianDecoder
+    from medgmae.models.gmae import GaussianMAE as GaussianMAE
+    from medgmae.models.gmae import GaussianMAEOutput as GaussianMAEOutput
     from medgmae.models.mae import MAEOutput as MAEOutput
     from medgmae.models.mae import MaskedAutoencoder as MaskedAutoencoder
     from medgmae.models.mae import ViTDecoder as ViTDecoder

@@ -1,10 +1,11 @@
-"""Reconstruction losses over patches."""
+"""Reconstruction losses over patches and volumes, and penalties on Gaussians."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NormTarget = Literal["unbiased", "biased"]
@@ -38,3 +39,79 @@ def patch_mse(pred: Tensor, target: Tensor, mask: Tensor, norm: NormTarget | Non
         target = (target - mean) / std
     per_patch = (pred - target).square().mean(-1)
     return (per_patch * mask).sum() / mask.sum().clamp(min=1)
+
+
+def image_norm(volume: Tensor) -> Tensor:
+    """Every channel of a crop (B, C, D, H, W) with mean 0 and biased variance 1, epsilon 1e-6: MedGMAE's image norm."""
+    return F.layer_norm(volume, volume.shape[-3:], eps=PATCH_EPS)
+
+
+def scale_penalty(scales: Tensor, max_scale: float = 0.5) -> Tensor:
+    """Mean square of what scales (..., in units of the axis) are above ``max_scale``, a scalar (MedGMAE)."""
+    return (scales - max_scale).relu().square().mean()
+
+
+def uniformity(means: Tensor, temperature: float = 0.5) -> Tensor:
+    """How close together points lie, a scalar between 0 and 1: mean of exp(-|a - b|² / temperature) over pairs.
+
+    After Wang & Isola 2020 as MedGMAE has it, over ordered pairs of different points and averaged over the batch.
+    Needs memory for all pairs.
+
+    Args:
+        means: (B, K, 3) points.
+        temperature: in squared units of the axes.
+    """
+    squares = means.square().sum(-1)
+    distance = squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * means @ means.transpose(-1, -2)  # (B, K, K)
+    close = (-distance.clamp(min=0) / temperature).exp()
+    count = means.shape[-2]
+    pairs = close.sum((-1, -2)) - close.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return pairs.mean() / max(count * (count - 1), 1)
+
+
+def ssim3d(a: Tensor, b: Tensor, window_size: int = 7, sigma: float = 1.5, data_range: float = 1.0) -> Tensor:
+    """Structural similarity of volumes (Wang et al. 2004), (B,): 1 for equal ones; its mean is that of the batch.
+
+    Local moments by a Gaussian window with zeros outside of the volume and no correction for them, constants
+    (0.01 · range)² and (0.03 · range)²; the mean over channels and voxels. Float64 is computed as such, all else in
+    float32. The constants and the border are MedGMAE's, whose loss is 1 - SSIM.
+
+    Args:
+        a: (B, C, D, H, W).
+        b: the same shape.
+        window_size: voxels of the window along each axis, odd.
+        sigma: standard deviation of the window in voxels.
+        data_range: largest minus smallest possible value.
+
+    Raises:
+        ValueError: shapes that differ or are not of volumes, or an even window.
+    """
+    if a.shape != b.shape or a.dim() != 5:
+        raise ValueError(
+            f"expected two volumes (B, C, D, H, W) of one shape, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    if window_size < 1 or window_size % 2 == 0:
+        raise ValueError(f"window_size must be odd and positive, got {window_size}")
+    a, b = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (a, b))
+    moments = _blur(torch.stack([a, b, a * a, b * b, a * b]), window_size, sigma)
+    mean_a, mean_b, square_a, square_b, product = moments
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    variances = square_a - mean_a.square() + square_b - mean_b.square()
+    covariance = product - mean_a * mean_b
+    top = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    similarity: Tensor = top / ((mean_a.square() + mean_b.square() + c1) * (variances + c2))
+    return similarity.flatten(1).mean(1)
+
+
+def _blur(volumes: Tensor, window_size: int, sigma: float) -> Tensor:
+    """Gaussian average (..., D, H, W) with zeros outside, one axis after the other."""
+    half = window_size // 2
+    offsets = torch.arange(-half, half + 1, dtype=volumes.dtype, device=volumes.device)
+    weights = (-0.5 * (offsets / sigma).square()).exp()
+    weights = weights / weights.sum()
+    shape, volumes = volumes.shape, volumes.reshape(-1, 1, *volumes.shape[-3:])
+    for axis in range(3):
+        size, padding = [1, 1, 1], [0, 0, 0]
+        size[axis], padding[axis] = window_size, half
+        volumes = F.conv3d(volumes, weights.reshape(1, 1, *size), padding=padding)
+    return volumes.reshape(shape)

@@ -16,7 +16,7 @@ Builder = Callable[..., nn.Module]
 B = TypeVar("B", bound=Builder)
 
 # A family is one module under medgmae.models; a new one is added here and nowhere else.
-FAMILIES = ("vit", "mae")
+FAMILIES = ("vit", "mae", "gmae")
 
 _builders: dict[str, Builder] = {}
 

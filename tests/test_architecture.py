@@ -36,6 +36,8 @@ MAY_IMPORT: dict[str, list[str]] = {
     "rendering": ["frames", "ops", "ply"],
     "models.vit": ["layers", "masking", "losses", "registry"],
     "models.vim": ["layers", "masking", "losses", "registry", "ops"],
+    "models.gaussian_decoder": ["layers", "rendering"],
+    "models.gmae": ["layers", "masking", "losses", "rendering", "registry", "models.vit", "models.gaussian_decoder"],
     "models": ["layers", "masking", "losses", "rendering", "registry", "models.vit", "models.vim"],
     "cards": [],
     "integrity": ["cards"],
@@ -54,7 +56,17 @@ MAY_IMPORT: dict[str, list[str]] = {
     "features": ["data"],
     "reconstruction": ["data", "features", "masking", "rendering"],
     "training": [*BORDER, "data", "factory", "hub", "layers", "losses", "masking", "models", "ops", "training"],
-    "visualize": ["data", "features", "layers", "losses", "masking", "models", "reconstruction", "visualize"],
+    "visualize": [
+        "data",
+        "features",
+        "layers",
+        "losses",
+        "masking",
+        "models",
+        "reconstruction",
+        "rendering",
+        "visualize",
+    ],
     "cli": ["cli"],
 }
 # Heavy or optional libraries and the only modules that may import them.

@@ -158,9 +158,13 @@ def _architecture(name: str) -> dict[str, Any]:
             "embed_dim": decoder.embed.out_features,
             "depth": len(decoder.blocks),
             "num_heads": decoder.blocks[0].attn.num_heads,
-            "sigmoid": decoder.sigmoid,
         }
-        facts |= {"mask_ratio": model.mask_ratio, "norm_target": model.norm_target}
+        # What a decoder of voxels has, or one of Gaussians.
+        optional = {name: getattr(decoder, name, None) for name in ("sigmoid", "kind", "total_gaussians")}
+        facts["decoder"] |= {name: value for name, value in optional.items() if value is not None}
+        facts["mask_ratio"] = model.mask_ratio
+        if hasattr(model, "norm_target"):
+            facts["norm_target"] = model.norm_target
     return facts
 
 

@@ -1,0 +1,265 @@
+"""A transformer that turns visible tokens into 3D Gaussians: MedGMAE's decoder and its three extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medgmae.layers import Block, initialize
+from medgmae.rendering import Gaussians
+
+Kind = Literal["standard", "residual", "hierarchical", "cgs"]
+
+# Output widths of the four heads.
+HEADS = {"position": 3, "scale": 3, "rotation": 4, "density": 1}
+# Published start of the biases: sigmoid(-1.386) = 0.2, sigmoid(-0.405) = 0.4.
+BIAS = {"position": 0.0, "scale": -1.386, "rotation": 0.0, "density": -0.405}
+
+# Additional Gaussians per query and group of heads. MedGMAE's command line has 13 residuals and the ratios 12 and 7;
+# its dead code for "hierarchical" falls back to 3 and 16, the same number in all.
+RATIOS: dict[Kind, tuple[int, ...]] = {
+    "standard": (),
+    "residual": (13,),
+    "hierarchical": (12, 7),
+    "cgs": (2, 4, 8),  # on top of level 0, which has ratio 1
+}
+# Names of the groups of heads in a state dictionary. Those of "residual" and "hierarchical" are MedGMAE's.
+GROUPS: dict[Kind, str] = {"residual": "residual", "hierarchical": "level{}", "cgs": "cgs{}"}
+
+# Equation 4 of the paper: how far a residual may move each quantity. It states 0.1 for the scale. Position: the same,
+# half the scale that Gaussians start with. Intensity and rotation: enough to switch off a Gaussian that starts at 0.4,
+# or to turn one by 50 degrees.
+REACH = {"position": 0.1, "scale": 0.1, "rotation": 0.5, "density": 0.5}
+# ... and by how much each group is smaller than level 0: stated for the two levels of "hierarchical".
+SHRINK: dict[Kind, tuple[float, ...]] = {"residual": (0.0,), "hierarchical": (0.02, 0.05)}
+# The equation can give a scale of zero or less, which nobody can render. Half a voxel of a 96³ crop.
+MIN_SCALE = 0.005
+
+
+class Head(nn.Module):
+    """A linear layer that starts where its quantity should: (..., in_dim) to (..., out_dim).
+
+    Args:
+        in_dim: width of the tokens.
+        out_dim: width of the quantity.
+        bias: first value of every bias.
+        std: spread of the first weights; None for Xavier-uniform ones.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, bias: float = 0.0, std: float | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.bias = nn.Parameter(torch.empty(out_dim))
+        self.first_bias, self.std = bias, std
+
+    def reset_parameters(self) -> None:
+        """Initialise weights and biases."""
+        if self.std is None:
+            nn.init.xavier_uniform_(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=self.std)
+        nn.init.constant_(self.bias, self.first_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute in the precision of the weights, and give float32 at least."""
+        out = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+class GaussianDecoder(nn.Module):
+    """Learned queries read the visible tokens and become Gaussians (MedGMAE, equations 3 to 5).
+
+    The sequence is: prefix tokens, K queries, visible patches in the order of ``Masking.keep``. No position is added
+    to it: the patches carry the encoder's. Heads on the K queries give, for level 0,
+
+    - means = sigmoid, scales = sigmoid, quats = normalised, densities = density_scale · sigmoid.
+
+    The other kinds add groups of heads, of which each makes one more Gaussian of every query:
+
+    - "residual": one group of 13, relative to level 0 by equation 4 without its shrinking.
+    - "hierarchical": groups of 12 and 7, equation 4: with r = tanh of a head, scale s₀ + 0.1 r - Δ with Δ = 0.02 and
+      0.05, position μ₀ + 0.1 r, intensity I₀ + 0.5 r, rotation normalised φ₀ + 0.5 r; always relative to level 0.
+      The paper leaves the reach of all but the scale open, and the ratios, see RATIOS and REACH in this module.
+      Scales are kept at 0.005 or more; one that is held there still gets the gradient, so that it can grow again.
+      A centre may lie up to 0.1 outside of the volume, and an intensity may be negative.
+    - "cgs": groups of 2, 4 and 8 with activations as level 0. MedGMAE names blocks 2, 5, 8, 11 and ratios 1, 2, 4, 8
+      and nothing else; our reading is coarse to fine: level 0 reads the queries after the first quarter of the blocks,
+      each group after a further quarter, all through the last norm.
+
+    Args:
+        in_dim: width of the encoder's tokens.
+        num_gaussians: number of queries K; the number of Gaussians is K · (1 + sum(ratios)).
+        embed_dim: own width.
+        depth: number of blocks.
+        num_heads: attention heads per block.
+        kind: "standard", "residual", "hierarchical" or "cgs".
+        ratios: Gaussians per query and group; None for those above.
+        density_scale: factor of the density; MedGMAE's renderer has 0.1.
+        spread: start with positions that fill the volume evenly. As published, all begin near one point. It adds a
+            learned offset per query, ``position_bias``.
+        mlp_ratio: hidden width of a block's MLP over ``embed_dim``.
+        prefix_tokens: tokens in front of the patches that the encoder hands over.
+        norm_eps: epsilon of every layer norm.
+
+    Raises:
+        ValueError: an unknown kind, ratios that it does not have, or fewer blocks than "cgs" reads.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_gaussians: int = 512,
+        embed_dim: int = 384,
+        depth: int = 8,
+        num_heads: int = 12,
+        *,
+        kind: Kind = "standard",
+        ratios: Sequence[int] | None = None,
+        density_scale: float = 0.1,
+        spread: bool = False,
+        mlp_ratio: float = 4.0,
+        prefix_tokens: int = 1,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.kind, self.ratios = kind, _check_ratios(kind, ratios)
+        self.num_gaussians, self.total_gaussians = num_gaussians, num_gaussians * (1 + sum(self.ratios))
+        self.density_scale, self.prefix_tokens = density_scale, prefix_tokens
+        self.taps = self._taps(depth)
+        self.embed = nn.Linear(in_dim, embed_dim)
+        self.query_tokens = nn.Parameter(torch.empty(1, num_gaussians, embed_dim))
+        self.position_bias = nn.Parameter(torch.empty(1, num_gaussians, 3)) if spread else None
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        for what, width in HEADS.items():
+            # A small weight leaves the scale, and positions that are spread, where their biases put them.
+            std = 0.01 if what == "scale" or (what == "position" and spread) else None
+            setattr(self, f"{what}_head", Head(embed_dim, width, BIAS[what], std))
+            for group, count in zip(self._groups(), self.ratios, strict=True):
+                made = (self._group_head(what, embed_dim, std) for _ in range(count))
+                setattr(self, f"{group}_{what}_heads", nn.ModuleList(made))
+        self.apply(initialize)
+
+    def reset_parameters(self) -> None:
+        """Initialise the queries and, where they have any, their places."""
+        nn.init.normal_(self.query_tokens, std=0.02)
+        if self.position_bias is not None:
+            with torch.no_grad():
+                self.position_bias.copy_(even_points(self.num_gaussians).logit().unsqueeze(0))
+
+    def forward(self, tokens: Tensor) -> Gaussians:
+        """Decode.
+
+        Args:
+            tokens: (B, P + n, in_dim), prefix tokens, then visible patches in any order.
+
+        Returns:
+            K · (1 + sum(ratios)) Gaussians per sample, in float32 or, for a model in it, float64: those of level 0,
+            then those of each head of each group in turn, K each in the order of the queries.
+        """
+        x = self.embed(tokens)
+        x = torch.cat([x[:, : self.prefix_tokens], self._queries(x), x[:, self.prefix_tokens :]], dim=1)
+        levels: list[Gaussians] = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)  # (B, P + K + n, E)
+            if i in self.taps:
+                queries = self.norm(x[:, self.prefix_tokens : self.prefix_tokens + self.num_gaussians])
+                with _full_precision(x):
+                    for level in (level for level, tap in enumerate(self.taps) if tap == i):
+                        levels.append(self._level(level, queries, levels))
+        means, scales, quats, densities = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        return Gaussians(means, scales, quats, densities * self.density_scale)
+
+    def _queries(self, like: Tensor) -> Tensor:
+        return self.query_tokens.expand(like.shape[0], -1, -1).to(like.dtype)
+
+    def _level(self, level: int, queries: Tensor, levels: list[Gaussians]) -> Gaussians:
+        """Gaussians of one level from the queries (B, K, E); 0 is the base, the others are the groups."""
+        if level == 0:
+            return _activate({what: getattr(self, f"{what}_head")(queries) for what in HEADS}, self._offset(1))
+        group, count = self._groups()[level - 1], self.ratios[level - 1]
+        raw = {
+            what: torch.cat([head(queries) for head in getattr(self, f"{group}_{what}_heads")], dim=1) for what in HEADS
+        }
+        if self.kind == "cgs":
+            return _activate(raw, self._offset(count))
+        return _displace(levels[0], raw, count, SHRINK[self.kind][level - 1])
+
+    def _offset(self, count: int) -> Tensor | float:
+        return 0.0 if self.position_bias is None else self.position_bias.repeat(1, count, 1)
+
+    def _groups(self) -> list[str]:
+        return [GROUPS[self.kind].format(i + 1) for i in range(len(self.ratios))] if self.ratios else []
+
+    def _group_head(self, what: str, embed_dim: int, std: float | None) -> Head:
+        """Residuals start around nothing, as Xavier's weights spread them; levels of their own start as level 0."""
+        absolute = self.kind == "cgs"
+        return Head(embed_dim, HEADS[what], BIAS[what] if absolute else 0.0, std if absolute else None)
+
+    def _taps(self, depth: int) -> tuple[int, ...]:
+        """For each level the block after which its heads read."""
+        levels = 1 + len(self.ratios)
+        if self.kind != "cgs":
+            return (depth - 1,) * levels
+        if depth < levels:
+            raise ValueError(
+                f"kind='cgs' reads after {levels} different blocks: depth must be that or more, got {depth}"
+            )
+        return tuple((i + 1) * depth // levels - 1 for i in range(levels))
+
+
+def _check_ratios(kind: Any, ratios: Sequence[int] | None) -> tuple[int, ...]:
+    if kind not in RATIOS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, got {kind!r}")
+    default = RATIOS[kind]
+    found = default if ratios is None else tuple(ratios)
+    if len(found) != len(default) or any(ratio < 1 for ratio in found):
+        raise ValueError(
+            f"ratios of kind={kind!r} must be {len(default)} positive numbers (default {default}), got {found}"
+        )
+    return found
+
+
+def even_points(count: int) -> Tensor:
+    """(count, 3) float32 points in the open unit cube that fill it evenly, the same every time.
+
+    The additive sequence k · (1/g, 1/g², 1/g³) modulo 1 with g⁴ = g + 1 (M. Roberts, "The unreasonable effectiveness of
+    quasirandom sequences", 2018): unlike a lattice it takes any count.
+    """
+    g = 1.2207440846057596
+    step = torch.tensor([g**-1, g**-2, g**-3], dtype=torch.float64, device="cpu")
+    points = (0.5 + torch.arange(count, dtype=torch.float64, device="cpu").unsqueeze(1) * step) % 1
+    return points.clamp(1e-3, 1 - 1e-3).float()
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast: bfloat16 would put a centre up to a fifth of a voxel of a 96³ crop off."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def _activate(raw: dict[str, Tensor], offset: Tensor | float) -> Gaussians:
+    return Gaussians(
+        (raw["position"] + offset).sigmoid(),
+        raw["scale"].sigmoid(),
+        F.normalize(raw["rotation"], dim=-1, eps=1e-12),
+        raw["density"].squeeze(-1).sigmoid(),
+    )
+
+
+def _displace(base: Gaussians, raw: dict[str, Tensor], count: int, shrink: float) -> Gaussians:
+    """Equation 4 of the paper: ``count`` Gaussians near each of level 0."""
+    moved = {what: REACH[what] * value.tanh() for what, value in raw.items()}
+    means, scales, quats = (value.repeat(1, count, 1) for value in base[:3])
+    scales = scales + moved["scale"] - shrink
+    scales = scales + (scales.clamp(min=MIN_SCALE) - scales).detach()  # the value is held, the gradient is not
+    return Gaussians(
+        means + moved["position"],
+        scales,
+        F.normalize(quats + moved["rotation"], dim=-1, eps=1e-12),
+        base.densities.repeat(1, count) + moved["density"].squeeze(-1),
+    )
