@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from medgmae.data import Volume, reorient, resample_like
+from medgmae.data import Grid, Volume, reorient, resample_like
 from medgmae.features import Features, extract_features
 from medgmae.reconstruction import Reconstruction, extend_rim
+from medgmae.rendering import Gaussians
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,6 +122,9 @@ def reconstruction_figure(
 ) -> Figure:
     """A figure with a row per plane: the scan and, where given, its visible patches, their filling and the features.
 
+    A reconstruction from Gaussians is shown as it was rendered, and their centres on top of the scan: all of them,
+    whatever their distance from the plane, brighter where the density is larger in size.
+
     The planes go through the middle of what is not background. Write it with ``figure.savefig("scan.png")``.
 
     Args:
@@ -134,7 +138,11 @@ def reconstruction_figure(
     """
     columns: list[tuple[str, Volume]] = [("scan", scan)]
     if reconstruction is not None:
-        columns += [("visible patches", reconstruction.visible), ("reconstruction", reconstruction.filled)]
+        columns.append(("visible patches", reconstruction.visible))
+        if reconstruction.gaussians is None:
+            columns.append(("reconstruction", reconstruction.filled))
+        else:
+            columns += [("rendered Gaussians", reconstruction.predicted), ("Gaussian centres", scan)]
     if colours is not None:
         columns.append(("patch features, PCA as RGB", colours))
     planes = [[_plane(reorient(volume, "RAS"), axis, _middle(scan)) for _, volume in columns] for _, axis, _ in PLANES]
@@ -143,9 +151,11 @@ def reconstruction_figure(
     figure = _new_figure((3 * len(columns) + 0.5, 3 * sum(heights) + 0.9))
     grid = figure.subplots(3, len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
     brightest = float(np.percentile(scan.data[0].numpy(), 99.9))
-    for row, pictures, (name, _, sides) in zip(grid, planes, PLANES, strict=True):
+    for row, pictures, (name, axis, sides) in zip(grid, planes, PLANES, strict=True):
         for axes, picture in zip(row, pictures, strict=True):
             _show(axes, picture, float(scan.data[0].min()), brightest)
+        if reconstruction is not None and reconstruction.gaussians is not None:
+            _mark_centres(row[3], pictures[3], reorient(scan, "RAS").grid, axis, reconstruction.gaussians)
         row[0].set_ylabel(name, fontsize=11)
         _name_sides(row[0], sides)
     for axes, (name, _) in zip(grid[0], columns, strict=True):
@@ -186,6 +196,20 @@ def _show(axes: Axes, picture: _Picture, low: float, high: float) -> None:
     axes.imshow(picture.pixels, cmap=grey, vmin=low, vmax=high, origin="lower", extent=(0, width, 0, height))
     axes.set_xticks([])
     axes.set_yticks([])
+
+
+def _mark_centres(axes: Axes, picture: _Picture, grid: Grid, axis: int, gaussians: Gaussians) -> None:
+    """Points at the centres of Gaussians (1, K, ...) in LPS mm, on a slice across ``axis`` of a scan in RAS."""
+    index = grid.index(gaussians.means[0].numpy())
+    up, across = (k for k in range(3) if k != axis)
+    x = (grid.size[across] - 0.5 - index[:, across]) * grid.spacing[across]  # mirrored, as the slice is
+    y = (index[:, up] + 0.5) * grid.spacing[up]
+    strength = np.abs(gaussians.densities[0].numpy())
+    order = np.argsort(strength)  # strong ones on top
+    axes.scatter(x[order], y[order], s=1.5, c=strength[order], cmap="plasma", linewidths=0)
+    width, height = picture.millimetres
+    axes.set_xlim(0, width)
+    axes.set_ylim(0, height)
 
 
 def _name_sides(axes: Axes, sides: str) -> None:

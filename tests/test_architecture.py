@@ -28,7 +28,8 @@ BORDER += ["registry", "transfer"]
 MAY_IMPORT: dict[str, list[str]] = {
     "ops": ["ops", "_C"],
     "masking": ["ops"],
-    "losses": ["ops", "masking"],
+    "precision": [],
+    "losses": ["ops", "masking", "precision"],
     "registry": [],
     "layers": ["ops", "masking"],
     "frames": ["ops"],
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, list[str]] = {
     "rendering": ["frames", "ops", "ply"],
     "models.vit": ["layers", "masking", "losses", "registry"],
     "models.vim": ["layers", "masking", "losses", "registry", "ops"],
-    "models.gaussian_decoder": ["layers", "rendering"],
+    "models.gaussian_decoder": ["layers", "precision", "rendering"],
     "models.gmae": ["layers", "masking", "losses", "rendering", "registry", "models.vit", "models.gaussian_decoder"],
     "models": ["layers", "masking", "losses", "rendering", "registry", "models.vit", "models.vim"],
     "cards": [],

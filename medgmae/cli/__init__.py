@@ -1,4 +1,4 @@
-"""The command line: ``medgmae list``, ``info``, ``features``, ``convert``.
+"""The command line: ``medgmae list``, ``info``, ``features``, ``reconstruct``, ``convert``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -11,6 +11,7 @@ import medgmae
 from medgmae.cli.convert import convert_command
 from medgmae.cli.features import features_command
 from medgmae.cli.models import info_command, list_command
+from medgmae.cli.reconstruct import reconstruct_command
 
 __all__ = ["main"]
 
@@ -25,4 +26,5 @@ def main(debug: bool) -> None:
 main.add_command(list_command)
 main.add_command(info_command)
 main.add_command(features_command)
+main.add_command(reconstruct_command)
 main.add_command(convert_command)
