@@ -125,7 +125,7 @@ MEDGMAE_HD VoxelGaussian<L> prepare_gaussian(const VoxelizeCall& call, int64_t i
   turn_diagonal(r, inverse, g.precision);
   turn_diagonal(r, square, covariance);
   g.density = static_cast<const T*>(call.densities)[i];
-  g.bad = !(all_finite<T>(g.mean, 3) && all_finite<T>(g.precision, 6) && all_finite<T>(&g.density, 1));
+  g.bad = !(all_finite<T>(g.mean, 3) && all_finite<T>(scale, 3) && all_finite<T>(g.precision, 6) && all_finite<T>(&g.density, 1));
   L width = L(INFINITY);  // the least standard deviation along an axis with the other coordinates held, in voxels
   L const k = isinf(call.support) ? sqrt(-2 * L(lowest_exponent<T>())) : L(call.support);
   for (int a = 0; a < 3; ++a) {

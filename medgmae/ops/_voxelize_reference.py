@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Weights below exp(-80) are set to it: exp of less is many times slower on a CPU, and its result is 0 to any accuracy.
+# Weights below exp(-80) are 0: exp of less is many times slower on a CPU. They are not left at exp(-80), because the
+# gradient of a tiny Gaussian multiplies them by numbers as large.
 LOWEST_EXPONENT = -80.0
 # Values of one temporary array.
 CHUNK_VALUES = 1 << 22
@@ -75,10 +76,10 @@ def blocks(patches: Tensor, size: Sequence[int], patch_size: Sequence[int]) -> B
     return Blocks(index, [i / max(s - 1, 1) for i, s in zip(index, size, strict=True)])
 
 
-def is_bad(means: Tensor, precision: Tensor, densities: Tensor) -> Tensor:
+def is_bad(means: Tensor, scales: Tensor, precision: Tensor, densities: Tensor) -> Tensor:
     """Gaussians (B, N) that cannot be rendered: a parameter is NaN or infinite, or a scale is (as good as) zero."""
-    finite = means.isfinite().all(-1) & precision.flatten(-2).isfinite().all(-1) & densities.isfinite()
-    return ~finite
+    finite = means.isfinite().all(-1) & scales.isfinite().all(-1) & densities.isfinite()
+    return ~(finite & precision.flatten(-2).isfinite().all(-1))
 
 
 def _chunks(count: int, voxels: int) -> Iterator[slice]:
@@ -98,7 +99,8 @@ def _weights(
     quadratic = quadratic + 2 * (
         p[:, :, 0, 1] * (d[0] * d[1]) + p[:, :, 0, 2] * (d[0] * d[2]) + p[:, :, 1, 2] * (d[1] * d[2])
     )
-    weights = (-0.5 * quadratic).clamp(min=LOWEST_EXPONENT, max=0).exp()
+    exponent = -0.5 * quadratic
+    weights = exponent.clamp(min=LOWEST_EXPONENT, max=0).exp() * (exponent > LOWEST_EXPONENT)
     if support == 0:
         first, last = box_bounds(means, scales, size)
         for k, axis in enumerate(ALONG):
@@ -122,7 +124,7 @@ def forward(
 ) -> Tensor:
     """See ``medgmae::voxelize``: (B, n, prod(patch_size))."""
     precision = precision_matrix(scales, quats)
-    bad = is_bad(means, precision, densities)
+    bad = is_bad(means, scales, precision, densities)
     means, scales, precision, densities = _harmless(bad, means, scales, precision, densities)
     voxels = blocks(patches, size, patch_size)
     out = means.new_zeros(*patches.shape, *patch_size)
@@ -152,7 +154,7 @@ def backward(
         leaves = scales.detach().requires_grad_(), quats.detach().requires_grad_()
         differentiable = precision_matrix(*leaves)
     precision = differentiable.detach()
-    bad = is_bad(means, precision, densities)
+    bad = is_bad(means, scales, precision, densities)
     safe_means, safe_scales, precision, amplitude = _harmless(bad, means, scales, precision, densities)
     voxels = blocks(patches, size, patch_size)
     grad = grad.reshape(*patches.shape, *patch_size)
