@@ -32,6 +32,11 @@ def size_of(name: str, grid: tuple[int, ...] = (2, 2, 2)) -> tuple[int, ...]:
     return tuple(g * p for g, p in zip(grid[-len(patch) :], patch, strict=True))
 
 
+def renders(name: str) -> bool:
+    """Whether the architecture predicts Gaussians instead of voxels."""
+    return isinstance(full_size(name), medgmae.GaussianMAE)
+
+
 def small(name: str, **overrides: Any) -> Any:
     """A registered architecture with narrow, few blocks and two patches per axis; random numbers everywhere.
 
@@ -40,6 +45,9 @@ def small(name: str, **overrides: Any) -> Any:
     options: dict[str, Any] = {"img_size": size_of(name), "depth": 2, "embed_dim": 24, "num_heads": 2}
     if hasattr(full_size(name), "decoder"):
         options |= {"decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 2}
+    if renders(name):
+        levels = len(set(full_size(name).decoder.taps))  # each reads after a block of its own
+        options |= {"num_gaussians": 5, "decoder_depth": levels}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = medgmae.create_model(name, **{**options, **overrides})

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import assert_same_state, encoder_of, full_size, randomize, size_of, small, state_copy, volume
+from small_models import (
+    assert_same_state,
+    encoder_of,
+    full_size,
+    randomize,
+    renders,
+    size_of,
+    small,
+    state_copy,
+    volume,
+)
 from torch import Tensor, nn
 
 import medgmae
@@ -36,8 +46,14 @@ def masking_for(x: Tensor, model: nn.Module) -> Masking:
 
 
 def run(model: Any, x: Tensor) -> Tensor:
-    """The tensor that a model computes: pooled vector, logits or prediction."""
-    return model(x, masking_for(x, model)).pred if hasattr(model, "decoder") else model(x)
+    """The tensor that a model computes: pooled vector, logits, or what is compared with the input."""
+    return prediction(model, x, masking_for(x, model)) if hasattr(model, "decoder") else model(x)
+
+
+def prediction(model: Any, x: Tensor, masking: Masking) -> Tensor:
+    """What an autoencoder compares with the input: patches, or a volume."""
+    out = model(x, masking)
+    return out.volume if hasattr(out, "volume") else out.pred
 
 
 def loss_of(model: Any, x: Tensor) -> Tensor:
@@ -47,7 +63,7 @@ def loss_of(model: Any, x: Tensor) -> Tensor:
 
 def test_there_are_encoders_and_autoencoders() -> None:
     assert len(ENCODERS) >= 12
-    assert len(AUTOENCODERS) >= 11
+    assert len(AUTOENCODERS) >= 20
 
 
 @every
@@ -67,8 +83,13 @@ def test_the_registered_size_runs_without_storage(name: str) -> None:
         tokens = torch.empty(
             1, encoder.num_prefix_tokens + encoder.pos_embed.shape[1], encoder.embed_dim, device="meta"
         )
-        length = encoder.in_chans * torch.Size(encoder.patch_size).numel()
-        assert model.decoder(tokens).shape == (1, encoder.pos_embed.shape[1], length)
+        if renders(name):
+            count = model.decoder.total_gaussians
+            assert [t.shape for t in model.decoder(tokens)] == [(1, count, 3), (1, count, 3), (1, count, 4), (1, count)]
+            assert model(x).volume.shape == x.shape
+        else:
+            length = encoder.in_chans * torch.Size(encoder.patch_size).numel()
+            assert model.decoder(tokens).shape == (1, encoder.pos_embed.shape[1], length)
 
 
 @every_encoder
@@ -90,7 +111,7 @@ def test_autoencoder_shapes(name: str) -> None:
     out = model(x, masking)
     length = x.shape[1] * torch.Size(model.encoder.patch_size).numel()
     assert out.loss.shape == ()
-    assert out.pred.shape == (2, masking.mask.shape[1], length)
+    assert prediction(model, x, masking).shape == (x.shape if renders(name) else (2, masking.mask.shape[1], length))
     assert torch.equal(out.mask, masking.mask)
     assert model.reconstruct(x, masking).shape == x.shape
 
@@ -156,6 +177,10 @@ def test_sizes_that_do_not_fit_are_refused(name: str) -> None:
 @every
 def test_other_channels(name: str) -> None:
     chans = encoder_of(full_size(name)).in_chans + 2
+    if renders(name):
+        with pytest.raises(ValueError, match=r"one intensity.*got in_chans=3"):
+            small(name, in_chans=chans)
+        return
     model = small(name, in_chans=chans)
     x = volume(name, chans=chans)
     loss_of(model, x).backward()
@@ -199,7 +224,7 @@ def test_export_with_any_batch(name: str) -> None:
         shapes = {"x": {0: batch}, "masking": Masking({0: batch}, {0: batch}, {0: batch})}
         program = torch.export.export(model, (x, masking_for(x, model)), dynamic_shapes=shapes).module()
         masking = masking_for(other, model)
-        torch.testing.assert_close(program(other, masking).pred, model(other, masking).pred)
+        torch.testing.assert_close(program(other, masking), model(other, masking))
     else:
         program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
         torch.testing.assert_close(program(other), model(other))
@@ -215,9 +240,10 @@ def test_dynamo_sees_one_graph(name: str) -> None:
         torch.testing.assert_close(ours, plain)
 
 
-def test_an_autoencoder_compiles_with_its_gradients() -> None:
+@pytest.mark.parametrize("name", ["mae_vit_nano_patch8_32", "gmae_vit_nano_patch8_32"])
+def test_an_autoencoder_compiles_with_its_gradients(name: str) -> None:
     torch.compiler.reset()
-    model, x = small("mae_vit_nano_patch8_32"), volume("mae_vit_nano_patch8_32", grid=OTHER_GRID)
+    model, x = small(name), volume(name, grid=OTHER_GRID)
     trained = [p for p in model.parameters() if p.requires_grad]
     wanted = torch.autograd.grad(loss_of(model, x), trained)
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -314,8 +340,8 @@ def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
     masking = masking_for(x, model)
     for i in range(3):
         if hasattr(model, "decoder"):
-            one = model(x[i : i + 1], Masking(*(t[i : i + 1] for t in masking))).pred
-            torch.testing.assert_close(one, model(x, masking).pred[i : i + 1], atol=1e-5, rtol=1e-4)
+            one = prediction(model, x[i : i + 1], Masking(*(t[i : i + 1] for t in masking)))
+            torch.testing.assert_close(one, prediction(model, x, masking)[i : i + 1], atol=1e-5, rtol=1e-4)
         else:
             torch.testing.assert_close(model(x[i : i + 1]), model(x)[i : i + 1], atol=1e-5, rtol=1e-4)
 

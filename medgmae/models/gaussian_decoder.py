@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medgmae.layers import Block, initialize
+from medgmae.precision import full_precision
 from medgmae.rendering import Gaussians
 
 Kind = Literal["standard", "residual", "hierarchical", "cgs"]
@@ -42,7 +42,7 @@ MIN_SCALE = 0.005
 
 
 class Head(nn.Module):
-    """A linear layer that starts where its quantity should: (..., in_dim) to (..., out_dim).
+    """The weights of a linear layer that starts where its quantity should; the decoder applies several at once.
 
     Args:
         in_dim: width of the tokens.
@@ -64,11 +64,6 @@ class Head(nn.Module):
         else:
             nn.init.normal_(self.weight, std=self.std)
         nn.init.constant_(self.bias, self.first_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute in the precision of the weights, and give float32 at least."""
-        out = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-        return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
 class GaussianDecoder(nn.Module):
@@ -169,7 +164,7 @@ class GaussianDecoder(nn.Module):
             x = block(x)  # (B, P + K + n, E)
             if i in self.taps:
                 queries = self.norm(x[:, self.prefix_tokens : self.prefix_tokens + self.num_gaussians])
-                with _full_precision(x):
+                with full_precision(x):  # bfloat16 would put a centre a fifth of a voxel of a 96³ crop off
                     for level in (level for level, tap in enumerate(self.taps) if tap == i):
                         levels.append(self._level(level, queries, levels))
         means, scales, quats, densities = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
@@ -180,18 +175,29 @@ class GaussianDecoder(nn.Module):
 
     def _level(self, level: int, queries: Tensor, levels: list[Gaussians]) -> Gaussians:
         """Gaussians of one level from the queries (B, K, E); 0 is the base, the others are the groups."""
-        if level == 0:
-            return _activate({what: getattr(self, f"{what}_head")(queries) for what in HEADS}, self._offset(1))
-        group, count = self._groups()[level - 1], self.ratios[level - 1]
-        raw = {
-            what: torch.cat([head(queries) for head in getattr(self, f"{group}_{what}_heads")], dim=1) for what in HEADS
-        }
-        if self.kind == "cgs":
-            return _activate(raw, self._offset(count))
+        count = self.ratios[level - 1] if level else 1
+        raw = self._apply_heads(queries, level, count)
+        if level == 0 or self.kind == "cgs":
+            offset = 0.0 if self.position_bias is None else self.position_bias.repeat(1, count, 1)
+            return _activate(raw, offset)
         return _displace(levels[0], raw, count, SHRINK[self.kind][level - 1])
 
-    def _offset(self, count: int) -> Tensor | float:
-        return 0.0 if self.position_bias is None else self.position_bias.repeat(1, count, 1)
+    def _apply_heads(self, queries: Tensor, level: int, count: int) -> dict[str, Tensor]:
+        """The outputs (B, count * K, width) of a level's heads, by one product; in float32 at least."""
+        heads: list[Any] = []
+        for what in HEADS:
+            if level:
+                heads += getattr(self, f"{self._groups()[level - 1]}_{what}_heads")
+            else:
+                heads.append(getattr(self, f"{what}_head"))
+        weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
+        values = F.linear(queries.to(weight.dtype), weight, bias)  # (B, K, 11 * count)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        parts = torch.split(values, [count * width for width in HEADS.values()], dim=-1)
+        return {
+            what: part.reshape(*part.shape[:2], count, width).transpose(1, 2).flatten(1, 2)
+            for (what, width), part in zip(HEADS.items(), parts, strict=True)
+        }
 
     def _groups(self) -> list[str]:
         return [GROUPS[self.kind].format(i + 1) for i in range(len(self.ratios))] if self.ratios else []
@@ -235,11 +241,6 @@ def even_points(count: int) -> Tensor:
     step = torch.tensor([g**-1, g**-2, g**-3], dtype=torch.float64, device="cpu")
     points = (0.5 + torch.arange(count, dtype=torch.float64, device="cpu").unsqueeze(1) * step) % 1
     return points.clamp(1e-3, 1 - 1e-3).float()
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """No autocast: bfloat16 would put a centre up to a fifth of a voxel of a 96³ crop off."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _activate(raw: dict[str, Tensor], offset: Tensor | float) -> Gaussians:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from medgmae.layers import Grid, Size, take_tokens
 from medgmae.losses import image_norm, scale_penalty, ssim3d, uniformity
-from medgmae.masking import Masking, patchify, random_masking, unpatchify
+from medgmae.masking import Masking, check_multiple, patchify, random_masking, unpatchify
 from medgmae.models.gaussian_decoder import GaussianDecoder
 from medgmae.models.vit import BASE, NANO, TINY, WIDE, ViT
 from medgmae.registry import build, register_model
@@ -43,15 +44,15 @@ class GaussianMAE(nn.Module):
 
     The loss compares the rendering with the scan, in which visible voxels are set to 0:
 
-    - loss="paper": over the masked voxels. Only their patches are rendered, so visible voxels cost nothing.
+    - loss="paper": over the masked voxels. Only their patches are rendered, so visible voxels cost nothing; where a
+      term needs a whole volume ("ssim", ``image_norm``), visible voxels are 0 in the rendering too.
     - loss="reference": over all voxels of the whole rendering, as MedGMAE's released code does. It so teaches to render
       nothing where the scan is visible.
 
     Terms of the loss, each with a weight in ``loss_weights``:
 
     - "mse", "l1": mean squared and absolute error over these voxels.
-    - "ssim": 1 - SSIM of the whole volumes, see :func:`medgmae.losses.ssim3d` (with the paper's loss, visible voxels
-      are 0 on both sides).
+    - "ssim": 1 - SSIM of the whole volumes, see :func:`medgmae.losses.ssim3d`.
     - "scale": :func:`medgmae.losses.scale_penalty` above ``max_scale``; its weight falls as 0.1^(step / 1000).
     - "uniformity": :func:`medgmae.losses.uniformity` of the centres.
 
@@ -107,12 +108,16 @@ class GaussianMAE(nn.Module):
         """
         masking = self._check_or_draw(x, masking)
         gaussians = self.gaussians(x, masking)
-        counted = _masked_patches(masking)  # (B, m)
+        counted = _masked_patches(masking)
+        if counted.shape[1] == 0:
+            counted = masking.keep
+        size, patch = x.shape[2:], self.encoder.patch_size
         if self.loss == "paper":
-            volume = self._render_patches(gaussians, x, counted)
+            volume = self._place(self.renderer(gaussians, size, counted, patch), counted, x)
         else:
-            volume = self.renderer(gaussians, x.shape[2:])
-        terms = self._terms(volume, self._target(x, counted).to(volume.dtype), gaussians, counted)
+            volume = self.renderer(gaussians, size)
+        target = self._place(take_tokens(patchify(x, patch), counted), counted, x).to(volume.dtype)
+        terms = self._terms(volume, target, gaussians, counted)
         loss = torch.stack([self._weight(name, step) * value for name, value in terms.items()]).sum()
         return GaussianMAEOutput(loss, volume, gaussians, masking.mask, terms)
 
@@ -132,28 +137,26 @@ class GaussianMAE(nn.Module):
         """
         masking = self._check_or_draw(x, masking)
         volume: Tensor = self.renderer(self.gaussians(x, masking), x.shape[2:])
-        return torch.where(self._spread(masking.mask, x) > 0, volume, x) if paste_visible else volume
+        if not paste_visible:
+            return volume
+        patch, hidden = self.encoder.patch_size, _masked_patches(masking)
+        rendered = self._place(take_tokens(patchify(volume, patch), hidden), hidden, x)
+        return rendered + self._place(take_tokens(patchify(x, patch), masking.keep), masking.keep, x)
 
     def _check_or_draw(self, x: Tensor, masking: Masking | None) -> Masking:
-        batch, count = patchify(x, self.encoder.patch_size).shape[:2]
-        masking = masking or random_masking(batch, count, self.mask_ratio, device=x.device)
-        shape, expected = tuple(masking.mask.shape), (batch, count)
+        expected = (x.shape[0], math.prod(self._grid(x)))
+        masking = masking or random_masking(*expected, ratio=self.mask_ratio, device=x.device)
+        shape = tuple(masking.mask.shape)
         if shape != expected:
             raise ValueError(f"the masking is for {shape} (batch, patches), the input has {expected}")
         return masking
 
-    def _render_patches(self, gaussians: Gaussians, x: Tensor, patches: Tensor) -> Tensor:
-        """Render these patches (B, m); the volume (B, 1, D, H, W) is 0 elsewhere."""
-        rendered = self.renderer(gaussians, x.shape[2:], patches, self.encoder.patch_size)  # (B, m, L)
-        count = patchify(x, self.encoder.patch_size).shape[1]
-        every = rendered.new_zeros(x.shape[0], count, rendered.shape[2])
-        every = every.scatter(1, patches.unsqueeze(-1).expand_as(rendered), rendered)
-        return unpatchify(every, self.encoder.patch_size, self._grid(x), 1)
-
-    def _target(self, x: Tensor, counted: Tensor) -> Tensor:
-        """The input with the patches that do not count set to 0."""
-        mask = x.new_zeros(x.shape[0], patchify(x, self.encoder.patch_size).shape[1]).scatter(1, counted, 1.0)
-        return x * self._spread(mask, x)
+    def _place(self, patches: Tensor, where: Tensor, x: Tensor) -> Tensor:
+        """A volume (B, 1, D, H, W) as large as ``x``, 0 but for the patches (B, m, L) with numbers (B, m)."""
+        grid = self._grid(x)
+        every = patches.new_zeros(patches.shape[0], math.prod(grid), patches.shape[2])
+        every = every.scatter(1, where.unsqueeze(-1).expand_as(patches), patches)
+        return unpatchify(every, self.encoder.patch_size, grid, 1)
 
     def _terms(self, volume: Tensor, target: Tensor, gaussians: Gaussians, counted: Tensor) -> dict[str, Tensor]:
         compared = image_norm(volume) - image_norm(target) if self.image_norm else volume - target
@@ -175,13 +178,8 @@ class GaussianMAE(nn.Module):
     def _weight(self, name: str, step: int | Tensor) -> Any:
         return self.loss_weights[name] * (0.1 ** (step / 1000) if name == "scale" else 1)
 
-    def _spread(self, mask: Tensor, x: Tensor) -> Tensor:
-        """A mask over patches (B, N) as one over voxels (B, 1, D, H, W)."""
-        length = torch.Size(self.encoder.patch_size).numel()
-        every = mask.unsqueeze(-1).expand(-1, -1, length)
-        return unpatchify(every, self.encoder.patch_size, self._grid(x), 1).to(x.dtype)
-
     def _grid(self, x: Tensor) -> Grid:
+        check_multiple(x.shape[2:], self.encoder.patch_size)
         return tuple(s // p for s, p in zip(x.shape[2:], self.encoder.patch_size, strict=True))
 
 
@@ -199,10 +197,8 @@ def _check_encoder(encoder: ViT) -> None:
 
 
 def _masked_patches(masking: Masking) -> Tensor:
-    """Numbers of the masked patches, (B, m) long; of all patches where none is masked."""
-    order = masking.restore.argsort(dim=1)  # the visible patches, then the masked ones
-    visible = masking.keep.shape[1]
-    return order[:, visible:] if visible < order.shape[1] else order
+    """Numbers of the masked patches, (B, m) long."""
+    return masking.restore.argsort(dim=1)[:, masking.keep.shape[1] :]
 
 
 def gaussian_vit(
