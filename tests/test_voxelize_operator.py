@@ -9,6 +9,7 @@ import pytest
 import torch
 from gaussians import REFERENCE, SUPPORTS, cut, leaves, make
 
+from medgmae.ops import _voxelize_reference as native_free
 from medgmae.ops import voxelize
 from medgmae.ops.voxelize import support_code
 
@@ -46,6 +47,17 @@ def test_gradcheck(layout: str, support: Any) -> None:
     chosen: dict[str, Any] = {} if layout == "dense" else {"patches": patches, "patch_size": patch}
     parameters = leaves(make(count=2, scale=0.3, seed=2))
     assert torch.autograd.gradcheck(lambda *inputs: voxelize(*inputs, SIZE, support=support, **chosen), parameters)
+
+
+@every_layout
+def test_the_reference_needs_no_autograd(layout: str) -> None:
+    # Where there is no native module the dispatcher calls it below autograd, which then records nothing.
+    parameters = make()
+    grad = torch.randn_like(FORWARD(*parameters, *arguments(layout, None)))
+    expected = native_free.backward(grad, *parameters, *arguments(layout, None))
+    with torch._C._AutoDispatchBelowAutograd():
+        found = native_free.backward(grad, *parameters, *arguments(layout, None))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @every_support

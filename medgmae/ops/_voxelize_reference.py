@@ -150,10 +150,7 @@ def backward(
     With w the weight, g the gradient at a voxel and a the density, the moments M0 = Σ g w, M1 = Σ g w d and
     M2 = Σ g w d dᵀ give dL/da = M0, dL/dμ = a P M1, dL/dP = -½ a M2; the rest is the chain rule through P.
     """
-    with torch.enable_grad():
-        leaves = scales.detach().requires_grad_(), quats.detach().requires_grad_()
-        differentiable = precision_matrix(*leaves)
-    precision = differentiable.detach()
+    precision = precision_matrix(scales, quats)
     bad = is_bad(means, scales, precision, densities)
     safe_means, safe_scales, precision, amplitude = _harmless(bad, means, scales, precision, densities)
     voxels = blocks(patches, size, patch_size)
@@ -164,7 +161,7 @@ def backward(
         weights, d = _weights(safe_means[:, part], safe_scales[:, part], precision[:, part], voxels, size, support)
         m0[:, part], m1[:, part], m2[:, part] = _moments(grad.unsqueeze(1) * weights, d)
     grad_means = amplitude[..., None] * (precision @ m1.unsqueeze(-1)).squeeze(-1)
-    grad_scales, grad_quats = torch.autograd.grad(differentiable, leaves, -0.5 * amplitude[..., None, None] * m2)
+    grad_scales, grad_quats = _through_precision(-0.5 * amplitude[..., None, None] * m2, scales, quats)
     rows = bad.unsqueeze(-1)
     return (
         torch.where(rows, math.nan, grad_means),
@@ -172,6 +169,39 @@ def backward(
         torch.where(rows, math.nan, grad_quats),
         torch.where(bad, math.nan, m0),
     )
+
+
+def _through_precision(grad: Tensor, scales: Tensor, quats: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients to scales and quaternions from a symmetric one to the precision matrix (..., 3, 3).
+
+    Written out: an operator runs below torch's autograd, which records nothing there. With P = R diag(1 / s²) Rᵀ,
+    dL/ds_k = -2 / s_k³ (Rᵀ G R)_kk and dL/dR = 2 G R diag(1 / s²).
+    """
+    rotation = rotation_matrix(quats)
+    turned = grad @ rotation
+    grad_scales = -2 * (rotation * turned).sum(-2) / scales**3
+    d = 2 * turned / scales.unsqueeze(-2).square()
+    length = quats.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    unit = quats / length
+    w, x, y, z = unit.unbind(-1)
+    by_unit = [
+        x * (d[..., 2, 1] - d[..., 1, 2]) + y * (d[..., 0, 2] - d[..., 2, 0]) + z * (d[..., 1, 0] - d[..., 0, 1]),
+        w * (d[..., 2, 1] - d[..., 1, 2])
+        + y * (d[..., 0, 1] + d[..., 1, 0])
+        + z * (d[..., 0, 2] + d[..., 2, 0])
+        - 2 * x * (d[..., 1, 1] + d[..., 2, 2]),
+        w * (d[..., 0, 2] - d[..., 2, 0])
+        + x * (d[..., 0, 1] + d[..., 1, 0])
+        + z * (d[..., 1, 2] + d[..., 2, 1])
+        - 2 * y * (d[..., 0, 0] + d[..., 2, 2]),
+        w * (d[..., 1, 0] - d[..., 0, 1])
+        + x * (d[..., 0, 2] + d[..., 2, 0])
+        + y * (d[..., 1, 2] + d[..., 2, 1])
+        - 2 * z * (d[..., 0, 0] + d[..., 1, 1]),
+    ]
+    direction = 2 * torch.stack(by_unit, dim=-1)
+    grad_quats = (direction - unit * (unit * direction).sum(-1, keepdim=True)) / length
+    return grad_scales, grad_quats
 
 
 def _moments(t: Tensor, d: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
