@@ -282,6 +282,9 @@ def _gaussian_decoder(file: _File) -> None:
         if ours in file.out.state:
             raise WeightsError(f"{file.origin}: {full!r} stands for {ours!r}, which is in the file twice")
         file.take(name, ours, gaussian.turn_rotation(ours, tensor))
+    queries = file.out.state.get("decoder.query_tokens")
+    if queries is not None and queries.dim() == 3:  # the authors' positions have no offset per query
+        file.out.state["decoder.position_bias"] = torch.zeros(1, queries.shape[1], 3)
 
 
 def _linear_stem(file: _File, name: str) -> None:

@@ -22,9 +22,14 @@ MODELS = [
     "glmae/mae3d_sibling_normpix",
     "selfmedmae/mae3d_uva_linear_c1",
     "medgmae/mae3d_baseline",
+    "medgmae/model_sincos",
+    "medgmae/model_perceptron_imagenorm",
 ]
 
-RENDERER = [
+# Cases without a file of weights in a container.
+PARTS = [
+    "medgmae/decoder",
+    "medgmae/ssim3d",
     "medgmae/render_batch",
     "medgmae/render_dense_dyadic",
     "medgmae/render_dense_tiny",
@@ -63,7 +68,7 @@ def copy(name: str, folder: Path, **spec: Any) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", [*MODELS, *RENDERER])
+@pytest.mark.parametrize("name", [*MODELS, *PARTS])
 def test_every_output_is_compared(name: str, tmp_path: Path) -> None:
     file = copy(name, tmp_path)
     # Copies: safetensors may have mapped the file, which is about to be written (0.4.5 does).
@@ -107,6 +112,55 @@ def test_tensors_that_the_json_lists_must_be_there(tmp_path: Path) -> None:
     file.with_suffix(".safetensors").unlink()
     with pytest.raises(AssertionError, match="lacks tensors"):
         Case(file, tmp_path)
+
+
+def change(entry: Any, *path: str | int) -> Any:
+    """A copy of a JSON entry with the number at ``path`` 1 % larger, or the list there one item shorter."""
+    changed = json.loads(json.dumps(entry))
+    holder = changed
+    for step in path[:-1]:
+        holder = holder[step]
+    value = holder[path[-1]]
+    holder[path[-1]] = value[:-1] if isinstance(value, list) else value * 1.01
+    return changed
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("medgmae_lr", "lr", 5),
+        ("medgmae_lr", "lr", 8),
+        ("mae3d_lr", "lr", 7),
+        ("scale_penalty_weight", "weight", 3),
+        ("param_groups", 0, "params"),
+        ("param_groups", 1, "weight_decay_scale"),
+    ],
+    ids=str,
+)
+def test_every_entry_of_the_schedule_is_compared(path: tuple[Any, ...], tmp_path: Path) -> None:
+    spec = json.loads((SHIPPED / "medgmae/training_schedule.json").read_text())
+    file = tmp_path / "schedule.json"
+    file.write_text(json.dumps(change(spec, *path)))
+    with pytest.raises(AssertionError, match=path[0]):
+        run(Case(file, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("grad_norms_of_loss", "encoder_pos_embed"),
+        ("grad_norms_of_loss", "decoder.rotation_head.weight"),
+        ("grad_norms_of_loss", "encoder.blocks.0.attn.qkv.weight"),
+        ("visible_tokens",),
+        ("parameters",),
+    ],
+    ids=str,
+)
+def test_what_a_model_case_states_is_compared(path: tuple[Any, ...], tmp_path: Path) -> None:
+    name = "medgmae/model_perceptron_imagenorm"
+    spec = change(json.loads((SHIPPED / f"{name}.json").read_text()), *path)
+    with pytest.raises(AssertionError, match=path[-1].split("_")[0]):
+        run(Case(copy(name, tmp_path, **{path[0]: spec[path[0]]}), tmp_path))
 
 
 @pytest.mark.parametrize(

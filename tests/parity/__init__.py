@@ -24,7 +24,15 @@ def adapter(kind: str) -> Callable[[Adapter], Adapter]:
 
 def run(case: Case) -> None:
     """Compare one case; AssertionError says what differs, or that nothing here can compare it."""
-    from parity import glmae, medgmae_cases, medgmae_render, selfmedmae, tangerine, tangerine_scans  # noqa: F401
+    from parity import (  # noqa: F401 - they enter adapters
+        glmae,
+        medgmae_cases,
+        medgmae_gaussians,
+        medgmae_render,
+        selfmedmae,
+        tangerine,
+        tangerine_scans,
+    )
 
     kind = case.spec.get("parity_kind")
     if kind not in ADAPTERS:
