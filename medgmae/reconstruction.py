@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from medgmae.data import Volume, crop_or_pad
 from medgmae.features import blend_weights
-from medgmae.masking import Masking, random_masking, visible_count
+from medgmae.masking import Masking, visible_count
 from medgmae.rendering import Gaussians
+
+# What a tent keeps at its rim, so that a place at the rim of a scan, under one window alone, counts fully.
+_RIM = 1e-6
 
 
 class Reconstruction(NamedTuple):
@@ -24,7 +26,7 @@ class Reconstruction(NamedTuple):
     filled: (C, D, H, W), the prediction where a voxel was hidden, the scan elsewhere.
     predicted: (C, D, H, W), the prediction everywhere. From Gaussians: all of them in one rendering.
     gaussians: of a GaussianMAE, (1, K, ...) of all windows in LPS millimetres, float32 on the CPU.
-    apart: (1, D, H, W), of a GaussianMAE: each window's Gaussians rendered inside their window only, as in training.
+    apart: (1, D, H, W), of a GaussianMAE: windows rendered one by one, as in training, and averaged.
     """
 
     visible: Volume
@@ -40,31 +42,30 @@ def reconstruct_scan(
     *,
     mask_ratio: float | None = None,
     generator: torch.Generator | None = None,
-    overlap: float | None = None,
-    batch_size: int = 1,
+    overlap: float = 0.5,
     progress: bool = False,
 ) -> Reconstruction:
     """Hide patches of a whole scan and let a masked autoencoder fill them, window by window.
 
-    Windows have the size that the model was made for.
+    One random mask is drawn for the whole scan. Windows of the size that the model was made for lie on its patch grid
+    and overlap.
 
-    - A model of voxels: one mask is drawn for the whole scan. The windows lie on its patch grid and overlap; their
-      predictions are averaged, the middle of a window counting most.
-    - A model of Gaussians: windows lie side by side, each with a mask of its own, as in training. Their Gaussians are
-      moved into the patient's frame, joined, and rendered on the scan's grid at once; they can be written, moved and
-      rendered without the model. Overlapping windows would show what they share twice, since Gaussians add up. For the
-      same reason what a Gaussian contributes beyond its own window, which training never saw, is in ``predicted``;
-      ``apart`` is without it. A box support belongs to the window's grid and cannot be moved exactly.
+    - A model of voxels: predictions of windows are averaged, the middle of a window counting most.
+    - A model of Gaussians: those of all windows are moved into the patient's frame, joined, and rendered on the scan's
+      grid at once, so that the joined set is the reconstruction, to be written, moved and rendered without the model.
+      Gaussians add up and reach beyond their window, where training never looked. So each density is multiplied by the
+      share of its window at its centre: a tent over the window, divided by the sum of the tents of all windows. What
+      overlaps then counts once, and little of what reaches over a window's rim counts at all. ``apart`` shows what
+      this costs against windows that are rendered by themselves and averaged like voxels. A box support belongs to the
+      window's grid and is moved approximately.
 
     Args:
         model: a :class:`~medgmae.MaskedAutoencoder` that predicts intensities (``norm_target=None``), or a
             :class:`~medgmae.GaussianMAE` without ``image_norm``; in eval mode.
-        scan: (C, D, H, W), preprocessed; its rim is repeated up to whole patches and windows.
+        scan: (C, D, H, W), preprocessed; its rim is repeated up to whole patches and at least one window.
         mask_ratio: share of hidden patches, 0 to below 1; the model's own when None.
         generator: source of the mask.
-        overlap: of a model of voxels, the share of a window that it has in common with the next, 0 to below 1; 0.5
-            when None.
-        batch_size: of a model of Gaussians, windows per pass.
+        overlap: share of a window that it has in common with the next, 0 to below 1. At 0 Gaussians count fully.
         progress: show a progress bar over the windows.
 
     Raises:
@@ -75,24 +76,25 @@ def reconstruct_scan(
     if not hasattr(model, "reconstruct") or not hasattr(model, "encoder"):
         raise TypeError(f"reconstruct_scan needs a masked autoencoder of this library, got {type(model).__name__}")
     owner: Any = model
-    gaussian = hasattr(model, "gaussians")
-    channels = 1 if gaussian else owner.encoder.in_chans
-    if (scan.channels, owner.encoder.in_chans) != (channels, channels):
-        raise ValueError(
-            f"the scan has {scan.channels} channel(s), the model takes {owner.encoder.in_chans}"
-            + (": expected one of each, since Gaussians have one density" if gaussian else "")
-        )
+    if scan.channels != owner.encoder.in_chans:
+        raise ValueError(f"the scan has {scan.channels} channel(s), the model takes {owner.encoder.in_chans}")
     _check_intensities(owner)
     ratio = float(owner.mask_ratio if mask_ratio is None else mask_ratio)
-    share = overlap if overlap is not None else 0.0 if gaussian else 0.5
-    if not 0 <= ratio < 1 or not 0 <= share < 1:
-        raise ValueError(f"mask_ratio and overlap must be at least 0 and below 1, got {ratio} and {share}")
-    if gaussian and share:
-        raise ValueError(f"overlap (={share}) must be 0 for Gaussians: they add up, and would count twice")
+    if not 0 <= ratio < 1 or not 0 <= overlap < 1:
+        raise ValueError(f"mask_ratio and overlap must be at least 0 and below 1, got {ratio} and {overlap}")
+    patch, window = owner.encoder.patch_size, owner.encoder.img_size
+    size = [max(-(n // -p) * p, w) for n, p, w in zip(scan.size, patch, window, strict=True)]
+    padded = extend_rim(scan, [n // 2 - m // 2 for n, m in zip(scan.size, size, strict=True)], size)
+    hidden = _draw([n // p for n, p in zip(size, patch, strict=True)], ratio, generator)
     with torch.no_grad():
-        if gaussian:
-            return _through_gaussians(owner, scan, ratio, generator, batch_size, progress)
-        return _through_voxels(owner, scan, ratio, generator, share, progress)
+        blended, parts = _predict(owner, padded, hidden, _covered(size, patch, window, overlap), progress)
+        apart = crop_or_pad(padded.with_data(blended), scan.size)
+        if not parts:
+            return _result(scan, padded, hidden, patch, apart)
+        world = Gaussians.concat(parts)
+        rendered = owner.renderer(world.to_grid(scan.grid), scan.size)[0].float().cpu()
+    found = _result(scan, padded, hidden, patch, scan.with_data(rendered))
+    return found._replace(gaussians=Gaussians(*(t.cpu() for t in world)), apart=apart)
 
 
 def _check_intensities(model: Any) -> None:
@@ -138,11 +140,6 @@ def extend_rim(scan: Volume, start: Sequence[int], size: Sequence[int]) -> Volum
     return Volume.on(scan.grid.part(start, size), data, scan.source)
 
 
-def _padded(scan: Volume, size: Sequence[int]) -> Volume:
-    """The scan in the middle of ``size`` voxels; ``crop_or_pad`` takes it out again."""
-    return extend_rim(scan, [n // 2 - m // 2 for n, m in zip(scan.size, size, strict=True)], size)
-
-
 def _result(scan: Volume, padded: Volume, hidden: Tensor, patch: Sequence[int], predicted: Volume) -> Reconstruction:
     """From the hidden patches (d, h, w) of the padded scan and a prediction on the scan's grid."""
     voxels = hidden
@@ -153,62 +150,63 @@ def _result(scan: Volume, padded: Volume, hidden: Tensor, patch: Sequence[int], 
     return Reconstruction(visible, visible.with_data(filled), predicted)
 
 
-def _bar(total: int, shown: bool) -> Any:
-    from tqdm.auto import tqdm
+class _Cover(NamedTuple):
+    """Windows over a padded scan, on its patch grid. Every tuple has one entry per axis (d, h, w).
 
-    return tqdm(total=total, desc="windows", leave=False, disable=not shown)
+    patch: voxels of a patch. window: voxels of a window. starts: first voxels of the windows along the axis.
+    """
 
+    patch: tuple[int, ...]
+    window: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
 
-def _through_gaussians(
-    model: Any, scan: Volume, ratio: float, generator: torch.Generator | None, batch_size: int, progress: bool
-) -> Reconstruction:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    patch, window = model.encoder.patch_size, model.encoder.img_size
-    device = next(model.parameters()).device
-    tiles = [-(n // -w) for n, w in zip(scan.size, window, strict=True)]
-    padded = _padded(scan, [t * w for t, w in zip(tiles, window, strict=True)])
-    places = dict(zip("ijk", tiles, strict=True))
-    pieces = rearrange(padded.data, "c (i d) (j h) (k w) -> (i j k) c d h w", **places)
-    starts = itertools.product(*(range(0, t * w, w) for t, w in zip(tiles, window, strict=True)))
-    grids = [padded.grid.part(start, window) for start in starts]
-    cells = dict(zip("dhw", (w // p for w, p in zip(window, patch, strict=True)), strict=True))
-    masks = random_masking(len(pieces), math.prod(cells.values()), ratio, generator=generator)
-    parts, alone = [], []
-    with _bar(len(pieces), progress) as bar:
-        for first in range(0, len(pieces), batch_size):
-            some = slice(first, first + batch_size)
-            found: Gaussians = model.gaussians(pieces[some].to(device), Masking(*(t[some].to(device) for t in masks)))
-            alone.append(model.renderer(found, window).float().cpu())
-            for sample, grid in enumerate(grids[some]):
-                parts.append(Gaussians(*(t[sample : sample + 1] for t in found)).to_world(grid))
-            bar.update(len(alone[-1]))
-    world = Gaussians.concat(parts)
-    rendered = model.renderer(world.to_grid(scan.grid), scan.size)[0].float().cpu()
-    apart = rearrange(torch.cat(alone), "(i j k) c d h w -> c (i d) (j h) (k w)", **places)
-    hidden = rearrange(masks.mask.bool(), "(i j k) (d h w) -> (i d) (j h) (k w)", **places, **cells)
-    return _result(scan, padded, hidden, patch, scan.with_data(rendered))._replace(
-        gaussians=Gaussians(*(t.cpu() for t in world)), apart=crop_or_pad(padded.with_data(apart), scan.size)
-    )
+    def windows(self) -> list[tuple[int, ...]]:
+        """First voxel of every window."""
+        return list(itertools.product(*self.starts))
 
+    def voxels(self, start: Sequence[int]) -> tuple[slice, ...]:
+        """The voxels of a window."""
+        return tuple(slice(s, s + w) for s, w in zip(start, self.window, strict=True))
 
-def _through_voxels(
-    model: Any, scan: Volume, ratio: float, generator: torch.Generator | None, overlap: float, progress: bool
-) -> Reconstruction:
-    patch, window = model.encoder.patch_size, model.encoder.img_size
-    size = [max(-(n // -p) * p, w) for n, p, w in zip(scan.size, patch, window, strict=True)]
-    padded = _padded(scan, size)
-    hidden = _draw([n // p for n, p in zip(size, patch, strict=True)], ratio, generator)
-    predicted = padded.with_data(_fill_windows(model, padded.data, hidden, overlap, progress))
-    return _result(scan, padded, hidden, patch, crop_or_pad(predicted, scan.size))
+    def patches(self, start: Sequence[int]) -> tuple[slice, ...]:
+        """The patches of a window."""
+        triples = zip(start, self.window, self.patch, strict=True)
+        return tuple(slice(s // p, (s + w) // p) for s, w, p in triples)
+
+    def shares(self, start: Sequence[int], means: Tensor) -> Tensor:
+        """What Gaussians (..., 3) of the window at ``start`` count, (...), 0 to 1.
+
+        Each window weighs a place by a tent over it, highest in its middle; a share is the weight of the own window
+        over the sum of all. So the shares of all windows at one place sum to 1.
+        """
+        share = torch.ones_like(means[..., 0])
+        for k, (own, others) in enumerate(zip(start, self.starts, strict=True)):
+            length = max(self.window[k] - 1, 1)
+            place = means[..., k].clamp(0, 1)
+            tents = []
+            for other in (own, *others):
+                t = place + (own - other) / length
+                tents.append(torch.where((t >= 0) & (t <= 1), torch.minimum(t, 1 - t) + _RIM, 0.0))
+            share = share * tents[0] / sum(tents[1:])
+        return share
 
 
-def _draw(grid: list[int], ratio: float, generator: torch.Generator | None) -> Tensor:
+def _covered(size: Sequence[int], patch: Sequence[int], window: Sequence[int], overlap: float) -> _Cover:
+    """As few windows as the overlap allows over ``size`` voxels, spread evenly."""
+    starts = []
+    for n, w, p in zip(size, window, patch, strict=True):
+        room, step = (n - w) // p, max(1, round(w // p * (1 - overlap)))
+        count = math.ceil(room / step)
+        starts.append(tuple(round(i * room / max(count, 1)) * p for i in range(count + 1)))
+    return _Cover(tuple(patch), tuple(window), tuple(starts))
+
+
+def _draw(grid: Sequence[int], ratio: float, generator: torch.Generator | None) -> Tensor:
     """A random mask on a patch grid (d, h, w), True = hidden."""
     count = math.prod(grid)
     hidden = torch.ones(count, dtype=torch.bool)
     hidden[torch.randperm(count, generator=generator)[: max(visible_count(count, ratio), 1)]] = False
-    return hidden.reshape(grid)
+    return hidden.reshape(tuple(grid))
 
 
 def _masking(hidden: Tensor) -> Masking:
@@ -218,25 +216,28 @@ def _masking(hidden: Tensor) -> Masking:
     return Masking(order[None, : int((~mask).sum())], torch.argsort(order)[None], mask.float()[None])
 
 
-def _fill_windows(model: Any, x: Tensor, hidden: Tensor, overlap: float, progress: bool) -> Tensor:
-    """Predict all of x (C, D, H, W) from its visible patches; the middle of a window counts most."""
-    patch, window = model.encoder.patch_size, model.encoder.img_size
+def _predict(
+    model: Any, padded: Volume, hidden: Tensor, cover: _Cover, progress: bool
+) -> tuple[Tensor, list[Gaussians]]:
+    """All voxels (C, D, H, W) of a padded scan from its visible patches, the middle of a window counting most; and the
+    Gaussians of every window by their shares, in LPS millimetres, where the model makes some."""
+    from tqdm.auto import tqdm
+
     device = next(model.parameters()).device
-    weight = blend_weights(window)
-    total, summed = torch.zeros(x.shape[1:]), torch.zeros_like(x)
-    starts = []
-    for extent, w, p in zip(hidden.shape, window, patch, strict=True):
-        room, step = extent - w // p, max(1, round(w // p * (1 - overlap)))
-        count = math.ceil(room / step)
-        starts.append([round(i * room / max(count, 1)) for i in range(count + 1)])
-    with _bar(math.prod(map(len, starts)), progress) as bar:
-        for start in itertools.product(*starts):
-            cells = tuple(slice(s, s + w // p) for s, w, p in zip(start, window, patch, strict=True))
-            voxels = tuple(slice(s * p, s * p + w) for s, w, p in zip(start, window, patch, strict=True))
-            masking = Masking(*(t.to(device) for t in _masking(hidden[cells])))
-            piece = x[(slice(None), *voxels)].unsqueeze(0).to(device)
-            found = model.reconstruct(piece, masking, paste_visible=False)[0].cpu()
-            summed[(slice(None), *voxels)] += found * weight
-            total[voxels] += weight
-            bar.update()
-    return summed / total
+    weight = blend_weights(cover.window)
+    total, summed = torch.zeros(padded.size), torch.zeros_like(padded.data)
+    parts = []
+    for start in tqdm(cover.windows(), desc="windows", leave=False, disable=not progress):
+        masking = Masking(*(t.to(device) for t in _masking(hidden[cover.patches(start)])))
+        where = cover.voxels(start)
+        piece = padded.data[(slice(None), *where)].unsqueeze(0).to(device)
+        if hasattr(model, "gaussians"):
+            gaussians: Gaussians = model.gaussians(piece, masking)
+            found = model.renderer(gaussians, cover.window)
+            counted = gaussians._replace(densities=gaussians.densities * cover.shares(start, gaussians.means))
+            parts.append(counted.to_world(padded.grid.part(start, cover.window)))
+        else:
+            found = model.reconstruct(piece, masking, paste_visible=False)
+        summed[(slice(None), *where)] += found[0].float().cpu() * weight
+        total[where] += weight
+    return summed / total, parts

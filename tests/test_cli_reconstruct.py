@@ -81,7 +81,7 @@ def test_files_and_figures_are_the_librarys(saved: Path, scan: Path, tmp_path: P
     assert told["ssim"] == pytest.approx(
         float(ssim3d(expected.predicted.data[None], volume.data[None], data_range=span)), abs=1e-6
     )
-    assert told["gaussians"] == gaussians.means.shape[1] == 64 * 2 * 2 * 3
+    assert told["gaussians"] == gaussians.means.shape[1] == 64 * 2 * 2 * 4
     assert (told["mask_ratio"], told["seed"], told["architecture"]) == (0.75, 4, NANO)
     assert told["input"]["spacing"] == [1.5, 1.5, 1.5]
     assert files["--png"].stat().st_size > 10_000
@@ -134,7 +134,7 @@ def test_models_of_voxels_too(tmp_path: Path) -> None:
         (["--ply", "g.obj"], "must end in one of .ply", 2),
         (["--png", "no/such/p.png"], "does not exist", 2),
         (["--mask-ratio", "1"], "mask-ratio", 2),
-        (["--mask-ratio", "0.999"], "leaves none visible", 1),
+        (["--overlap", "1"], "overlap", 2),
         (["--model", "vit_nano_patch8_32"], "is an encoder alone", 2),
         (["--model", "mae_vit_nano_patch8_32", "--ply", "g.ply"], "needs a model of Gaussians", 2),
         (["--device", "toaster"], "cannot be used", 2),

@@ -38,6 +38,12 @@ VOLUMES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 @click.option(
     "--mask-ratio", type=click.FloatRange(0, 1, max_open=True), help="Share of hidden patches; the model's otherwise."
 )
+@click.option(
+    "--overlap",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.5,
+    help="Share of a window that the next repeats.",
+)
 @click.option("--seed", type=int, default=0, help="Of the mask: the same seed gives the same files.")
 @click.option(
     "--out",
@@ -57,7 +63,6 @@ VOLUMES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 )  # fmt: skip
 @click.option("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; torch's default otherwise.")
-@click.option("--batch-size", type=click.IntRange(1), default=1, help="Windows per pass, of a model of Gaussians.")
 @json_option
 @reports_errors
 def reconstruct_command(scan: Path, as_json: bool, **options: Any) -> None:
@@ -67,7 +72,7 @@ def reconstruct_command(scan: Path, as_json: bool, **options: Any) -> None:
     model of Gaussians (gmae_...) gives those of every window, moved into the patient's frame and rendered at once.
 
     PSNR and SSIM compare the prediction with the preprocessed scan, over all voxels and, for PSNR, over the hidden ones
-    alone; the range is that of the scan. "apart" is with each window's Gaussians inside their own window only.
+    alone; the range is that of the scan. "apart" is what windows give that are rendered one by one and averaged.
     """
     import torch
 
@@ -87,7 +92,7 @@ def reconstruct_command(scan: Path, as_json: bool, **options: Any) -> None:
         volume,
         mask_ratio=options["mask_ratio"],
         generator=torch.Generator().manual_seed(options["seed"]),
-        batch_size=options["batch_size"],
+        overlap=options["overlap"],
         progress=sys.stderr.isatty(),
     )
     told = {
@@ -95,6 +100,7 @@ def reconstruct_command(scan: Path, as_json: bool, **options: Any) -> None:
         "architecture": model.config["architecture"],
         "weights": weights,
         "mask_ratio": model.mask_ratio if options["mask_ratio"] is None else options["mask_ratio"],
+        "overlap": options["overlap"],
         "seed": options["seed"],
         **_scores(found, volume),
         **_write(found, volume, f"{scan.name}: {options['name']}", options),
