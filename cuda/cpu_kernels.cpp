@@ -1,7 +1,7 @@
 // CPU kernels. setup.py compiles this file once for each instruction set, with MEDGMAE_VARIANT naming it.
 #include "axpy.h"
 #include "common.h"
-#include "voxelize_tiles.h"
+#include "voxelize_strips.h"
 
 namespace medgmae {
 namespace {

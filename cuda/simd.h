@@ -39,6 +39,23 @@ using Mask = typename Vector<T>::mask;
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
+// Eight numbers, whatever the width of the registers. They are no function's argument or result: those would have to be
+// passed in registers that the processor may lack.
+template <class T>
+struct Eight {
+  typedef T type __attribute__((vector_size(8 * sizeof(T))));
+  type v;
+  explicit Eight(const T* from) { memcpy(&v, from, sizeof(v)); }
+  void store(T* to) const { memcpy(to, &v, sizeof(v)); }
+};
+
+// Makes the compiler read an array again that it has just written: a broadcast from memory costs nothing where a shuffle
+// of the register would.
+template <class T>
+inline void reload(T* array) {
+  __asm__("" : "+m"(*reinterpret_cast<T(*)[8]>(array)));
+}
+
 template <class T>
 inline Vec<T> splat(T value) {
   return value - Vec<T>{};
@@ -72,6 +89,11 @@ inline Vec<T> keep(Mask<T> mask, Vec<T> v) {
   bits &= mask;
   memcpy(&v, &bits, sizeof(v));
   return v;
+}
+
+template <class T>
+inline Vec<T> magnitude(Vec<T> v) {
+  return v < T(0) ? -v : v;
 }
 
 // The sum of all lanes, always in the same order.

@@ -1,4 +1,4 @@
-// The CPU renderer: one Gaussian in one tile. cuda/voxelize_tiles.h walks over the tiles.
+// The CPU renderer: one Gaussian in one strip of tiles. cuda/voxelize_strips.h walks over the strips.
 //
 // With n = (z, y, x) the offset from the frame's voxel, the weight is a product of factors of one or two axes. A row of
 // voxels along x is a vector `lanes`; going down a row multiplies it by `down`, going down a plane by `deep`; the factors
@@ -12,35 +12,34 @@
 namespace medgmae {
 namespace {
 
-constexpr int kSide = 16;  // voxels of a tile along y and x
-constexpr int kDeep = 16;  // and along z
+constexpr int kSide = 16;  // voxels of a tile along each axis
 constexpr int kHalf = 8;   // rows that are summed in registers at a time
-// Beyond this sum of cross exponents a factor could overflow, and the weights are computed one exponential each.
+// Beyond this sum of cross exponents a factor could overflow.
 constexpr float kSafeExponent = 60.0f;
-// Rows of such needles below this exponent are left out: 3e-8 of the peak.
+// Rows of a needle below this exponent are left out: 3e-8 of the peak.
 constexpr float kNegligible = -17.3f;
 
-// A box of voxels of the volume.
-struct Tile {
+// A box of voxels of the volume: tiles in a row along x.
+struct Strip {
   int at[3], extent[3];
 };
 
-// Values of a tile: kSide of them can be read at every row and plane that counts.
+// Values of a strip: whole tiles can be read.
 template <class T>
 struct Values {
-  const T* first;
+  T* first;
   int64_t plane, row;  // strides
-  const T* at(int z, int y, int x) const { return first + z * plane + y * row + x; }
+  T* at(int z, int y, int x) const { return first + z * plane + y * row + x; }
 };
 
-// The part of a Gaussian's range inside a tile, relative to the tile.
+// The part of a Gaussian's range inside a strip, relative to it.
 struct Part {
   int low[3], high[3];  // inclusive
 };
 
-inline bool intersect(const int* first, const int* last, const Tile& tile, Part* part) {
+inline bool intersect(const int* first, const int* last, const Strip& strip, Part* part) {
   for (int k = 0; k < 3; ++k) {
-    int const low = first[k] - tile.at[k], high = last[k] - tile.at[k], end = tile.extent[k] - 1;
+    int const low = first[k] - strip.at[k], high = last[k] - strip.at[k], end = strip.extent[k] - 1;
     part->low[k] = low > 0 ? low : 0;
     part->high[k] = high < end ? high : end;
     if (part->low[k] > part->high[k]) return false;
@@ -51,41 +50,50 @@ inline bool intersect(const int* first, const int* last, const Tile& tile, Part*
 // All of the part counts; a threshold decides; no recurrence is safe.
 enum class Kind { whole, rim, needle };
 
-// One Gaussian in one tile, ready for its loops.
+// One Gaussian in one strip, or in a part of it.
 template <class T>
 struct Entry {
-  static constexpr int kChunks = kSide / kLanes<T>;
-  alignas(64) T lanes[2][kSide], down[kSide], deep[kSide];  // of the two halves
-  T row[kSide], row_deep[kSide], plane[kDeep];
-  T threshold;  // of a rim: weights below it are outside
+  alignas(64) T row[kSide], row_deep[kSide], plane[kSide];
+  T down_step, deep_step;  // factors of `down` and `deep` from one vector of lanes to the next
+  T threshold;             // of a rim: weights below it are outside
   Kind kind;
   bool upper, lower;  // rows 0..7 and 8..15 are touched
   Part part;
   VoxelFrame<T> frame;
-  int offset[3];  // of the frame's voxel in the tile
-  int64_t index;
+  int offset[3];  // of the frame's voxel in the strip
+  T density;      // 1 in the backward
+  bool in_tile(int x) const { return x + kSide > part.low[2] && x <= part.high[2]; }
+};
+
+// What changes along the strip and from plane to plane: one tile of an entry.
+template <class T>
+struct Lanes {
+  alignas(64) T start[2][kSide];  // of the two halves, in the plane at hand
+  alignas(64) T down[kSide], deep[kSide];
+  alignas(64) T row[kSide], scaled[kSide];  // without and with the plane's number
 };
 
 template <class T>
-inline Kind classify(const Entry<T>& e, T support, T* threshold) {
-  const VoxelFrame<T>& f = e.frame;
+inline Kind classify(Entry<T>* e, T support) {
+  const VoxelFrame<T>& f = e->frame;
   // The recurrence runs over whole halves, also over rows that do not count.
-  T const z = T(e.part.high[0] - e.part.low[0]), y = T((e.lower ? kSide : kHalf) - (e.upper ? 0 : kHalf) - 1);
-  T const x = T(e.part.high[2] - e.part.low[2]);
+  T const z = T(e->part.high[0] - e->part.low[0]), y = T((e->lower ? kSide : kHalf) - (e->upper ? 0 : kHalf) - 1);
+  T const x = T(e->part.high[2] - e->part.low[2]);
   T const lanes = x * (fabs(f.slope[2]) + fabs(f.curve[5]) * y + fabs(f.curve[4]) * z);
   T const rows = y * (fabs(f.slope[1]) + fabs(f.curve[3]) * z);
-  *threshold = T(0);
   bool rim = false;
+  e->threshold = 0;  // every weight counts
   if (support > 0 && !isinf(support)) {
     T const least = -T(0.5) * support * support;
-    *threshold = exp(least);
+    e->threshold = exp(least) * fabs(e->density);
     for (int corner = 0; corner < 8 && !rim; ++corner) {
       T n[3];
-      for (int k = 0; k < 3; ++k) n[k] = T((corner >> k & 1 ? e.part.high[k] : e.part.low[k]) - e.offset[k]);
+      for (int k = 0; k < 3; ++k) n[k] = T((corner >> k & 1 ? e->part.high[k] : e->part.low[k]) - e->offset[k]);
       rim = !(exponent_at(f, n[0], n[1], n[2]) > least);
     }
   }
-  if (!(lanes + rows < T(kSafeExponent))) return Kind::needle;
+  // A density so large that it could overflow a factor is handled with care too.
+  if (!(lanes + rows < T(kSafeExponent)) || !(fabs(e->density) < T(1e8))) return Kind::needle;
   return rim ? Kind::rim : Kind::whole;
 }
 
@@ -96,61 +104,97 @@ inline Mask<T> between(Vec<T> x, T low, T high) {
 }
 
 template <class T>
-inline void prepare_lanes(Entry<T>* e) {
+inline void prepare_rows(Entry<T>* e) {
   const VoxelFrame<T>& f = e->frame;
   T const z = T(e->part.low[0] - e->offset[0]);
   for (int c = 0; c < kSide; c += kLanes<T>) {
-    Vec<T> const lane = ramp(T(c)), x = lane - T(e->offset[2]);
-    Mask<T> const inside = between<T>(lane, T(e->part.low[2]), T(e->part.high[2]));
-    Vec<T> const base = -x * (f.slope[2] + (T(0.5) * f.curve[2]) * x + f.curve[4] * z);
-    Vec<T> const slope = -x * f.curve[5];
-    for (int half = 0; half < 2; ++half) {
-      T const y = T(half * kHalf - e->offset[1]);
-      // A half without rows of this Gaussian may lie out of the range that was checked for overflow.
-      bool const used = half ? e->lower : e->upper;
-      store(e->lanes[half] + c, used ? keep<T>(inside, exp_lanes(base + slope * y)) : Vec<T>{});
-    }
-    store(e->down + c, keep<T>(inside, exp_lanes(slope)));
-    store(e->deep + c, keep<T>(inside, exp_lanes(-x * f.curve[4])));
-  }
-}
-
-// with_density: rows carry the density.
-template <class T>
-inline void prepare_rows(Entry<T>* e, T density) {
-  const VoxelFrame<T>& f = e->frame;
-  T const z = T(e->part.low[0] - e->offset[0]);
-  for (int c = 0; c < kSide; c += kLanes<T>) {
-    Vec<T> const lane = ramp(T(c)), y = lane - T(e->offset[1]);
+    Vec<T> const lane = ramp(T(c)), y = lane - T(e->offset[1]), n = lane - T(e->offset[0]);
     Mask<T> const inside = between<T>(lane, T(e->part.low[1]), T(e->part.high[1]));
     Vec<T> const exponent = -y * (f.slope[1] + (T(0.5) * f.curve[1]) * y + f.curve[3] * z);
-    store(e->row + c, keep<T>(inside, exp_lanes(exponent) * density));
+    store(e->row + c, keep<T>(inside, exp_lanes(exponent) * e->density));
     store(e->row_deep + c, keep<T>(inside, exp_lanes(-y * f.curve[3])));
-  }
-  for (int c = 0; c < kDeep; c += kLanes<T>) {
-    Vec<T> const n = ramp(T(c)) - T(e->offset[0]);
     store(e->plane + c, exp_lanes(f.start - n * (f.slope[0] + (T(0.5) * f.curve[0]) * n)));
+  }
+  e->down_step = exp(-f.curve[5] * T(kLanes<T>)), e->deep_step = exp(-f.curve[4] * T(kLanes<T>));
+}
+
+// Gaussian g in part `e->part` of the strip.
+template <class T>
+inline void make_entry(const VoxelizeCall& call, const VoxelGaussian<double>& g, const Strip& strip, Entry<T>* e) {
+  int low[3], high[3];
+  for (int k = 0; k < 3; ++k) low[k] = strip.at[k] + e->part.low[k], high[k] = strip.at[k] + e->part.high[k];
+  e->frame = frame_in_box<T>(call, g, low, high);
+  for (int k = 0; k < 3; ++k) e->offset[k] = e->frame.at[k] - strip.at[k];
+  e->upper = e->part.low[1] < kHalf, e->lower = e->part.high[1] >= kHalf;
+  e->density = call.grad == nullptr ? T(g.density) : T(1);
+  e->kind = classify(e, T(call.support));
+  if (e->kind != Kind::needle) prepare_rows(e);
+}
+
+// The entries of a Gaussian: one for the strip; one for each of its tiles where the whole strip is too long for the
+// recurrence. Each is made in *e and handed to use(e), which says where the next one may be made.
+template <class T, class Use>
+inline void for_entries(const VoxelizeCall& call, const VoxelGaussian<double>& g, const Strip& strip, Entry<T>* e, Use use) {
+  Part part;
+  if (!intersect(g.first, g.last, strip, &part)) return;
+  e->part = part;
+  make_entry(call, g, strip, e);
+  if (e->kind != Kind::needle) {
+    use(e);
+    return;
+  }
+  for (int x = part.low[2] / kSide * kSide; x <= part.high[2]; x += kSide) {
+    e->part = part;
+    if (x > part.low[2]) e->part.low[2] = x;
+    if (x + kSide - 1 < part.high[2]) e->part.high[2] = x + kSide - 1;
+    make_entry(call, g, strip, e);
+    e = use(e);
   }
 }
 
-// Everything about Gaussian g in the tile; false if it does not reach into it.
+// The lanes of the tile that begins at x0. Factors follow from those of the vector before, where that is all inside.
 template <class T>
-inline bool make_entry(const VoxelizeCall& call, const VoxelGaussian<double>& g, const Tile& tile, bool with_density, Entry<T>* e) {
-  if (!intersect(g.first, g.last, tile, &e->part)) return false;
-  int low[3], high[3];
-  for (int k = 0; k < 3; ++k) low[k] = tile.at[k] + e->part.low[k], high[k] = tile.at[k] + e->part.high[k];
-  e->frame = frame_in_box<T>(call, g, low, high);
-  for (int k = 0; k < 3; ++k) e->offset[k] = e->frame.at[k] - tile.at[k];
-  e->upper = e->part.low[1] < kHalf, e->lower = e->part.high[1] >= kHalf;
-  e->kind = classify(*e, T(call.support), &e->threshold);
-  // A density so large that it could overflow a factor takes the careful path too.
-  if (with_density && !(fabs(g.density) < 1e8)) e->kind = Kind::needle;
-  if (e->kind != Kind::needle) {
-    prepare_lanes(e);
-    prepare_rows(e, with_density ? T(g.density) : T(1));
+inline void make_lanes(const Entry<T>& e, int x0, Lanes<T>* l) {
+  const VoxelFrame<T>& f = e.frame;
+  T const z = T(e.part.low[0] - e.offset[0]);
+  int const top = e.upper ? 0 : 1;
+  T const y = T(top * kHalf - e.offset[1]), slope = f.slope[2] + f.curve[4] * z + f.curve[5] * y;
+  Vec<T> down = load(l->down + kSide - kLanes<T>), deep = load(l->deep + kSide - kLanes<T>);
+  for (int c = 0; c < kSide; c += kLanes<T>) {
+    Vec<T> const lane = ramp(T(x0 + c)), x = lane - T(e.offset[2]);
+    Mask<T> const inside = between<T>(lane, T(e.part.low[2]), T(e.part.high[2]));
+    bool const fresh = x0 + c - kLanes<T> < e.part.low[2];
+    // Lanes outside are zeroed: a factor could overflow there.
+    down = keep<T>(inside, fresh ? exp_lanes(-x * f.curve[5]) : down * e.down_step);
+    deep = keep<T>(inside, fresh ? exp_lanes(-x * f.curve[4]) : deep * e.deep_step);
+    Vec<T> const start = keep<T>(inside, exp_lanes(-x * (slope + (T(0.5) * f.curve[2]) * x)));
+    Vec<T> const two = down * down, four = two * two;
+    store(l->start[top] + c, start);
+    if (e.upper && e.lower) store(l->start[1] + c, start * (four * four));
+    store(l->down + c, down);
+    store(l->deep + c, deep);
   }
-  if (with_density) e->threshold *= T(fabs(g.density));
-  return true;
+}
+
+template <class T>
+inline void first_rows(const Entry<T>& e, Lanes<T>* l) {
+  for (int y = 0; y < kSide; y += kHalf) {
+    Eight<T> row(e.row + y);
+    row.store(l->row + y);
+    row.v *= e.plane[e.part.low[0]];
+    row.store(l->scaled + y);
+  }
+}
+
+// From one plane to plane z, rows [y, y + 8).
+template <class T>
+inline void next_rows(const Entry<T>& e, int z, int y, Lanes<T>* l) {
+  Eight<T> row(l->row + y);
+  Eight<T> const deep(e.row_deep + y);
+  row.v *= deep.v;
+  row.store(l->row + y);
+  row.v *= e.plane[z];
+  row.store(l->scaled + y);
 }
 
 // Exponents of row (z, y) at the lanes from c, -infinity outside the support; false if the whole row is negligible.
@@ -170,20 +214,20 @@ inline bool needle_row(const Entry<T>& e, T support, int z, int y, int c, Vec<T>
 }
 
 template <class T>
-inline void render_needle(const Entry<T>& e, T support, T density, T* tile) {
+inline void render_needle(const Entry<T>& e, T support, const Values<T>& values) {
   for (int z = e.part.low[0]; z <= e.part.high[0]; ++z) {
     for (int y = e.part.low[1]; y <= e.part.high[1]; ++y) {
-      for (int c = 0; c < kSide; c += kLanes<T>) {
+      for (int x = e.part.low[2] / kSide * kSide; x <= e.part.high[2]; x += kLanes<T>) {
         Vec<T> weights;
-        T* const to = tile + (z * kSide + y) * kSide + c;
-        if (needle_row(e, support, z, y, c, &weights)) store(to, load(to) + weights * density);
+        T* const to = values.at(z, y, x);
+        if (needle_row(e, support, z, y, x, &weights)) store(to, load(to) + weights * e.density);
       }
     }
   }
 }
 
-// Sums of weighted values over one Gaussian's part of a tile, over z and y; every lane is one x. `one` and `two` are the
-// sums with y and y^2, or after Horner's rule with n + 1 and (n + 1)(n + 2) / 2, n the row from the first on.
+// Sums of weighted values over z and y; every lane is one x. `one` and `two` are the sums with y and y^2, or after
+// Horner's rule with n + 1 and (n + 1)(n + 2) / 2, n the row from the first on.
 template <class T>
 struct Sums {
   Vec<T> count{}, one{}, two{}, z_count{}, z_one{}, zz_count{};
@@ -191,97 +235,101 @@ struct Sums {
     count += plane_count, one += plane_one, two += plane_two;
     z_count += z * plane_count, z_one += z * plane_one, zz_count += (z * z) * plane_count;
   }
+  // Adds a row of a plane.
+  void add_row(T y, Vec<T> value) { count += value, one += y * value, two += (y * y) * value; }
 };
 
-// Horner's rule on rows [first, first + R) of the planes: S <- S e + c from the last row to the first, for the three sums.
+// Horner's rule on rows [first, first + R) of the planes: S <- S e + c from the last row to the first, three times.
 template <class T, int R>
-inline void sum_whole(const Entry<T>& e, int first, int c, const Values<T>& values, Sums<T>* sums) {
-  Vec<T> lanes = load(e.lanes[first / kHalf] + c);
-  Vec<T> const down = load(e.down + c), deep = load(e.deep + c);
-  alignas(64) T row[R], scaled[R];
-  memcpy(row, e.row + first, sizeof(row));
+inline void sum_whole(const Entry<T>& e, Lanes<T>& l, int first, int c, const Values<const T>& values, Sums<T>* sums) {
+  Vec<T> lanes = load(l.start[first / kHalf] + c);
+  Vec<T> const down = load(l.down + c), deep = load(l.deep + c);
+  first_rows(e, &l);
   for (int z = e.part.low[0]; z <= e.part.high[0]; ++z) {
-    T const plane = e.plane[z];
-    for (int y = 0; y < R; ++y) scaled[y] = row[y] * plane;
-    for (int y = 0; y < R; ++y) row[y] *= e.row_deep[first + y];
+    const T* const scaled = l.scaled + first;
+    for (int y = 0; y < R; y += kHalf) reload(l.scaled + first + y);
     Vec<T> s0{}, s1{}, s2{};
+    const T* from = values.at(z, first, c);
 #pragma GCC unroll 16
     for (int y = R - 1; y >= 0; --y) {
-      s0 = s0 * down + load(values.at(z, first + y, c)) * scaled[y];
+      s0 = s0 * down + load(from + y * values.row) * scaled[y];
       s1 = s1 * down + s0;
       s2 = s2 * down + s1;
+    }
+    if (z + 1 < kSide) {
+      for (int y = 0; y < R; y += kHalf) next_rows(e, z + 1, first + y, &l);
     }
     sums->add_plane(T(z - e.offset[0]), lanes * s0, lanes * s1, lanes * s2);
     lanes *= deep;
   }
 }
 
-// Adds the values of row y to the sums of a plane.
-template <class T>
-inline void add_row(T y, Vec<T> value, Vec<T>* count, Vec<T>* one, Vec<T>* two) {
-  *count += value, *one += y * value, *two += (y * y) * value;
-}
-
 // The weights are formed one by one, and those below the threshold left out.
 template <class T>
-inline void sum_rows(const Entry<T>& e, int c, const Values<T>& values, Sums<T>* sums) {
+inline void sum_rows(const Entry<T>& e, Lanes<T>& l, int c, const Values<const T>& values, Sums<T>* sums) {
   int const first = e.upper ? 0 : kHalf;
-  Vec<T> start = load(e.lanes[first / kHalf] + c);
-  Vec<T> const down = load(e.down + c), deep = load(e.deep + c);
-  T row[kSide];
-  memcpy(row, e.row, sizeof(row));
+  Vec<T> start = load(l.start[first / kHalf] + c);
+  Vec<T> const down = load(l.down + c), deep = load(l.deep + c);
+  first_rows(e, &l);
   for (int z = e.part.low[0]; z <= e.part.high[0]; ++z) {
-    Vec<T> lanes = start, s0{}, s1{}, s2{};
+    Vec<T> lanes = start;
+    Sums<T> plane;
     for (int y = first; y <= e.part.high[1]; ++y) {
-      Vec<T> const weights = lanes * (row[y] * e.plane[z]);
-      add_row(T(y - e.offset[1]), keep<T>(weights >= e.threshold, weights) * load(values.at(z, y, c)), &s0, &s1, &s2);
+      Vec<T> const weights = lanes * l.scaled[y];
+      plane.add_row(T(y - e.offset[1]), keep<T>(weights >= e.threshold, weights) * load(values.at(z, y, c)));
       lanes *= down;
     }
-    sums->add_plane(T(z - e.offset[0]), s0, s1, s2);
+    sums->add_plane(T(z - e.offset[0]), plane.count, plane.one, plane.two);
     start *= deep;
-    for (int y = 0; y < kSide; ++y) row[y] *= e.row_deep[y];
+    for (int y = 0; y < kSide && z + 1 < kSide; y += kHalf) next_rows(e, z + 1, y, &l);
   }
 }
 
 template <class T>
-inline void sum_needle(const Entry<T>& e, T support, int c, const Values<T>& values, Sums<T>* sums) {
+inline void sum_needle(const Entry<T>& e, T support, int x, const Values<const T>& values, Sums<T>* sums) {
   for (int z = e.part.low[0]; z <= e.part.high[0]; ++z) {
-    Vec<T> s0{}, s1{}, s2{}, weights;
+    Sums<T> plane;
     for (int y = e.part.low[1]; y <= e.part.high[1]; ++y) {
-      if (!needle_row(e, support, z, y, c, &weights)) continue;
-      add_row(T(y - e.offset[1]), weights * load(values.at(z, y, c)), &s0, &s1, &s2);
+      Vec<T> weights;
+      if (needle_row(e, support, z, y, x, &weights)) plane.add_row(T(y - e.offset[1]), weights * load(values.at(z, y, x)));
     }
-    sums->add_plane(T(z - e.offset[0]), s0, s1, s2);
+    sums->add_plane(T(z - e.offset[0]), plane.count, plane.one, plane.two);
   }
 }
 
-// The moments 1, (z y x), (zz yy xx zy zx yx) of the weighted values of a tile, over offsets from the frame's voxel.
+// The moments 1, (z y x), (zz yy xx zy zx yx) of the weighted values of a strip, over offsets from the frame's voxel.
 template <class T>
-inline void tile_moments(const Entry<T>& e, T support, const Values<T>& values, T* moments) {
-  T raw[10] = {};
+inline void entry_moments(const Entry<T>& e, T support, const Values<const T>& values, T* moments) {
   int const first = e.upper ? 0 : kHalf;
   // Horner's rule counts rows from the edge of the tile, which costs digits where a Gaussian is but a voxel wide.
   bool const wide = e.frame.curve[0] + e.frame.curve[1] + e.frame.curve[2] < T(0.5);
   bool const horner = e.kind == Kind::whole && wide;
-  for (int c = 0; c < kSide; c += kLanes<T>) {
-    Sums<T> s;
-    if (horner && e.upper && e.lower) sum_whole<T, kSide>(e, 0, c, values, &s);
-    else if (horner) sum_whole<T, kHalf>(e, first, c, values, &s);
-    else if (e.kind == Kind::needle) sum_needle(e, support, c, values, &s);
-    else sum_rows(e, c, values, &s);
-    Vec<T> const x = ramp(T(c)) - T(e.offset[2]);
-    Vec<T> const terms[10] = {s.count,    s.z_count, s.one,       x * s.count,   s.zz_count,
-                              s.two,      x * x * s.count, s.z_one, x * s.z_count, x * s.one};
-    for (int k = 0; k < 10; ++k) raw[k] += sum<T>(terms[k]);
+  Vec<T> sums[10] = {};
+  Lanes<T> l;
+  for (int x = e.part.low[2] / kSide * kSide; x <= e.part.high[2]; x += kSide) {
+    Values<const T> const here = {values.at(0, 0, x), values.plane, values.row};
+    if (e.kind != Kind::needle) make_lanes(e, x, &l);
+    for (int c = 0; c < kSide; c += kLanes<T>) {
+      Sums<T> s;
+      if (horner && e.upper && e.lower) sum_whole<T, kSide>(e, l, 0, c, here, &s);
+      else if (horner) sum_whole<T, kHalf>(e, l, first, c, here, &s);
+      else if (e.kind == Kind::needle) sum_needle(e, support, x + c, values, &s);
+      else sum_rows(e, l, c, here, &s);
+      Vec<T> const offset = ramp(T(x + c)) - T(e.offset[2]), x_count = offset * s.count;
+      sums[0] += s.count, sums[1] += s.z_count, sums[2] += s.one, sums[3] += x_count, sums[4] += s.zz_count;
+      sums[5] += s.two, sums[6] += offset * x_count, sums[7] += s.z_one;
+      sums[8] += offset * s.z_count, sums[9] += offset * s.one;
+    }
   }
+  for (int k = 0; k < 10; ++k) moments[k] = sum<T>(sums[k]);
   if (horner) {  // n + shift is y; from the sums with n + 1 and (n + 1)(n + 2) / 2 to those with y and y^2
-    T const shift = T(first - e.offset[1]), one = raw[2] - raw[0], two = 2 * raw[5] - 3 * raw[2] + raw[0];
-    raw[2] = one + shift * raw[0];
-    raw[5] = two + 2 * shift * one + shift * shift * raw[0];
-    raw[7] += (shift - 1) * raw[1];
-    raw[9] += (shift - 1) * raw[3];
+    T const shift = T(first - e.offset[1]), one = moments[2] - moments[0];
+    T const two = 2 * moments[5] - 3 * moments[2] + moments[0];
+    moments[2] = one + shift * moments[0];
+    moments[5] = two + 2 * shift * one + shift * shift * moments[0];
+    moments[7] += (shift - 1) * moments[1];
+    moments[9] += (shift - 1) * moments[3];
   }
-  memcpy(moments, raw, sizeof(raw));
 }
 
 }  // namespace
