@@ -10,7 +10,7 @@ export UV_COMPILE_BYTECODE := 1
 # One thread for each of the pytest workers: they share the machine's cores.
 WORKERS ?= 2
 
-.PHONY: test demo lint bench clean setup
+.PHONY: test demo lint bench sanitize clean setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
@@ -25,6 +25,10 @@ lint: $(READY)
 
 bench: $(READY)
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+# The CPU kernels under AddressSanitizer and UBSan: needs a C++ compiler alone. For CUDA: tests/sanitize/cuda.sh.
+sanitize:
+	tests/sanitize/run.sh
 
 setup: $(READY)
 

@@ -1,0 +1,151 @@
+// Drives the CPU renderer of one instruction set over random and hostile calls. Every buffer is an allocation of its exact
+// size, so that AddressSanitizer sees one element too far; run.sh compiles it together with cuda/cpu_kernels.cpp.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../../cuda/voxelize.h"
+
+namespace medgmae {
+namespace MEDGMAE_VARIANT {
+extern const CpuKernels kernels;
+}
+}  // namespace medgmae
+
+namespace {
+
+using medgmae::DType;
+using medgmae::VoxelizeCall;
+using Random = std::mt19937_64;
+
+int pick(Random& random, int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
+
+double real(Random& random, double low, double high) { return std::uniform_real_distribution<double>(low, high)(random); }
+
+// Mostly ordinary numbers, now and then one that should hurt.
+double hostile(Random& random, double ordinary, int one_in) {
+  static const double bad[] = {0.0,    -0.0,  1e-300, 1e300, -1e300, 1e-38, 3.4e38, 1e-20, 1e20, -1.0, 2147483648.0, 1e10,
+                               INFINITY, -INFINITY, NAN};
+  return pick(random, 1, one_in) == 1 ? bad[pick(random, 0, int(sizeof(bad) / sizeof(*bad)) - 1)] : ordinary;
+}
+
+template <class T>
+struct Buffers {
+  std::vector<std::unique_ptr<T[]>> owned;
+  T* make(int64_t n) {
+    owned.emplace_back(new T[size_t(n)]);
+    return owned.back().get();
+  }
+};
+
+template <class T>
+struct Case {
+  VoxelizeCall call = {};
+  Buffers<T> buffers;
+  std::unique_ptr<int64_t[]> index;
+  int64_t voxels = 0, all = 0;
+};
+
+template <class T>
+void fill(Random& random, T* to, int64_t n, double low, double high, int one_in) {
+  for (int64_t i = 0; i < n; ++i) to[i] = T(hostile(random, real(random, low, high), one_in));
+}
+
+template <class T>
+void describe(Random& random, Case<T>* c) {
+  VoxelizeCall& call = c->call;
+  bool const dense = pick(random, 0, 1) == 0;
+  int const limit = pick(random, 0, 3) ? 24 : 70;
+  int64_t grid = 1;
+  call.batch = pick(random, 0, 2), call.count = pick(random, 0, 3) ? pick(random, 0, 9) : pick(random, 60, 140);
+  for (int k = 0; k < 3; ++k) {
+    int const patches = dense ? 1 : pick(random, 1, 4);
+    call.patch[k] = pick(random, 1, dense ? limit : 19), call.size[k] = patches * call.patch[k], grid *= patches;
+    call.origin[k] = 0, call.step[k] = call.size[k] > 1 ? 1.0 / (call.size[k] - 1) : 0;
+  }
+  call.patches = dense ? 1 : pick(random, 0, 5);
+  static const double supports[] = {0, 2.5, 4, 0.01, 30, std::numeric_limits<double>::infinity()};
+  call.support = supports[pick(random, 0, 5)];
+  call.least_width = 0, call.limit_width = std::numeric_limits<double>::infinity();
+  c->index.reset(new int64_t[size_t(call.batch * call.patches)]);
+  for (int64_t i = 0; i < call.batch * call.patches; ++i) c->index[size_t(i)] = dense ? 0 : pick(random, 0, int(grid) - 1);
+  call.index = c->index.get();
+  c->all = call.batch * call.count;
+  c->voxels = call.batch * call.patches * call.patch[0] * call.patch[1] * call.patch[2];
+}
+
+// Buffers of exact size. Scales cover needles and points: from 1e-4 to 10, each axis for itself.
+template <class T>
+void allocate(Random& random, Case<T>* c, int one_in) {
+  VoxelizeCall& call = c->call;
+  T *means = c->buffers.make(3 * c->all), *scales = c->buffers.make(3 * c->all);
+  T *quats = c->buffers.make(4 * c->all), *densities = c->buffers.make(c->all), *grad = c->buffers.make(c->voxels);
+  double const reach = pick(random, 0, 3) ? 0.2 : 5.0, low = pick(random, 0, 1) ? log(1e-4) : log(0.05);
+  fill(random, means, 3 * c->all, -reach, 1 + reach, one_in);
+  for (int64_t i = 0; i < 3 * c->all; ++i) scales[i] = T(hostile(random, exp(real(random, low, log(10.0))), one_in));
+  fill(random, quats, 4 * c->all, -1, 1, one_in);
+  fill(random, densities, c->all, -2, 2, one_in);
+  fill(random, grad, c->voxels, -1, 1, 1 << 30);
+  call.means = means, call.scales = scales, call.quats = quats, call.densities = densities;
+  call.out = c->buffers.make(c->voxels);
+  call.grad_means = c->buffers.make(3 * c->all), call.grad_scales = c->buffers.make(3 * c->all);
+  call.grad_quats = c->buffers.make(4 * c->all), call.grad_densities = c->buffers.make(c->all);
+  memset(call.out, 0x7f, size_t(c->voxels) * sizeof(T));
+  call.grad = grad;
+}
+
+template <class T>
+std::vector<T> results(const Case<T>& c, int threads) {
+  VoxelizeCall call = c.call;
+  bool enough = true;
+  bool ran = medgmae::MEDGMAE_VARIANT::kernels.voxelize(sizeof(T) == 4 ? DType::float32 : DType::float64, call, threads, &enough);
+  call.grad = nullptr;
+  ran = medgmae::MEDGMAE_VARIANT::kernels.voxelize(sizeof(T) == 4 ? DType::float32 : DType::float64, call, threads, &enough) && ran;
+  if (!ran || !enough) {
+    fprintf(stderr, "a kernel refused\n");
+    exit(2);
+  }
+  std::vector<T> all;
+  auto append = [&all](const void* from, int64_t n) {
+    const T* values = static_cast<const T*>(from);
+    all.insert(all.end(), values, values + n);
+  };
+  append(call.out, c.voxels);
+  append(call.grad_means, 3 * c.all), append(call.grad_scales, 3 * c.all);
+  append(call.grad_quats, 4 * c.all), append(call.grad_densities, c.all);
+  return all;
+}
+
+template <class T>
+void run(uint64_t seed) {
+  Random random(seed);
+  Case<T> c;
+  describe(random, &c);
+  bool const ordinary = pick(random, 0, 2) != 0;
+  allocate(random, &c, ordinary ? 1 << 30 : 20);
+  std::vector<T> const one = results(c, 1), three = results(c, 3);
+  for (size_t i = 0; i < one.size(); ++i) {
+    bool const same = memcmp(&one[i], &three[i], sizeof(T)) == 0;
+    if (same && (isfinite(one[i]) || !ordinary)) continue;
+    fprintf(stderr, "seed %llu, %zu bytes, value %zu of %zu (%lld voxels, %lld Gaussians, support %g): %.17g with 1 thread, %.17g with 3\n",
+            static_cast<unsigned long long>(seed), sizeof(T), i, one.size(), static_cast<long long>(c.voxels),
+            static_cast<long long>(c.all), c.call.support, double(one[i]), double(three[i]));
+    exit(3);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  uint64_t const cases = argc > 1 ? strtoull(argv[1], nullptr, 10) : 300;
+  uint64_t const first = argc > 2 ? strtoull(argv[2], nullptr, 10) : 0;
+  for (uint64_t seed = first; seed < first + cases; ++seed) run<float>(seed), run<double>(seed);
+  printf("%llu calls, no finding\n", static_cast<unsigned long long>(2 * cases));
+  return 0;
+}
