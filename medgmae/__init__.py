@@ -45,6 +45,8 @@ _PUBLIC = {
     "reconstruct_scan": "medgmae.reconstruction",
     "Reconstruction": "medgmae.reconstruction",
     "psnr": "medgmae.reconstruction",
+    "reconstruction_figure": "medgmae.visualize",
+    "fit_gaussians": "medgmae.fitting",
     "Gaussians": "medgmae.rendering",
     "GaussianRenderer": "medgmae.rendering",
 }
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from medgmae.factory import list_models as list_models
     from medgmae.features import Features as Features
     from medgmae.features import extract_features as extract_features
+    from medgmae.fitting import fit_gaussians as fit_gaussians
     from medgmae.hub import LoadReport as LoadReport
     from medgmae.hub import WeightCard as WeightCard
     from medgmae.hub import WeightsError as WeightsError
@@ -90,6 +93,7 @@ if TYPE_CHECKING:
     from medgmae.registry import register_model as register_model
     from medgmae.rendering import GaussianRenderer as GaussianRenderer
     from medgmae.rendering import Gaussians as Gaussians
+    from medgmae.visualize import reconstruction_figure as reconstruction_figure
 
 
 def __getattr__(name: str) -> Any:

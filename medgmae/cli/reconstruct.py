@@ -141,7 +141,6 @@ def _check_model(model: Any, options: dict[str, Any]) -> None:
 def _scores(found: Any, volume: Any) -> dict[str, Any]:
     """PSNR in dB (None: no difference, or nothing hidden) and SSIM of a prediction."""
     import medgmae
-    from medgmae.losses import ssim3d
 
     true = volume.data.float()
     span = float(true.max() - true.min()) or 1.0
@@ -150,13 +149,13 @@ def _scores(found: Any, volume: Any) -> dict[str, Any]:
         "data_range": span,
         "psnr": medgmae.psnr(found.predicted.data, true, data_range=span),
         "psnr_hidden": None,
-        "ssim": float(ssim3d(found.predicted.data[None], true[None], data_range=span)),
+        "ssim": float(medgmae.ssim3d(found.predicted.data[None], true[None], data_range=span)),
     }
     if hidden.any():
         scores["psnr_hidden"] = medgmae.psnr(found.predicted.data, true, data_range=span, where=hidden)
     if found.apart is not None:
         scores["psnr_apart"] = medgmae.psnr(found.apart.data, true, data_range=span)
-        scores["ssim_apart"] = float(ssim3d(found.apart.data[None], true[None], data_range=span))
+        scores["ssim_apart"] = float(medgmae.ssim3d(found.apart.data[None], true[None], data_range=span))
     return {key: None if value == math.inf else value for key, value in scores.items()}
 
 
@@ -168,9 +167,7 @@ def _write(found: Any, volume: Any, title: str, options: dict[str, Any]) -> dict
     if options["ply"]:
         found.gaussians.save_ply(options["ply"], "world")
     if options["png"]:
-        from medgmae.visualize import reconstruction_figure
-
-        reconstruction_figure(volume, found, title=title).savefig(options["png"])
+        medgmae.reconstruction_figure(volume, found, title=title).savefig(options["png"])
     count = None if found.gaussians is None else found.gaussians.means.shape[1]
     files = {key: None if options[key] is None else str(options[key]) for key in ("out", "ply", "png")}
     return {"gaussians": count, **files}
