@@ -1,11 +1,13 @@
-"""Reconstruction losses against their formulas written out."""
+"""Losses against their formulas written out."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 
-from medgmae.losses import NormTarget, patch_mse, patch_statistics
+from medgmae.losses import NormTarget, image_norm, patch_mse, patch_statistics, scale_penalty, ssim3d, uniformity
 
 
 @pytest.fixture
@@ -73,3 +75,85 @@ def test_the_gradient_is_right(patches: tuple[torch.Tensor, ...]) -> None:
     patch_mse(pred, target, mask).backward()
     expected = 2 * (pred - target) * mask.unsqueeze(-1) / (6 * mask.sum())
     torch.testing.assert_close(pred.grad, expected.detach())
+
+
+def test_image_norm_is_over_the_crop() -> None:
+    volume = 3 * torch.rand(2, 1, 4, 5, 6) + 7
+    normed = image_norm(volume)
+    torch.testing.assert_close(normed.mean((2, 3, 4)), torch.zeros(2, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normed.var((2, 3, 4), unbiased=False), torch.ones(2, 1), atol=1e-4, rtol=0)
+    assert image_norm(torch.full((1, 1, 4, 4, 4), 5.0)).isfinite().all()
+
+
+def test_the_scale_penalty_counts_what_is_too_large() -> None:
+    scales = torch.tensor([[0.4, 0.5, 0.7], [0.1, 1.0, 0.2]])
+    assert scale_penalty(scales).item() == pytest.approx((0.2**2 + 0.5**2) / 6)
+    assert scale_penalty(scales, 0.6).item() == pytest.approx((0.1**2 + 0.4**2) / 6)
+    assert scale_penalty(scales, 1.0).item() == 0
+
+
+def test_uniformity_is_the_mean_over_pairs() -> None:
+    means = torch.rand(2, 5, 3, dtype=torch.float64)
+    pairs = [
+        torch.exp(-(means[b, i] - means[b, j]).square().sum() / 0.5)
+        for b in range(2)
+        for i in range(5)
+        for j in range(5)
+        if i != j
+    ]
+    torch.testing.assert_close(uniformity(means), torch.stack(pairs).mean())
+    assert uniformity(torch.full((1, 4, 3), 0.3)).item() == pytest.approx(1.0)
+    assert uniformity(means[:, :1]).item() == 0
+    assert torch.autograd.gradcheck(uniformity, means.requires_grad_())
+
+
+def plain_ssim(a: torch.Tensor, b: torch.Tensor, window: int, sigma: float, span: float) -> float:
+    """SSIM of two volumes (D, H, W), voxel by voxel."""
+    half = window // 2
+    g = torch.exp(-0.5 * (torch.arange(-half, half + 1, dtype=a.dtype) / sigma) ** 2)
+    g = g / g.sum()
+    kernel = g[:, None, None] * g[:, None] * g
+    a, b = (torch.nn.functional.pad(v, (half,) * 6) for v in (a, b))
+    found = []
+    for z, y, x in itertools.product(*(range(n - 2 * half) for n in a.shape)):
+        p, q = (v[z : z + window, y : y + window, x : x + window] for v in (a, b))
+        mp, mq = (kernel * p).sum(), (kernel * q).sum()
+        vp, vq, cov = (kernel * p * p).sum() - mp**2, (kernel * q * q).sum() - mq**2, (kernel * p * q).sum() - mp * mq
+        c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+        found.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
+    return torch.stack(found).mean().item()
+
+
+@pytest.mark.parametrize(("window", "sigma", "span"), [(7, 1.5, 1.0), (3, 0.8, 4.0), (11, 1.5, 1.0)])
+def test_ssim_is_its_formula(window: int, sigma: float, span: float) -> None:
+    a, b = torch.rand(2, 2, 1, 5, 4, 6, dtype=torch.float64)
+    expected = [plain_ssim(p[0], q[0], window, sigma, span) for p, q in zip(a, b, strict=True)]
+    torch.testing.assert_close(ssim3d(a, b, window, sigma, span), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_ssim_of_equal_volumes_is_one_and_channels_are_averaged() -> None:
+    a, b = torch.rand(2, 2, 3, 6, 6, 6)
+    torch.testing.assert_close(ssim3d(a, a), torch.ones(2))
+    each = torch.stack([ssim3d(a[:, c : c + 1], b[:, c : c + 1]) for c in range(3)])
+    torch.testing.assert_close(ssim3d(a, b), each.mean(0))
+    assert ssim3d(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+
+
+def test_ssim_has_the_right_gradient_and_ignores_autocast() -> None:
+    a, b = torch.rand(2, 1, 1, 4, 3, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda v: ssim3d(v, b, 3), a.requires_grad_())
+    p, q = torch.rand(2, 1, 1, 9, 8, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = ssim3d(p, q), uniformity(p[0, 0, :, :, :3])
+    assert torch.equal(half[0], ssim3d(p, q))
+    assert torch.equal(half[1], uniformity(p[0, 0, :, :, :3]))
+
+
+def test_ssim_of_what_cannot_be_compared_is_refused() -> None:
+    a = torch.rand(1, 1, 4, 4, 4)
+    with pytest.raises(ValueError, match="of one shape"):
+        ssim3d(a, a[..., :3])
+    with pytest.raises(ValueError, match="two volumes"):
+        ssim3d(a[0], a[0])
+    with pytest.raises(ValueError, match="odd and positive, got 6"):
+        ssim3d(a, a, window_size=6)

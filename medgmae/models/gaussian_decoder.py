@@ -95,14 +95,14 @@ class GaussianDecoder(nn.Module):
         kind: "standard", "residual", "hierarchical" or "cgs".
         ratios: Gaussians per query and group; None for those above.
         density_scale: factor of the density; MedGMAE's renderer has 0.1.
-        spread: start with positions that fill the volume evenly. As published, all begin near one point. It adds a
-            learned offset per query, ``position_bias``.
+        spread: start with positions that fill the volume evenly, by a learned offset ``position_bias`` for each
+            Gaussian that is not relative to another. As published, all positions begin near one point.
         mlp_ratio: hidden width of a block's MLP over ``embed_dim``.
         prefix_tokens: tokens in front of the patches that the encoder hands over.
         norm_eps: epsilon of every layer norm.
 
     Raises:
-        ValueError: an unknown kind, ratios that it does not have, or fewer blocks than "cgs" reads.
+        ValueError: an unknown kind, ratios that it does not have, fewer blocks than "cgs" reads, or no Gaussians.
     """
 
     def __init__(
@@ -122,21 +122,22 @@ class GaussianDecoder(nn.Module):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        if num_gaussians < 1:
+            raise ValueError(f"num_gaussians must be positive, got {num_gaussians}")
         self.kind, self.ratios = kind, _check_ratios(kind, ratios)
         self.num_gaussians, self.total_gaussians = num_gaussians, num_gaussians * (1 + sum(self.ratios))
         self.density_scale, self.prefix_tokens = density_scale, prefix_tokens
         self.taps = self._taps(depth)
         self.embed = nn.Linear(in_dim, embed_dim)
         self.query_tokens = nn.Parameter(torch.empty(1, num_gaussians, embed_dim))
-        self.position_bias = nn.Parameter(torch.empty(1, num_gaussians, 3)) if spread else None
+        anchors = self.total_gaussians if kind == "cgs" else num_gaussians  # residuals are placed by their base
+        self.position_bias = nn.Parameter(torch.empty(1, anchors, 3)) if spread else None
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        for what, width in HEADS.items():
-            # A small weight leaves the scale, and positions that are spread, where their biases put them.
-            std = 0.01 if what == "scale" or (what == "position" and spread) else None
-            setattr(self, f"{what}_head", Head(embed_dim, width, BIAS[what], std))
+        for what in HEADS:
+            setattr(self, f"{what}_head", self._head(what, embed_dim, group=False))
             for group, count in zip(self._groups(), self.ratios, strict=True):
-                made = (self._group_head(what, embed_dim, std) for _ in range(count))
+                made = (self._head(what, embed_dim, group=True) for _ in range(count))
                 setattr(self, f"{group}_{what}_heads", nn.ModuleList(made))
         self.apply(initialize)
 
@@ -145,7 +146,7 @@ class GaussianDecoder(nn.Module):
         nn.init.normal_(self.query_tokens, std=0.02)
         if self.position_bias is not None:
             with torch.no_grad():
-                self.position_bias.copy_(even_points(self.num_gaussians).logit().unsqueeze(0))
+                self.position_bias.copy_(even_points(self.position_bias.shape[1]).logit().unsqueeze(0))
 
     def forward(self, tokens: Tensor) -> Gaussians:
         """Decode.
@@ -158,28 +159,33 @@ class GaussianDecoder(nn.Module):
             then those of each head of each group in turn, K each in the order of the queries.
         """
         x = self.embed(tokens)
-        x = torch.cat([x[:, : self.prefix_tokens], self._queries(x), x[:, self.prefix_tokens :]], dim=1)
+        queries = self.query_tokens.to(x.dtype).expand(x.shape[0], -1, -1)
+        x = torch.cat([x[:, : self.prefix_tokens], queries, x[:, self.prefix_tokens :]], dim=1)  # (B, P + K + n, E)
         levels: list[Gaussians] = []
         for i, block in enumerate(self.blocks):
-            x = block(x)  # (B, P + K + n, E)
-            if i in self.taps:
+            x = block(x)
+            wanted = [level for level, tap in enumerate(self.taps) if tap == i]
+            if wanted:
                 queries = self.norm(x[:, self.prefix_tokens : self.prefix_tokens + self.num_gaussians])
                 with full_precision(x):  # bfloat16 would put a centre a fifth of a voxel of a 96³ crop off
-                    for level in (level for level, tap in enumerate(self.taps) if tap == i):
+                    for level in wanted:
                         levels.append(self._level(level, queries, levels))
         means, scales, quats, densities = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
         return Gaussians(means, scales, quats, densities * self.density_scale)
 
-    def _queries(self, like: Tensor) -> Tensor:
-        return self.query_tokens.expand(like.shape[0], -1, -1).to(like.dtype)
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that optimisers leave undecayed."""
+        return {"query_tokens", "position_bias"}
 
     def _level(self, level: int, queries: Tensor, levels: list[Gaussians]) -> Gaussians:
         """Gaussians of one level from the queries (B, K, E); 0 is the base, the others are the groups."""
         count = self.ratios[level - 1] if level else 1
         raw = self._apply_heads(queries, level, count)
         if level == 0 or self.kind == "cgs":
-            offset = 0.0 if self.position_bias is None else self.position_bias.repeat(1, count, 1)
-            return _activate(raw, offset)
+            if self.position_bias is not None:
+                first = self.num_gaussians * (1 + sum(self.ratios[: level - 1]) if level else 0)
+                raw["position"] = raw["position"] + self.position_bias[:, first : first + self.num_gaussians * count]
+            return _activate(raw)
         return _displace(levels[0], raw, count, SHRINK[self.kind][level - 1])
 
     def _apply_heads(self, queries: Tensor, level: int, count: int) -> dict[str, Tensor]:
@@ -202,10 +208,13 @@ class GaussianDecoder(nn.Module):
     def _groups(self) -> list[str]:
         return [GROUPS[self.kind].format(i + 1) for i in range(len(self.ratios))] if self.ratios else []
 
-    def _group_head(self, what: str, embed_dim: int, std: float | None) -> Head:
-        """Residuals start around nothing, as Xavier's weights spread them; levels of their own start as level 0."""
-        absolute = self.kind == "cgs"
-        return Head(embed_dim, HEADS[what], BIAS[what] if absolute else 0.0, std if absolute else None)
+    def _head(self, what: str, embed_dim: int, group: bool) -> Head:
+        """A head of level 0 or of a group."""
+        # A small weight leaves the scale, and positions that are spread, where their biases put them.
+        std = 0.01 if what == "scale" or (what == "position" and self.position_bias is not None) else None
+        if group and self.kind != "cgs":  # a residual: around nothing
+            return Head(embed_dim, HEADS[what])
+        return Head(embed_dim, HEADS[what], BIAS[what], std)
 
     def _taps(self, depth: int) -> tuple[int, ...]:
         """For each level the block after which its heads read."""
@@ -243,9 +252,9 @@ def even_points(count: int) -> Tensor:
     return points.clamp(1e-3, 1 - 1e-3).float()
 
 
-def _activate(raw: dict[str, Tensor], offset: Tensor | float) -> Gaussians:
+def _activate(raw: dict[str, Tensor]) -> Gaussians:
     return Gaussians(
-        (raw["position"] + offset).sigmoid(),
+        raw["position"].sigmoid(),
         raw["scale"].sigmoid(),
         F.normalize(raw["rotation"], dim=-1, eps=1e-12),
         raw["density"].squeeze(-1).sigmoid(),
