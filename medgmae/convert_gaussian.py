@@ -26,6 +26,7 @@ _GAUSSIAN = re.compile(
     r"^(gaussian_query_tokens|decoder\.query_tokens|decoder\..*(position|scale|rotation|density)_heads?\..*)$"
 )
 _ROTATION = re.compile(r"^decoder\.(rotation_head|(residual|level[12])_rotation_heads(\.\d+)?)\.(weight|bias)$")
+_GROUP = re.compile(r"^decoder\.(residual|level\d|cgs\d)_(position|scale|rotation|density)_heads\.(\d+)\.")
 _NAMES = (
     (r"^gaussian_query_tokens$", "decoder.query_tokens"),
     (r"^encoder_to_decoder\.", "decoder.embed."),
@@ -39,15 +40,23 @@ def holds_gaussians(names: Iterable[str]) -> bool:
 
 
 def decoder_kind(names: Iterable[str]) -> str:
-    """Kind of an official Gaussian decoder: "residual" and "hierarchical" have heads of their own.
+    """Kind of a Gaussian decoder by its names, official ones or ours: all but "standard" have heads of their own.
 
-    The authors wrap the standard decoder for both and keep its names, under ``decoder.base_decoder.``.
+    The authors wrap the standard decoder for the other kinds and keep its names, under ``decoder.base_decoder.``.
     """
-    found = list(names)
-    if any(name.startswith("decoder.residual_") for name in found):
-        return "residual"
-    levels = ("decoder.level1_", "decoder.level2_")
-    return "hierarchical" if any(name.startswith(levels) for name in found) else "standard"
+    groups = {match[1] for match in map(_GROUP.match, names) if match}
+    if not groups:
+        return "standard"
+    return "residual" if "residual" in groups else "hierarchical" if "level1" in groups or "level2" in groups else "cgs"
+
+
+def decoder_ratios(names: Iterable[str]) -> tuple[int, ...]:
+    """Heads in each group of heads, which is the number of Gaussians that the group adds to every query."""
+    counts: dict[str, int] = {}
+    for match in map(_GROUP.match, names):
+        if match and match[2] == "position":
+            counts[match[1]] = max(counts.get(match[1], 0), int(match[3]) + 1)
+    return tuple(counts[group] for group in sorted(counts))
 
 
 def gaussian_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -230,13 +231,22 @@ def _check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
     before = {name: tuple(tensor.shape) for name, tensor in again.state_dict().items()}
     after = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     changed = sorted(name for name in before | after if before.get(name) != after.get(name))
-    changed += [name for name in ("pool", "norm_target") if getattr(again, name, None) != getattr(model, name, None)]
+    changed += [path for path in _SETTINGS if _attribute(again, path) != _attribute(model, path)]
     if changed:
         raise WeightsError(
             f"the model is not what create_model({config['architecture']!r}) with its options builds and could not be "
             f"loaded again: {', '.join(changed[:6])} changed. Use create_model's options or reset_classifier instead "
             "of replacing parts, or save your own state_dict()"
         )
+
+
+# What a model's options decide beside its tensors and a hand could change.
+_SETTINGS = ("pool", "norm_target", "loss", "image_norm", "renderer.support", "decoder.density_scale")
+
+
+def _attribute(model: Any, path: str) -> Any:
+    """A dotted attribute, None if it is not there."""
+    return functools.reduce(lambda value, name: getattr(value, name, None), path.split("."), model)
 
 
 def _write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

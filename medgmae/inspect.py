@@ -17,6 +17,7 @@ from torch import Tensor
 from medgmae import hub
 from medgmae.cards import WeightsError
 from medgmae.convert import STEM, Converted, Grid, Target, convert
+from medgmae.convert_gaussian import decoder_kind, decoder_ratios
 from medgmae.download import WEIGHTS_FILE
 from medgmae.registry import model_builder, model_names
 
@@ -36,11 +37,15 @@ class _Sizes:
     decoder_embed_dim: int | None
     decoder_depth: int | None
     sigmoid: bool | None
+    num_gaussians: int | None
+    kind: str | None
+    ratios: tuple[int, ...]
+    support: Any
 
 
 # These must be equal; the other sizes are options of the architecture.
 _FIXED = ("embed_dim", "depth", "mlp_dim", "patch_size")
-_FIXED_DECODER = ("decoder_embed_dim", "decoder_depth")
+_FIXED_DECODER = ("decoder_embed_dim", "decoder_depth", "kind")
 
 
 def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Grid | None = None) -> dict[str, Any]:
@@ -69,7 +74,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Grid | None
     opened = hub.open_source(path)
     config = opened.config if opened.config and "architecture" in opened.config else None
     converted, chosen = _recognise(opened, source_grid)
-    sizes = _sizes(converted.state, converted.grid, converted.expects.get("decoder.sigmoid"))
+    sizes = _sizes(converted.state, converted.grid, converted.expects)
     if sizes is None:
         raise WeightsError(f"{path} ({converted.source}): this is not a ViT, the architecture cannot be told")
     whole = sizes.decoder_depth is not None
@@ -113,18 +118,19 @@ def _recognise(opened: hub.OpenSource, source_grid: Grid | None) -> tuple[Conver
                 converted = convert(opened.checkpoint.state, target=target, **arguments)
             except WeightsError:
                 continue
-            found = _sizes(converted.state, converted.grid, converted.expects.get("decoder.sigmoid"))
+            found = _sizes(converted.state, converted.grid, converted.expects)
             if found is not None and (fit := _fit(found, converted.state, found.decoder_depth is not None)):
                 return converted, fit
         raise
 
 
-def _sizes(state: Mapping[str, Tensor], grid: Grid, sigmoid: bool | None) -> _Sizes | None:
-    """Sizes of a ViT, or masked autoencoder of ViTs, from its tensors; None for another family."""
+def _sizes(state: Mapping[str, Tensor], grid: Grid, settings: Mapping[str, Any]) -> _Sizes | None:
+    """Sizes of a ViT, or masked autoencoder of ViTs, from its tensors and settings; None for another family."""
     stem, hidden = state.get(f"encoder.{STEM}"), state.get("encoder.blocks.0.mlp.fc1.weight")
     if stem is None or hidden is None:
         return None
-    bridge = state.get("decoder.embed.weight")
+    bridge, queries = state.get("decoder.embed.weight"), state.get("decoder.query_tokens")
+    gaussians = queries is not None and queries.dim() == 3
     return _Sizes(
         embed_dim=stem.shape[0],
         depth=_count_blocks(state, "encoder"),
@@ -136,7 +142,11 @@ def _sizes(state: Mapping[str, Tensor], grid: Grid, sigmoid: bool | None) -> _Si
         pre_norm="encoder.norm_pre.weight" in state,
         decoder_embed_dim=None if bridge is None else bridge.shape[0],
         decoder_depth=None if bridge is None else _count_blocks(state, "decoder"),
-        sigmoid=None if bridge is None else sigmoid,
+        sigmoid=None if bridge is None else settings.get("decoder.sigmoid"),
+        num_gaussians=queries.shape[1] if queries is not None and gaussians else None,
+        kind=decoder_kind(state) if gaussians else None,
+        ratios=decoder_ratios(state) if gaussians else (),
+        support=settings.get("renderer.support"),
     )
 
 
@@ -152,7 +162,13 @@ def _architecture(name: str) -> tuple[_Sizes | None, bool]:
     whole = hasattr(model, "encoder")
     state = model.state_dict(prefix="" if whole else "encoder.")
     grid = getattr(model.encoder if whole else model, "grid", ())
-    return _sizes(state, grid, getattr(model.decoder, "sigmoid", None) if whole else None), whole
+    settings = {path: _attribute(model, path) for path in ("decoder.sigmoid", "renderer.support")}
+    return _sizes(state, grid, settings), whole
+
+
+def _attribute(model: Any, path: str) -> Any:
+    """A dotted attribute, None if it is not there."""
+    return functools.reduce(lambda value, name: getattr(value, name, None), path.split("."), model)
 
 
 def _fit(sizes: _Sizes, state: Mapping[str, Tensor], whole: bool) -> tuple[str, dict[str, Any]] | None:
@@ -185,13 +201,22 @@ def _options(sizes: _Sizes, known: _Sizes, state: Mapping[str, Tensor], whole: b
     keys = ("in_chans", "class_token", "pre_norm", *(("sigmoid",) if whole else ()))
     options |= {key: getattr(sizes, key) for key in keys if getattr(known, key) != getattr(sizes, key)}
     if whole:
-        return options
+        return options | _gaussian_options(sizes, known)
     pooled = state.get("encoder.fc_norm.weight")
     if pooled is not None:
         options["pool"] = "cat" if len(pooled) == 2 * sizes.embed_dim else "avg"
     elif not sizes.class_token:
         options |= {"pool": "avg", "fc_norm": False}
     return options | {key: value for key, value in _head(state).items() if value}
+
+
+def _gaussian_options(sizes: _Sizes, known: _Sizes) -> dict[str, Any]:
+    """The options of a Gaussian decoder and its renderer; the support where the file's dialect has one."""
+    if sizes.num_gaussians is None:
+        return {}
+    keys = ("num_gaussians", "ratios", *(("support",) if sizes.support is not None else ()))
+    found = {key: getattr(sizes, key) for key in keys if getattr(known, key) != getattr(sizes, key)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
 def _head(state: Mapping[str, Tensor]) -> dict[str, Any]:

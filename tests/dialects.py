@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -79,6 +80,22 @@ def to_gaussian(state: Mapping[str, Tensor]) -> State:
     """MedGMAE: the same encoder, a decoder of Gaussians."""
     found = {n: t for n, t in to_mae3d(state).items() if not n.startswith("decoder.") or ".norm" in n}
     return {**found, "gaussian_query_tokens": torch.ones(1, 8, 24), "decoder.scale_head.weight": torch.ones(3, 24)}
+
+
+def to_medgmae(state: Mapping[str, Tensor], wrapped: bool = False) -> State:
+    """A whole file of MedGMAE from the state of one of our Gaussian models.
+
+    wrapped: the standard decoder under ``decoder.base_decoder.``, as it is beside residual and level heads.
+    """
+    found = {"mask_token": torch.ones(1, 1, 4), "decoder_pos_embed": torch.ones(1, 8, 4)}
+    for ours, tensor in state.items():
+        head = re.search(r"rotation_heads?\.([\d.]*)(weight|bias)$", ours)
+        name = ours.replace("encoder.pos_embed", "encoder_pos_embed").replace("decoder.embed", "encoder_to_decoder")
+        name = name.replace("decoder.query_tokens", "gaussian_query_tokens")
+        if wrapped and name.startswith("decoder.") and "_heads." not in name:
+            name = name.replace("decoder.", "decoder.base_decoder.")
+        found[name] = torch.cat([tensor[:1], -tensor[1:]]) if head else tensor
+    return found
 
 
 def to_unetr(state: Mapping[str, Tensor]) -> State:
