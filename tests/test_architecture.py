@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, list[str]] = {
     "layers": ["ops", "masking"],
     "frames": ["ops"],
     "ply": [],
+    "fitting": ["data", "ops", "rendering"],
     "rendering": ["frames", "ops", "ply"],
     "models.vit": ["layers", "masking", "losses", "registry"],
     "models.vim": ["layers", "masking", "losses", "registry", "ops"],
