@@ -40,7 +40,7 @@ def _undecayed(model: nn.Module) -> set[str]:
     asked: set[str] = set()
     for path, part in model.named_modules():
         if hasattr(part, "no_weight_decay"):
-            names: set[str] = part.no_weight_decay()  # type: ignore[operator]
+            names: set[str] = part.no_weight_decay()
             asked |= {f"{path}.{name}" if path else name for name in names}
     return asked
 
