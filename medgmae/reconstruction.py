@@ -85,7 +85,7 @@ def reconstruct_scan(
     patch, window = owner.encoder.patch_size, owner.encoder.img_size
     size = [max(-(n // -p) * p, w) for n, p, w in zip(scan.size, patch, window, strict=True)]
     padded = extend_rim(scan, [n // 2 - m // 2 for n, m in zip(scan.size, size, strict=True)], size)
-    hidden = _draw([n // p for n, p in zip(size, patch, strict=True)], ratio, generator)
+    hidden = _hide(scan.size, size, patch, ratio, generator)
     with torch.no_grad():
         blended, parts = _predict(owner, padded, hidden, _covered(size, patch, window, overlap), progress)
         apart = crop_or_pad(padded.with_data(blended), scan.size)
@@ -201,12 +201,24 @@ def _covered(size: Sequence[int], patch: Sequence[int], window: Sequence[int], o
     return _Cover(tuple(patch), tuple(window), tuple(starts))
 
 
-def _draw(grid: Sequence[int], ratio: float, generator: torch.Generator | None) -> Tensor:
-    """A random mask on a patch grid (d, h, w), True = hidden."""
+def _hide(
+    size: Sequence[int], padded: Sequence[int], patch: Sequence[int], ratio: float, generator: torch.Generator | None
+) -> Tensor:
+    """A random mask on the patch grid (d, h, w) of ``padded`` voxels with a scan in their middle, True = hidden.
+
+    It is drawn for the patches that hold a voxel of the scan. Those of the padding are hidden like the ones at the rim,
+    whose voxels they repeat.
+    """
+    sources = []
+    for n, m, p in zip(size, padded, patch, strict=True):
+        before = m // 2 - n // 2
+        first, last = before // p, (before + n - 1) // p
+        sources.append(torch.arange(m // p).clamp(first, last) - first)
+    grid = [int(source.max()) + 1 for source in sources]
     count = math.prod(grid)
     hidden = torch.ones(count, dtype=torch.bool)
     hidden[torch.randperm(count, generator=generator)[: max(visible_count(count, ratio), 1)]] = False
-    return hidden.reshape(tuple(grid))
+    return hidden.reshape(grid)[torch.meshgrid(*sources, indexing="ij")]
 
 
 def _masking(hidden: Tensor) -> Masking:
