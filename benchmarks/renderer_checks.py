@@ -1,0 +1,92 @@
+"""Accuracy and memory of the renderer, for renderer.py."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medgmae.ops import _voxelize_reference as reference
+from medgmae.ops import voxelize
+
+HERE = Path(__file__).parent
+SIZE = (96, 96, 96)
+SCALES = (0.05, 0.1, 0.2)
+
+
+def gaussians(count: int, scale: float, batch: int = 1) -> list[Tensor]:
+    """Random parameters that ask for gradients."""
+    random = torch.Generator().manual_seed(0)
+    normal = [torch.randn(batch, count, width, generator=random) for width in (3, 4)]
+    uniform = torch.rand(batch, count, 4, generator=random)
+    values = [uniform[..., :3], scale * (0.3 * normal[0]).exp(), normal[1], uniform[..., 3]]
+    return [value.contiguous().requires_grad_() for value in values]
+
+
+def accuracy() -> list[dict[str, Any]]:
+    """Largest error over the largest value, and relative L2 error of the gradients, against the reference in float64.
+
+    Forward and gradients on a random sixteenth of the patches, which the reference renders alone.
+    """
+    rows = []
+    patches = torch.randperm(512, generator=torch.Generator().manual_seed(1))[None, :32]
+    for scale in SCALES:
+        parameters = gaussians(512, scale)
+        cotangent = torch.rand(1, 32, 1728, generator=torch.Generator().manual_seed(2))
+        for name, support in (("box", "box"), ("everywhere", None)):
+            code = 0.0 if support == "box" else math.inf
+            exact = [p.detach().double() for p in parameters]
+            rest = (patches, list(SIZE), [12] * 3, code)
+            expected = reference.forward(*exact, *rest)
+            wanted = reference.backward(cotangent.double(), *exact, *rest)
+            options: dict[str, Any] = {"support": support, "patches": patches, "patch_size": 12}
+            out = voxelize(*parameters, SIZE, **options)
+            got = torch.autograd.grad(out, parameters, cotangent)
+            whole = voxelize(*[p.detach() for p in parameters], SIZE, support=support)
+            part = voxelize(*[p.detach() for p in parameters], SIZE, **options)
+            top = float(whole.abs().max())
+            names = ("means", "scales", "quats", "densities")
+            rows.append(
+                {
+                    "scale": scale,
+                    "support": name,
+                    "forward": float((part - expected).abs().max()) / top,
+                    "gradients": {
+                        n: float((g - w).norm() / w.norm()) for n, g, w in zip(names, got, wanted, strict=True)
+                    },
+                }
+            )
+    return rows
+
+
+MEMORY = """
+import sys; sys.path[:0] = [{here!r}]
+import torch, renderer_checks
+from medgmae.ops import voxelize
+def status(key): return int(open("/proc/self/status").read().partition(key + ":")[2].split()[0]) * 1024
+torch.set_num_threads({threads})
+small = renderer_checks.gaussians(8, 0.1); size = (16,) * 3
+torch.autograd.grad(voxelize(*small, size, support={support!r}), small, torch.rand(1, 1, *size))
+parameters = renderer_checks.gaussians({count}, 0.1); size = renderer_checks.SIZE; cotangent = torch.rand(1, 1, *size)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+result = torch.autograd.grad(voxelize(*parameters, size, support={support!r}), parameters, cotangent)
+print(status("VmHWM") - before)
+"""
+
+
+def memory(count: int, support: Any, threads: int) -> dict[str, Any]:
+    """Peak resident memory of forward + backward in a fresh process, above what it held before, in MB.
+
+    The kernel's own count (VmHWM, reset before the call): whoever allocates, torch or the kernels, is in it.
+    """
+    code = MEMORY.format(here=str(HERE), threads=threads, count=count, support=support)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    peak, volume, gradients = int(done.stdout) / 1e6, 4e-6 * math.prod(SIZE), 44e-6 * count
+    row = {"gaussians": count, "support": support or "everywhere", "threads": threads, "peak_mb": peak}
+    return row | {"volume_mb": volume, "gradients_mb": gradients, "extra_mb": peak - volume - gradients}
