@@ -25,8 +25,9 @@ UNUSED = {
 _GAUSSIAN = re.compile(
     r"^(gaussian_query_tokens|decoder\.query_tokens|decoder\..*(position|scale|rotation|density)_heads?\..*)$"
 )
-_ROTATION = re.compile(r"^decoder\.(rotation_head|(residual|level[12])_rotation_heads(\.\d+)?)\.(weight|bias)$")
-_GROUP = re.compile(r"^decoder\.(residual|level\d|cgs\d)_(position|scale|rotation|density)_heads\.(\d+)\.")
+_ROTATION = re.compile(r"^decoder\.(rotation_head|(residual|level[12])_rotation_heads\.\d+)\.(weight|bias)$")
+_GROUP = re.compile(r"^decoder\.(residual|level\d|cgs\d)_")
+_HEAD = re.compile(r"^decoder\.(residual|level\d|cgs\d)_position_heads\.(\d+)\.")
 _NAMES = (
     (r"^gaussian_query_tokens$", "decoder.query_tokens"),
     (r"^encoder_to_decoder\.", "decoder.embed."),
@@ -52,11 +53,9 @@ def decoder_kind(names: Iterable[str]) -> str:
 
 def decoder_ratios(names: Iterable[str]) -> tuple[int, ...]:
     """Heads in each group of heads, which is the number of Gaussians that the group adds to every query."""
-    counts: dict[str, int] = {}
-    for match in map(_GROUP.match, names):
-        if match and match[2] == "position":
-            counts[match[1]] = max(counts.get(match[1], 0), int(match[3]) + 1)
-    return tuple(counts[group] for group in sorted(counts))
+    heads = {(match[1], match[2]) for match in map(_HEAD.match, names) if match}
+    groups = sorted({group for group, _ in heads})
+    return tuple(sum(group == one for one, _ in heads) for group in groups)
 
 
 def gaussian_name(name: str) -> str:
@@ -69,14 +68,12 @@ def gaussian_name(name: str) -> str:
 def turn_rotation(ours: str, tensor: Tensor) -> Tensor:
     """Conjugate the quaternions that a rotation head gives, by the signs of its rows; other tensors stay as they are.
 
-    Rows come in fours (w, x, y, z), and x, y and z are negated. This is exact for every kind: the base head's output is
+    The rows are w, x, y and z, and the last three are negated. This is exact for every kind: the base head's output is
     only normalised; a residual or level head's is bounded by tanh, which is odd, and added to the base's before the
     normalisation, so the sum is conjugated as well.
     """
-    rows = tensor.shape[0] if tensor.dim() else 0
     plain = tensor.is_floating_point() and tensor.layout == torch.strided
-    if not _ROTATION.match(ours) or not plain or rows % 4 or not rows:
+    if not _ROTATION.match(ours) or not plain or tensor.shape[:1] != (4,):
         return tensor  # what is no such head, or cannot be one: then it does not fit the model, which says so
     wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # there is no arithmetic in 8 bits
-    signs = torch.tensor([1.0, -1.0, -1.0, -1.0], dtype=wide.dtype, device=wide.device).repeat(rows // 4)
-    return wide * signs.reshape(-1, *(1,) * (tensor.dim() - 1))
+    return torch.cat([wide[:1], -wide[1:]])

@@ -186,6 +186,14 @@ def test_a_part_that_is_not_known_is_named() -> None:
     assert report.unused["decoder.cgs_head.weight"] == "unknown to the decoder"
 
 
+def test_level_heads_in_one_piece_are_refused_by_name() -> None:
+    # The authors' code with these heads is not public; what is known of it has one entry for every head.
+    state = {name: tensor for name, tensor in FILES["hierarchical"].items() if "_heads." not in name}
+    state |= {f"decoder.level{level}_rotation_heads.weight": torch.ones(8, 24) for level in (1, 2)}
+    refused(nano("hierarchical"), state, r"decoder.level1_rotation_heads.weight: the model's decoder has no such part")
+    refused(nano(), state, "decoder.kind: 'hierarchical' in the file's model, 'standard' in this one")
+
+
 @pytest.mark.parametrize("shape", [(5, 24), (3, 24), (8, 24), (4,), (), (0, 24)])
 def test_a_rotation_head_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     state = {**FILES["standard"], "decoder.rotation_head.weight": torch.ones(shape)}
