@@ -166,6 +166,16 @@ def test_heads_start_as_published() -> None:
     torch.testing.assert_close(gaussians.quats.norm(dim=-1), torch.ones(1, 512))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["residual", "hierarchical", "cgs"])
+def test_additional_gaussians_start_dim(kind: str) -> None:
+    model = GaussianDecoder(96, 64, kind=kind, depth=4)  # type: ignore[arg-type]
+    densities = model(torch.randn(1, 55, 96)).densities[0]
+    assert 0.02 < densities[:64].mean() < 0.06
+    assert densities[64:].sum().abs() < 2 * densities[:64].sum()
+    assert densities[64:].any()  # or they would get no gradient
+
+
 def cells(means: Tensor) -> Tensor:
     """How many of the points (K, 3) lie in each of 4x4x4 cells."""
     index = (means * 4).long().clamp(0, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -76,7 +77,7 @@ class GaussianDecoder(nn.Module):
 
     The other kinds add groups of heads, of which each makes one more Gaussian of every query:
 
-    - "residual": one group of 13, relative to level 0 by equation 4 without its shrinking.
+    - "residual": one group of 13, relative to level 0 by equation 4 without its shrinking, from the same queries.
     - "hierarchical": groups of 12 and 7, equation 4: with r = tanh of a head, scale s₀ + 0.1 r - Δ with Δ = 0.02 and
       0.05, position μ₀ + 0.1 r, intensity I₀ + 0.5 r, rotation normalised φ₀ + 0.5 r; always relative to level 0.
       The paper leaves the reach of all but the scale open, and the ratios, see RATIOS and REACH in this module.
@@ -85,6 +86,9 @@ class GaussianDecoder(nn.Module):
     - "cgs": groups of 2, 4 and 8 with activations as level 0. MedGMAE names blocks 2, 5, 8, 11 and ratios 1, 2, 4, 8
       and nothing else; our reading is coarse to fine: level 0 reads the queries after the first quarter of the blocks,
       each group after a further quarter, all through the last norm.
+
+    Level 0 starts as published, with smaller weights of the density in the other kinds. What these add starts dim, so
+    that the whole is about twice as bright at most.
 
     Args:
         in_dim: width of the encoder's tokens.
@@ -209,12 +213,21 @@ class GaussianDecoder(nn.Module):
         return [GROUPS[self.kind].format(i + 1) for i in range(len(self.ratios))] if self.ratios else []
 
     def _head(self, what: str, embed_dim: int, group: bool) -> Head:
-        """A head of level 0 or of a group."""
-        # A small weight leaves the scale, and positions that are spread, where their biases put them.
-        std = 0.01 if what == "scale" or (what == "position" and self.position_bias is not None) else None
-        if group and self.kind != "cgs":  # a residual: around nothing
-            return Head(embed_dim, HEADS[what])
-        return Head(embed_dim, HEADS[what], BIAS[what], std)
+        """A head of level 0 or of a group, with its start."""
+        bias, residual = BIAS[what], group and self.kind != "cgs"
+        # Small weights leave the scale, and positions that are spread, where their biases put them.
+        small = what == "scale" or (what == "position" and self.position_bias is not None)
+        std = 0.01 if small else None
+        if residual:
+            bias, std = 0.0, None
+        if self.ratios and what == "density":
+            # 20 Gaussians in the place of one would be 20 times too bright. Residuals start around an intensity of 0,
+            # the groups of "cgs" so that they are together as bright as level 0.
+            std, level0 = 0.001, 1 / (1 + math.exp(-BIAS[what]))
+            share = level0 / sum(self.ratios)
+            if group:
+                bias = math.atanh(-level0 / REACH[what]) if residual else math.log(share / (1 - share))
+        return Head(embed_dim, HEADS[what], bias, std)
 
     def _taps(self, depth: int) -> tuple[int, ...]:
         """For each level the block after which its heads read."""
