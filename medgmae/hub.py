@@ -199,8 +199,9 @@ def load_pretrained(
     Args:
         model: an encoder or masked autoencoder of this library.
         source: what :func:`open_source` takes.
-        strict: False accepts a file without the decoder, or with names that are not known; they are reported. An
-            encoder entry that is missing raises all the same.
+        strict: False accepts a file without the decoder or with another one, a Gaussian decoder of another kind or
+            support among them, and names that are not known; all is reported. An encoder entry that is missing raises
+            all the same.
         source_grid: patch grid (d, h, w) of the file's tables; needed when it is neither a cube nor the model's.
         inflate: how a 2D stem gets its depth, "average" or "center".
         **options: cache_dir, hub_org, token, progress: see :func:`medgmae.download.resolve`.
