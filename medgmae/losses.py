@@ -97,7 +97,7 @@ def ssim3d(a: Tensor, b: Tensor, window_size: int = 7, sigma: float = 1.5, data_
         )
     if window_size < 1 or window_size % 2 == 0:
         raise ValueError(f"window_size must be odd and positive, got {window_size}")
-    a, b = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (a, b))
+    a, b = (v if v.dtype == torch.float64 else v.float() for v in (a, b))
     moments = _blur(torch.stack([a, b, a * a, b * b, a * b]), window_size, sigma)
     mean_a, mean_b, square_a, square_b, product = moments
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2

@@ -149,6 +149,14 @@ def test_info_of_an_architecture() -> None:
     assert "[32, 32, 32]" in text
 
 
+def test_info_of_a_gaussian_autoencoder_counts_its_gaussians() -> None:
+    facts = json.loads(run("info", "gmae_vit_base_patch16_96_hierarchical", "--json").stdout)
+    assert facts["decoder"]["kind"] == "hierarchical"
+    assert facts["decoder"]["total_gaussians"] == 512 * (1 + 12 + 7)
+    assert facts["mask_ratio"] == 0.75
+    assert "norm_target" not in facts
+
+
 def test_info_of_a_tag_shows_the_whole_card() -> None:
     tag = "vit_large_patch16_256.tangerine"
     facts = json.loads(run("info", tag, "--json").stdout)

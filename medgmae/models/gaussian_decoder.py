@@ -202,7 +202,7 @@ class GaussianDecoder(nn.Module):
                 heads.append(getattr(self, f"{what}_head"))
         weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
         values = F.linear(queries.to(weight.dtype), weight, bias)  # (B, K, 11 * count)
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        values = values if values.dtype == torch.float64 else values.float()
         parts = torch.split(values, [count * width for width in HEADS.values()], dim=-1)
         return {
             what: part.reshape(*part.shape[:2], count, width).transpose(1, 2).flatten(1, 2)
