@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import math
 import os
 import platform
 import statistics
@@ -31,15 +30,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from renderer_checks import SCALES, SIZE, accuracy, gaussians, memory
 from renderer_rivals import rivals
 from torch import Tensor
 
-from medgmae.ops import _voxelize_native as native
+from medgmae.ops import _voxelize_levels, native_info, voxelize
 from medgmae.ops import _voxelize_reference as reference
-from medgmae.ops import native_info, voxelize
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results/renderer.json"
@@ -182,19 +181,14 @@ def grid(threads: int, peak: float, options: argparse.Namespace) -> list[dict[st
 
 
 def direct(parameters: Sequence[Tensor], size: Sequence[int], cotangent: Tensor | None) -> Callable[[], Any]:
-    """Untruncated rendering without coarse lattices: the kernels called directly."""
-    tensors = [p.detach() for p in parameters]
-    rest = (torch.zeros(1, 1, dtype=torch.int64), list(size), list(size), math.inf)
+    """The same untruncated rendering without coarse lattices: every Gaussian at every voxel."""
+    run = ours(parameters, size, cotangent, support=None)
 
-    def forward() -> Tensor:
-        return native.forward(*tensors, *rest).reshape(1, 1, *size)
+    def fine() -> Any:
+        with mock.patch.object(_voxelize_levels, "pay", return_value=False):
+            return run()
 
-    def both() -> Any:
-        forward()
-        assert cotangent is not None
-        return native.backward(cotangent.reshape(1, 1, -1), *tensors, *rest)
-
-    return forward if cotangent is None else both
+    return fine
 
 
 def supports(threads: int, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -181,18 +181,52 @@ def test_nothing_is_written_outside(path: Path, support: Any) -> None:
         assert not (whole[64 : 64 + count] == 12345.0).any()
 
 
-def test_untruncated_rendering_of_wide_gaussians() -> None:
-    """Where coarse lattices serve the wide ones, through the public function: within the documented error."""
-    size = (96, 80, 72)
-    parameters = make(batch=1, count=20, dtype=torch.float32, scale=0.2, seed=3)
-    exact = [p.double() for p in parameters]
+def levels_case(size: tuple[int, int, int], count: int = 40) -> list[torch.Tensor]:
+    """Gaussians of all widths, enough of them that the wide ones are rendered on coarse lattices."""
+    means, scales, quats, densities = make(1, count, torch.float32, scale=0.12, spread=0.7, seed=3)
+    return [means, scales, quats, densities.abs()]
+
+
+@pytest.mark.parametrize("size", [(96, 80, 72), (1, 180, 190), (33, 50, 97)], ids=str)
+def test_untruncated_rendering_of_wide_gaussians(size: tuple[int, int, int]) -> None:
+    """On coarse lattices, through the public function: within the documented error."""
+    parameters = levels_case(size)
     cotangent = torch.randn(1, 1, *size)
-    expected, wanted = REFERENCE.gradients(exact, cotangent.double(), size, None)
+    expected, wanted = REFERENCE.gradients([p.double() for p in parameters], cotangent.double(), size, None)
     inputs = leaves(parameters)
     volume = voxelize(*inputs, size, support=None)
     assert peak_error(volume.detach(), expected) <= 5e-6
     for got, gradient in zip(torch.autograd.grad(volume, inputs, cotangent), wanted, strict=True):
         assert relative(got, gradient) <= 1e-5
+
+
+def test_coarse_lattices_give_the_same_bits_with_any_number_of_threads() -> None:
+    size, parameters = (64, 50, 70), leaves(levels_case((64, 50, 70), 100))
+    cotangent, runs, before = torch.randn(1, 1, *size), [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            volume = voxelize(*parameters, size, support=None)
+            runs.append([volume, *torch.autograd.grad(volume, parameters, cotangent)])
+    finally:
+        torch.set_num_threads(before)
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.parametrize(("index", "value"), [(0, math.nan), (1, 0.0), (1, math.inf), (2, math.inf), (3, math.nan)])
+def test_a_bad_gaussian_among_those_on_coarse_lattices(index: int, value: float) -> None:
+    size = (40, 40, 40)
+    parameters = [torch.cat([p, p]) for p in levels_case(size)]
+    parameters[index][1, 5].flatten()[:1].fill_(value)
+    inputs = leaves(parameters)
+    volume = voxelize(*inputs, size, support=None)
+    assert volume[0].isfinite().all()
+    assert volume[1].isnan().all()
+    rest = torch.arange(80).reshape(2, 40) != 45
+    for gradient in torch.autograd.grad(volume, inputs, torch.ones_like(volume)):
+        assert gradient[1, 5].isnan().all()
+        assert gradient[rest].isfinite().all()
 
 
 def test_the_public_function_uses_the_kernels() -> None:
