@@ -143,6 +143,11 @@ class GaussianMAE(nn.Module):
         rendered = self._place(take_tokens(patchify(volume, patch), hidden), hidden, x)
         return rendered + self._place(take_tokens(patchify(x, patch), masking.keep), masking.keep, x)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that optimisers leave undecayed."""
+        names = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return names | {f"decoder.{name}" for name in self.decoder.no_weight_decay()}
+
     def _check_or_draw(self, x: Tensor, masking: Masking | None) -> Masking:
         expected = (x.shape[0], math.prod(self._grid(x)))
         masking = masking or random_masking(*expected, ratio=self.mask_ratio, device=x.device)

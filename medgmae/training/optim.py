@@ -15,15 +15,15 @@ def param_groups(
 
     Args:
         model: any module; layer-wise rates need one with ``group_matcher``, such as :class:`~medgmae.ViT`.
-        weight_decay: of matrices and kernels; 1-D parameters, biases and what ``no_weight_decay()`` of the model or of
-            its parts names get none.
+        weight_decay: of matrices and kernels; 1-D parameters, biases and what the model's ``no_weight_decay()`` names
+            get none.
         layer_decay: factor per layer from the head (1) down to the stem (layer_decay ** (blocks + 1)), given as
             ``lr_scale`` in each group, which :func:`cosine_schedule` applies (Bao et al. 2022, BEiT).
     """
     from timm import optim
 
     timm_optim: Any = optim  # timm's annotations do not cover what it accepts
-    undecayed = _undecayed(model)
+    undecayed: set[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     if layer_decay is None:
         return timm_optim.param_groups_weight_decay(  # type: ignore[no-any-return]
             model, weight_decay=weight_decay, no_weight_decay_list=undecayed
@@ -33,16 +33,6 @@ def param_groups(
     return timm_optim.param_groups_layer_decay(  # type: ignore[no-any-return]
         model, weight_decay=weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay
     )
-
-
-def _undecayed(model: nn.Module) -> set[str]:
-    """Names of the parameters that the model, its encoder and its decoder ask to leave undecayed."""
-    asked: set[str] = set()
-    for path, part in model.named_modules():
-        if hasattr(part, "no_weight_decay"):
-            names: set[str] = part.no_weight_decay()
-            asked |= {f"{path}.{name}" if path else name for name in names}
-    return asked
 
 
 class CosineSchedule:
