@@ -296,6 +296,22 @@ def goals(report: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def table(path: Path) -> None:
+    """The results as Markdown, for docs/renderer.md."""
+    report = json.loads(path.read_text())["cpu"]
+    names = list(report["rivals"][0]["rivals_both"])
+    print("| s | threads | pairs | forward, ms | both, ms | % of the FMA bound | " + " | ".join(names) + " |")
+    print("|---|" + "---|" * (len(names) + 5))
+    for row in report["rivals"]:
+        own = [row["scale"], row["threads"], f"{row['pairs'] / 1e6:.1f} M", f"{row['forward']['ms']:.2f}"]
+        own += [f"{row['both']['ms']:.2f}", f"{row['both']['percent_of_fma_bound']:.0f}"]
+        slower = [f"{rival['times_slower']:.0f} ×" for rival in row["rivals_both"].values()]
+        print("| " + " | ".join(map(str, own + slower)) + " |")
+    for row in report["supports"]:
+        times = ", ".join(f"{name}: {ms:.2f}" for name, ms in row["ms"].items() if name.endswith("both"))
+        print(f"\ns = {row['scale']}, {row['threads']} thread(s), ms: {times}")
+
+
 def main() -> None:
     """Measure, print, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -307,7 +323,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile among the rivals")
     parser.add_argument("--quick", action="store_true", help="only the comparison with the rivals")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--table", action="store_true", help="print the committed results as Markdown, measure nothing")
     options = parser.parse_args()
+    if options.table:
+        return table(options.out)
     if options.device == "cuda":
         from renderer_cuda import on_cuda
 
