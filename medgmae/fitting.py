@@ -161,7 +161,9 @@ class _Fit:
         self.span = float(self.values.max() - self.values.min())
         self.unit = 1 / (self.values.new_tensor(self.values.shape) - 1).clamp(min=1)
         shares = [(k + 1) / ROUNDS for k in range(ROUNDS)]
-        joined = {round(GROWING * steps * s): round(count * (FIRST_SHARE + (1 - FIRST_SHARE) * s)) for s in shares}
+        joined = {
+            round(GROWING * steps * s): max(1, round(count * (FIRST_SHARE + (1 - FIRST_SHARE) * s))) for s in shares
+        }
         self.active_after = {done: active for done, active in joined.items() if 0 < done < steps}
         self.active = max(1, round(count * FIRST_SHARE)) if self.active_after else count
 

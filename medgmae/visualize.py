@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # The planes through a volume in RAS, array (z, y, x): name, sliced axis, and the sides of the body at the left, right,
 # top and bottom of the picture. The patient's right is on the left, as radiologists look at it.
 PLANES = (("axial", 0, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 2, "APSI"))
+CENTRES = "Gaussian centres"
 HIDDEN_COLOUR = "#5a6b8c"  # not a grey: a hidden patch must not look like tissue
 
 
@@ -142,20 +144,47 @@ def reconstruction_figure(
         if reconstruction.gaussians is None:
             columns.append(("reconstruction", reconstruction.filled))
         else:
-            columns += [("rendered Gaussians", reconstruction.predicted), ("Gaussian centres", scan)]
+            columns += [("rendered Gaussians", reconstruction.predicted), (CENTRES, scan)]
     if colours is not None:
         columns.append(("patch features, PCA as RGB", colours))
-    planes = [[_plane(reorient(volume, "RAS"), axis, _middle(scan)) for _, volume in columns] for _, axis, _ in PLANES]
+    centres = None if reconstruction is None else reconstruction.gaussians
+    return _figure(columns, title, centres)
+
+
+def fit_figure(scan: Volume, rendered: Volume, gaussians: Gaussians, *, title: str = "") -> Figure:
+    """A figure with a row per plane: the scan, Gaussians fitted to it, their centres, and four times the error.
+
+    Args:
+        scan: (1, D, H, W), preprocessed, as it was fitted.
+        rendered: the Gaussians on its grid.
+        gaussians: (1, K, ...) in LPS mm; centres within one and a half voxels of a plane are shown on the scan,
+            brighter where the density is larger in size.
+        title: line above the pictures.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to get it.
+    """
+    error = scan.with_data(scan.data.min() + 4 * (rendered.data - scan.data).abs())
+    columns = [("scan", scan), ("rendered Gaussians", rendered), (CENTRES, scan), ("4 x absolute error", error)]
+    return _figure(columns, title, gaussians, near=1.5)
+
+
+def _figure(
+    columns: list[tuple[str, Volume]], title: str, centres: Gaussians | None = None, near: float = math.inf
+) -> Figure:
+    """Volumes side by side, the scan first; on the column ``CENTRES`` those within ``near`` voxels of the plane."""
+    scan, at = columns[0][1], _middle(columns[0][1])
+    planes = [[_plane(reorient(volume, "RAS"), axis, at) for _, volume in columns] for _, axis, _ in PLANES]
     widest = max(row[0].millimetres[0] for row in planes)
     heights = [row[0].millimetres[1] / widest for row in planes]
     figure = _new_figure((3 * len(columns) + 0.5, 3 * sum(heights) + 0.9))
     grid = figure.subplots(3, len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
-    brightest = float(np.percentile(scan.data[0].numpy(), 99.9))
+    low, brightest = float(scan.data[0].min()), float(np.percentile(scan.data[0].numpy(), 99.9))
     for row, pictures, (name, axis, sides) in zip(grid, planes, PLANES, strict=True):
-        for axes, picture in zip(row, pictures, strict=True):
-            _show(axes, picture, float(scan.data[0].min()), brightest)
-        if reconstruction is not None and reconstruction.gaussians is not None:
-            _mark_centres(row[3], pictures[3], reorient(scan, "RAS").grid, axis, reconstruction.gaussians)
+        for axes, picture, (heading, _) in zip(row, pictures, columns, strict=True):
+            _show(axes, picture, low, brightest)
+            if heading == CENTRES and centres is not None:
+                _mark_centres(axes, picture, reorient(scan, "RAS").grid, axis, centres, (at[axis], near))
         row[0].set_ylabel(name, fontsize=11)
         _name_sides(row[0], sides)
     for axes, (name, _) in zip(grid[0], columns, strict=True):
@@ -198,13 +227,20 @@ def _show(axes: Axes, picture: _Picture, low: float, high: float) -> None:
     axes.set_yticks([])
 
 
-def _mark_centres(axes: Axes, picture: _Picture, grid: Grid, axis: int, gaussians: Gaussians) -> None:
-    """Points at the centres of Gaussians (1, K, ...) in LPS mm, on a slice across ``axis`` of a scan in RAS."""
+def _mark_centres(
+    axes: Axes, picture: _Picture, grid: Grid, axis: int, gaussians: Gaussians, slab: tuple[float, float]
+) -> None:
+    """Points at the centres of Gaussians (1, K, ...) in LPS mm, on a slice across ``axis`` of a scan in RAS.
+
+    ``slab``: the slice, and how many voxels from it a centre may be.
+    """
     index = grid.index(gaussians.means[0].numpy())
+    shown = np.abs(index[:, axis] - slab[0]) <= slab[1]
+    index = index[shown]
     up, across = (k for k in range(3) if k != axis)
     x = (grid.size[across] - 0.5 - index[:, across]) * grid.spacing[across]  # mirrored, as the slice is
     y = (index[:, up] + 0.5) * grid.spacing[up]
-    strength = np.abs(gaussians.densities[0].numpy())
+    strength = np.abs(gaussians.densities[0].numpy())[shown]
     order = np.argsort(strength)  # strong ones on top
     axes.scatter(x[order], y[order], s=1.5, c=strength[order], cmap="plasma", linewidths=0)
     width, height = picture.millimetres

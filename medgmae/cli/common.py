@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import json
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,8 @@ import click
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+VOLUMES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
 
@@ -198,9 +201,29 @@ def preprocessing_of(model: Any, tag: str | None, changes: dict[str, Any]) -> An
                 "between the 0.5th and 99.5th percentile mapped to 0..1. Change that with --input or --input-of.",
                 err=True,
             )
-    if "spacing" in changes and not block.get("resample"):
-        block["resample"] = {"to": "spacing"}
-    return medgmae.create_transform({**block, **changes}, whole=True)
+    return changed_preprocessing(block, changes)
+
+
+def changed_preprocessing(block: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
+    """Preprocessing of whole scans by an input block with changes; a new spacing means resampling to it."""
+    import medgmae
+
+    resample = block.get("resample") or ({"to": "spacing"} if "spacing" in changes else None)
+    return medgmae.create_transform({**block, "resample": resample, **changes}, whole=True)
+
+
+def check_files(options: Mapping[str, Any], endings: Mapping[str, Sequence[str]]) -> None:
+    """Refuse files to write that could not be written, by option: before the work, not after it."""
+    for option, allowed in endings.items():
+        path = options[option]
+        if path is None:
+            continue
+        if not path.name.lower().endswith(tuple(allowed)):
+            raise click.BadParameter(f"{path} must end in one of {', '.join(allowed)}", param_hint=f"--{option}")
+        if not path.parent.is_dir():
+            raise click.BadParameter(f"the folder {path.parent} does not exist", param_hint=f"--{option}")
+    if options["png"] and importlib.util.find_spec("matplotlib") is None:
+        raise click.UsageError("--png needs matplotlib, which is not installed: pip install medgmae[viz]")
 
 
 def put_on_device(model: Any, device: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 import time
@@ -12,7 +11,9 @@ from typing import Any
 import click
 
 from medgmae.cli.common import (
+    VOLUMES,
     assignments,
+    check_files,
     echo_fields,
     echo_json,
     json_option,
@@ -21,8 +22,6 @@ from medgmae.cli.common import (
     put_on_device,
     reports_errors,
 )
-
-VOLUMES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 
 
 @click.command("reconstruct")
@@ -78,7 +77,7 @@ def reconstruct_command(scan: Path, as_json: bool, **options: Any) -> None:
 
     import medgmae
 
-    _check(options)
+    check_files(options, {"out": VOLUMES, "ply": (".ply",), "png": (".png",)})
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     model, weights = open_model(options["name"], options["weights"], options["random_weights"])
@@ -110,21 +109,6 @@ def reconstruct_command(scan: Path, as_json: bool, **options: Any) -> None:
         echo_json({**told, "input": prepare.input})
     else:
         echo_fields({key: _in_words(key, value) for key, value in told.items() if value is not None})
-
-
-def _check(options: dict[str, Any]) -> None:
-    """What would fail only after the work is done."""
-    endings = {"out": VOLUMES, "ply": (".ply",), "png": (".png",)}
-    for option, allowed in endings.items():
-        path = options[option]
-        if path is None:
-            continue
-        if not path.name.lower().endswith(allowed):
-            raise click.BadParameter(f"{path} must end in one of {', '.join(allowed)}", param_hint=f"--{option}")
-        if not path.parent.is_dir():
-            raise click.BadParameter(f"the folder {path.parent} does not exist", param_hint=f"--{option}")
-    if options["png"] and importlib.util.find_spec("matplotlib") is None:
-        raise click.UsageError("--png needs matplotlib, which is not installed: pip install medgmae[viz]")
 
 
 def _check_model(model: Any, options: dict[str, Any]) -> None:
