@@ -55,7 +55,7 @@ def accuracy() -> list[dict[str, Any]]:
                 {
                     "scale": scale,
                     "support": name,
-                    "forward": float((part - expected).abs().max()) / top,
+                    "forward": float((part.detach() - expected).abs().max()) / top,
                     "gradients": {
                         n: float((g - w).norm() / w.norm()) for n, g, w in zip(names, got, wanted, strict=True)
                     },
