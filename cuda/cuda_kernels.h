@@ -18,6 +18,10 @@ Status count_devices(int* count);
 int toolkit_version();
 
 Status axpy(DType dtype, int64_t n, double a, const void* x, void* y, void* stream);
+// Bytes of device memory that voxelize needs for this call.
+int64_t voxelize_workspace(const VoxelizeCall& call);
+// Renders, or computes gradients if call.grad is set. Every address is on the device.
+Status voxelize(DType dtype, const VoxelizeCall& call, void* workspace, void* stream);
 
 }  // namespace cuda
 }  // namespace medgmae

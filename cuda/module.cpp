@@ -148,6 +148,29 @@ void axpy_cuda(int dtype, int64_t n, double a, uintptr_t x, uintptr_t y, uintptr
   }
   if (!status.ok()) throw std::runtime_error(std::string("axpy on CUDA: ") + status.text);
 }
+
+int64_t voxelize_cuda_workspace(int64_t batch, int64_t count, int64_t patches, const Sizes& size, const Sizes& patch, bool backward) {
+  std::vector<uintptr_t> const addresses(backward ? 10 : 6);
+  return cuda::voxelize_workspace(voxelize_call(batch, count, patches, addresses, size, patch, {}, {}, 0, {}));
+}
+
+void voxelize_cuda(int dtype, int64_t batch, int64_t count, int64_t patches, const std::vector<uintptr_t>& addresses,
+                   const Sizes& size, const Sizes& patch, const Positions& origin, const Positions& step, double support,
+                   const std::array<double, 2>& widths, uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
+  VoxelizeCall const call = voxelize_call(batch, count, patches, addresses, size, patch, origin, step, support, widths);
+  int64_t const bytes = cuda::voxelize_workspace(call);
+  if (workspace_bytes < bytes || (bytes > 0 && workspace == 0)) {
+    throw std::invalid_argument("the workspace has " + std::to_string(workspace_bytes) + " bytes: expected " + std::to_string(bytes) +
+                                ", as voxelize_cuda_workspace says");
+  }
+  check_dtype(dtype == int(DType::float32) || dtype == int(DType::float64), dtype);
+  cuda::Status status;
+  {
+    py::gil_scoped_release release;
+    status = cuda::voxelize(DType(dtype), call, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
+  }
+  if (!status.ok()) throw std::runtime_error(std::string("voxelize on CUDA: ") + status.text);
+}
 #endif
 
 py::object cuda_info() {
@@ -200,5 +223,10 @@ PYBIND11_MODULE(_C, module) {
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
   module.def("axpy_cuda", &medgmae::axpy_cuda, "dtype"_a, "n"_a, "a"_a, "x"_a, "y"_a, "stream"_a,
              "y += a x on the current CUDA device, for n elements at the device addresses x and y.");
+  module.def("voxelize_cuda_workspace", &medgmae::voxelize_cuda_workspace, "batch"_a, "count"_a, "patches"_a, "size"_a, "patch"_a,
+             "backward"_a, "Bytes of device memory that voxelize_cuda needs.");
+  module.def("voxelize_cuda", &medgmae::voxelize_cuda, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a,
+             "patch"_a, "origin"_a, "step"_a, "support"_a, "widths"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a,
+             "voxelize on the current CUDA device; the workspace, like every address, is on the device.");
 #endif
 }

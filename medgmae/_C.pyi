@@ -20,3 +20,22 @@ def voxelize(
     threads: int,
     variant: str = "",
 ) -> None: ...
+def voxelize_cuda_workspace(
+    batch: int, count: int, patches: int, size: list[int], patch: list[int], backward: bool
+) -> int: ...
+def voxelize_cuda(
+    dtype: int,
+    batch: int,
+    count: int,
+    patches: int,
+    addresses: list[int],
+    size: list[int],
+    patch: list[int],
+    origin: list[float],
+    step: list[float],
+    support: float,
+    widths: tuple[float, float],
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> None: ...

@@ -1,0 +1,103 @@
+// The programs of the CUDA renderer on the host: every block in turn, and in it every phase, thread after thread. Built as a
+// shared library by tests/test_voxelize_blocks.py. The arithmetic is that of the device but for its exponential, which is
+// made as wrong as the device's may be.
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+namespace medgmae {
+
+// 2^x off by up to 2 units in the last place, and 0 for subnormal results: what ex2.approx.ftz guarantees.
+static inline float power_of_two(float x) {
+  float y = exp2f(x);
+  if (y < 1.1754944e-38f || isinf(y)) return isinf(y) ? y : 0.0f;
+  uint32_t bits;
+  memcpy(&bits, &y, sizeof(bits));
+  bits = (bits & ~uint32_t(3)) + 2;
+  memcpy(&y, &bits, sizeof(y));
+  return y;
+}
+
+}  // namespace medgmae
+
+#define MEDGMAE_POWER_OF_TWO
+#include "../../cuda/voxelize_moments.h"
+
+namespace medgmae {
+namespace {
+
+// A block whose threads run one after the other, backwards in every second phase: a phase must not depend on their order.
+template <class Shared, class State>
+struct HostBlock {
+  Shared* shared;
+  State* states;
+  bool backwards = false;
+  template <class Phase>
+  void each(Phase phase) {
+    for (int i = 0; i < kThreads; ++i) {
+      int const t = backwards ? kThreads - 1 - i : i;
+      phase(t, states[t]);
+    }
+    backwards = !backwards;
+  }
+};
+
+// Runs the program once for each block, on memory that holds no number to begin with.
+template <class Shared, class State, class Program>
+void run_blocks(int64_t blocks, Program program) {
+  for (int64_t index = 0; index < blocks; ++index) {
+    auto* const shared = static_cast<Shared*>(aligned_alloc(64, (sizeof(Shared) + 63) / 64 * 64));
+    auto* const states = static_cast<State*>(aligned_alloc(64, sizeof(State) * kThreads));
+    memset(static_cast<void*>(shared), 0xff, sizeof(Shared)), memset(static_cast<void*>(states), 0xff, sizeof(State) * kThreads);
+    HostBlock<Shared, State> block = {shared, states};
+    program(index, block);
+    free(shared), free(states);
+  }
+}
+
+template <class T>
+void run(const VoxelizeCall& call, const VoxelizeWork& work) {
+  int64_t const all = call.batch * call.count;
+  for (int64_t i = 0; i < all + 5; ++i) prepare_one<T>(call, work, i);
+  if (call.grad == nullptr) {
+    int64_t const words = call.batch * call.patches * work.regions * work.words;
+    for (int64_t i = 0; words > 0 && i < words + 5; ++i) mask_one(call, work, i);
+    run_blocks<RenderShared<T>, RenderThread<T>>(call.batch * call.patches * all_pieces(call, tile_sides()), [&](int64_t index, auto& block) {
+      render_tile<T>(call, work, index, block);
+    });
+  } else {
+    run_blocks<MomentShared<T>, MomentThread<T>>(all * work.shares, [&](int64_t index, auto& block) {
+      sum_moments<T>(call, work, index, block);
+    });
+    for (int64_t i = 0; i < all + 5; ++i) finish_one<T>(call, work, i);
+  }
+}
+
+}  // namespace
+}  // namespace medgmae
+
+// Arguments as those of the binding in cuda/module.cpp; `ends` is origin and step. False without enough memory.
+extern "C" bool medgmae_blocks(int dtype, const int64_t* counts, void* const* addresses, const int* size, const int* patch, const double* ends, double support, const double* widths, bool backward) {
+  using namespace medgmae;
+  VoxelizeCall call = {};
+  call.batch = counts[0], call.count = counts[1], call.patches = counts[2], call.support = support;
+  call.least_width = widths[0], call.limit_width = widths[1];
+  for (int k = 0; k < 3; ++k) call.size[k] = size[k], call.patch[k] = patch[k], call.origin[k] = ends[k], call.step[k] = ends[3 + k];
+  call.means = addresses[0], call.scales = addresses[1], call.quats = addresses[2], call.densities = addresses[3];
+  call.index = static_cast<const int64_t*>(addresses[4]);
+  static const double nothing = 0;
+  if (!backward) call.out = addresses[5];
+  else {
+    call.grad = addresses[5] != nullptr ? addresses[5] : &nothing;
+    call.grad_means = addresses[6], call.grad_scales = addresses[7], call.grad_quats = addresses[8], call.grad_densities = addresses[9];
+  }
+  int64_t const bytes = divide_workspace(call, backward, nullptr).bytes;
+  void* const workspace = malloc(size_t(bytes > 0 ? bytes : 1));
+  if (workspace == nullptr) return false;
+  memset(workspace, 0xff, size_t(bytes));
+  VoxelizeWork const work = divide_workspace(call, backward, workspace);
+  bool const known = dispatch(DType(dtype), [&](auto zero) { run<decltype(zero)>(call, work); });
+  free(workspace);
+  return known;
+}
