@@ -46,6 +46,7 @@ _PUBLIC = {
     "Reconstruction": "medgmae.reconstruction",
     "psnr": "medgmae.reconstruction",
     "reconstruction_figure": "medgmae.visualize",
+    "fit_figure": "medgmae.visualize",
     "fit_gaussians": "medgmae.fitting",
     "Gaussians": "medgmae.rendering",
     "GaussianRenderer": "medgmae.rendering",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from medgmae.registry import register_model as register_model
     from medgmae.rendering import GaussianRenderer as GaussianRenderer
     from medgmae.rendering import Gaussians as Gaussians
+    from medgmae.visualize import fit_figure as fit_figure
     from medgmae.visualize import reconstruction_figure as reconstruction_figure
 
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
-from medgmae import GaussianRenderer, Gaussians, Volume, fit_gaussians, psnr
+from medgmae import (
+    GaussianRenderer,
+    Gaussians,
+    Volume,
+    create_transform,
+    fit_gaussians,
+    psnr,
+    read_volume,
+    write_volume,
+)
 from medgmae.fitting import MOVED_SHARE, Rates, _draw, _Fit
 
 
@@ -168,3 +181,22 @@ def ruined(value: float) -> Tensor:
 def test_nonsense_is_refused(scan: Tensor, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_gaussians(scan, **{"count": 5, "steps": 5, **options})
+
+
+def test_the_example_writes_gaussians_volume_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    example = importlib.import_module("fit_gaussians")
+    path, out = tmp_path / "blobs.nii.gz", tmp_path / "out"
+    write_volume(blobs().with_data(1400 * blobs().data - 1000), path)
+    arguments = [str(path), "--gaussians", "40", "--steps", "40", "--out", str(out)]
+    done = CliRunner().invoke(example.main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    told = re.search(r"(\d+\.\d+) dB with 40 Gaussians after 40 steps", done.output)
+    assert told is not None
+    rendered = read_volume(out / "rendered.nii.gz")
+    scan = create_transform(example.WINDOW, whole=True)(path)
+    assert psnr(rendered.data, scan.data) == pytest.approx(float(told[1]), abs=0.01)
+    assert float(told[1]) > 25
+    again = GaussianRenderer(3.0)(Gaussians.load_ply(out / "gaussians.ply", "world").to_grid(rendered), rendered.size)
+    assert psnr(again[0], rendered.data) > 50
+    assert (out / "fit.png").stat().st_size > 10_000

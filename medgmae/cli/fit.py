@@ -132,6 +132,4 @@ def _write(volume: Any, rendered: Any, gaussians: Any, title: str, options: dict
     if options["recon"]:
         medgmae.write_volume(rendered, options["recon"])
     if options["png"]:
-        from medgmae.visualize import fit_figure
-
-        fit_figure(volume, rendered, gaussians, title=title).savefig(options["png"])
+        medgmae.fit_figure(volume, rendered, gaussians, title=title).savefig(options["png"])
