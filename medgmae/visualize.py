@@ -242,7 +242,9 @@ def _mark_centres(
     y = (index[:, up] + 0.5) * grid.spacing[up]
     strength = np.abs(gaussians.densities[0].numpy())[shown]
     order = np.argsort(strength)  # strong ones on top
-    axes.scatter(x[order], y[order], s=1.5, c=strength[order], cmap="plasma", linewidths=0)
+    side = 1.5 if math.isinf(slab[1]) else 5.0  # of the few near a plane each can be seen
+    brightest = float(np.percentile(strength, 95)) if len(strength) else 1.0  # few are many times as strong as the rest
+    axes.scatter(x[order], y[order], s=side, c=strength[order], cmap="plasma", vmin=0, vmax=brightest, linewidths=0)
     width, height = picture.millimetres
     axes.set_xlim(0, width)
     axes.set_ylim(0, height)
