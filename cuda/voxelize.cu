@@ -29,7 +29,7 @@ __global__ void mask_kernel(const VoxelizeCall call, const VoxelizeWork work) { 
 
 // Blocks of a kernel that a multiprocessor holds at once: as many as the registers allow in float32 without spilling.
 template <class T>
-constexpr int kRenderBlocks = sizeof(T) == 4 ? 14 : 7;
+constexpr int kRenderBlocks = sizeof(T) == 4 ? 12 : 7;
 template <class T>
 constexpr int kMomentBlocks = sizeof(T) == 4 ? 12 : 7;
 
@@ -95,6 +95,8 @@ int64_t voxelize_workspace(const VoxelizeCall& call) { return divide_workspace(c
 Status voxelize(DType dtype, const VoxelizeCall& call, void* workspace, void* stream) {
   VoxelizeWork const work = divide_workspace(call, call.grad != nullptr, workspace);
   cudaError_t error = cudaErrorInvalidValue;
+  // The programs count Gaussians and patches of a sample in 32 bits.
+  if (call.count > INT32_MAX / 2 || call.patches > INT32_MAX / 2) return status(cudaErrorInvalidConfiguration);
   dispatch(dtype, [&](auto zero) { error = launch<decltype(zero)>(call, work, static_cast<cudaStream_t>(stream)); });
   return status(error);
 }

@@ -63,7 +63,8 @@ inline VoxelizeWork divide_workspace(const VoxelizeCall& call, bool backward, vo
     work.moments = reinterpret_cast<double*>(take(all * work.shares * 10 * int64_t(sizeof(double))));
   } else {
     work.reach = reinterpret_cast<VoxelBox*>(take(all * int64_t(sizeof(VoxelBox))));
-    work.mask = reinterpret_cast<uint32_t*>(take(call.batch * call.patches * work.regions * work.words * int64_t(sizeof(uint32_t))));
+    int64_t const words = call.batch * call.patches * work.regions * work.words;
+    work.mask = reinterpret_cast<uint32_t*>(take(words * int64_t(sizeof(uint32_t))));
   }
   return work;
 }
@@ -134,7 +135,6 @@ template <class T>
 struct RenderThread {
   T sums[kDepth];
   uint32_t hits;
-  bool spoiled;  // by a Gaussian that cannot be rendered
 };
 
 MEDGMAE_DEVICE Tile tile_of_block(const VoxelizeCall& call, const VoxelizeWork& work, int64_t block) {
@@ -169,20 +169,22 @@ MEDGMAE_DEVICE uint32_t find_hits(const VoxelizeCall& call, const VoxelizeWork& 
 }
 
 template <class T>
-MEDGMAE_DEVICE void build_slab(const VoxelizeCall& call, const VoxelizeWork& work, const Tile& tile, int gaussian, Slab<T>* s, T* planes) {
+MEDGMAE_DEVICE void build_slab(const VoxelizeCall& call, const VoxelizeWork& work, const Tile& tile, int gaussian, Slab<T>* s,
+                               T* planes) {
   const VoxelGaussian<double>& g = work.gaussians[tile.sample * call.count + gaussian];
-  s->gaussian = gaussian, s->kind = ColumnKind::bad;
-  if (g.bad) return;
-  VoxelBox const range = intersection(g.first, g.last, tile.box);
-  VoxelFrame<double> const frame = frame_in_box<double>(call, g, range.first, range.last);
+  // A Gaussian that cannot be rendered is NaN in the whole tile.
+  VoxelBox const range = g.bad ? tile.box : intersection(g.first, g.last, tile.box);
+  VoxelFrame<double> frame = {};
+  if (!g.bad) frame = frame_in_box<double>(call, g, range.first, range.last);
   place_slab(frame, range, tile.box.first, s);
   T const density = T(g.density), least = least_exponent<T>(call);
   // A density so large could overflow a factor.
-  bool const safe = factors_are_safe(frame, range, kDepth) && fabs(density) < T(1e8);
-  s->kind = !safe ? ColumnKind::exact : has_rim(*s, least) ? ColumnKind::rim : ColumnKind::whole;
+  bool const safe = g.bad || (factors_are_safe(frame, range, kDepth) && fabs(density) < T(1e8));
+  s->kind = !safe ? ColumnKind::exact : !g.bad && has_rim(*s, least) ? ColumnKind::rim : ColumnKind::whole;
+  s->gaussian = gaussian;
   s->threshold = power_of_two(least) * fabs(density);
 #pragma unroll 1
-  for (int k = 0; k < kDepth; ++k) planes[k] = density * plane_factor(*s, k);
+  for (int k = 0; k < kDepth; ++k) planes[k] = g.bad ? T(NAN) : density * plane_factor(*s, k);
 }
 
 template <class T, bool rim>
@@ -205,7 +207,8 @@ MEDGMAE_DEVICE void add_column(const Slab<T>& s, const T* planes, const Column<T
 }
 
 template <class T>
-MEDGMAE_DEVICE void add_exact_column(const VoxelizeCall& call, const VoxelizeWork& work, const Tile& tile, const Slab<T>& s, int row, int lane, T* sums) {
+MEDGMAE_DEVICE void add_exact_column(const VoxelizeCall& call, const VoxelizeWork& work, const Tile& tile, const Slab<T>& s,
+                                     int row, int lane, T* sums) {
   const VoxelGaussian<double>& g = work.gaussians[tile.sample * call.count + s.gaussian];
   const int* const at = tile.box.first;
   ExactColumn<T> const c = exact_column<T>(call, g, at[0], kDepth, at[1] + row, at[2] + lane);
@@ -218,15 +221,12 @@ MEDGMAE_DEVICE void add_exact_column(const VoxelizeCall& call, const VoxelizeWor
 
 // Adds the slabs to a thread's column.
 template <class T>
-MEDGMAE_DEVICE void add_slabs(const VoxelizeCall& call, const VoxelizeWork& work, const RenderShared<T>& shared, int count, int t, RenderThread<T>* own) {
+MEDGMAE_DEVICE void add_slabs(const VoxelizeCall& call, const VoxelizeWork& work, const RenderShared<T>& shared, int count, int t,
+                              RenderThread<T>* own) {
   T const row = T(t / kWidth), lane = T(t % kWidth);
   for (int i = 0; i < count; ++i) {
     const Slab<T>& s = shared.slabs[i];
-    if (s.kind == ColumnKind::bad) {
-      own->spoiled = true;
-      continue;
-    }
-    if (row < s.low[0] || row > s.high[0] || lane < s.low[1] || lane > s.high[1]) continue;
+    if ((row < s.low[0]) | (row > s.high[0]) | (lane < s.low[1]) | (lane > s.high[1])) continue;
     if (s.kind == ColumnKind::exact) {
       add_exact_column(call, work, shared.tile, s, t / kWidth, t % kWidth, own->sums);
     } else if (s.kind == ColumnKind::rim) {
@@ -242,10 +242,11 @@ MEDGMAE_DEVICE void write_column(const VoxelizeCall& call, const Tile& tile, int
   int const y = tile.start[1] + t / kWidth, x = tile.start[2] + t % kWidth;
   if (y >= call.patch[1] || x >= call.patch[2]) return;
   int64_t const plane = int64_t(call.patch[1]) * call.patch[2];
-  T* const out = static_cast<T*>(call.out) + tile.patch * patch_volume(call) + tile.start[0] * plane + int64_t(y) * call.patch[2] + x;
+  int64_t const first = tile.patch * patch_volume(call) + tile.start[0] * plane + int64_t(y) * call.patch[2] + x;
+  T* const out = static_cast<T*>(call.out) + first;
 #pragma unroll
   for (int k = 0; k < kDepth; ++k) {
-    if (tile.start[0] + k < call.patch[0]) out[k * plane] = own.spoiled || !tile.exists ? T(NAN) : own.sums[k];
+    if (tile.start[0] + k < call.patch[0]) out[k * plane] = tile.exists ? own.sums[k] : T(NAN);
   }
 }
 
@@ -258,10 +259,10 @@ MEDGMAE_DEVICE void render_tile(const VoxelizeCall& call, const VoxelizeWork& wo
     if (t == 0) shared.tile = tile_of_block(call, work, index);
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) own.sums[k] = 0;
-    own.spoiled = false;
   });
-  for (int64_t word = 0; tile.exists && word < work.words; word += kThreads) {
-    int const words = int(work.words - word < kThreads ? work.words - word : kThreads);
+  int const all_words = int(work.words);
+  for (int word = 0; tile.exists && word < all_words; word += kThreads) {
+    int const words = all_words - word < kThreads ? all_words - word : kThreads;
     block.each([&](int t, RenderThread<T>& own) {
       own.hits = t < words ? find_hits(call, work, tile, word + t) : 0;
       int count = 0;
@@ -277,7 +278,7 @@ MEDGMAE_DEVICE void render_tile(const VoxelizeCall& call, const VoxelizeWork& wo
     for (int first = 0; first < shared.total; first += kThreads) {
       int const count = shared.total - first < kThreads ? shared.total - first : kThreads;
       block.each([&](int t, RenderThread<T>&) {
-        if (t < count) build_slab(call, work, tile, int(32 * word) + shared.list[first + t], &shared.slabs[t], shared.planes[t]);
+        if (t < count) build_slab(call, work, tile, 32 * word + shared.list[first + t], &shared.slabs[t], shared.planes[t]);
       });
       block.each([&](int t, RenderThread<T>& own) { add_slabs(call, work, shared, count, t, &own); });
     }

@@ -59,19 +59,21 @@ MEDGMAE_DEVICE VoxelBox intersection(const int* first, const int* last, const Vo
   return part;
 }
 
-// Every voxel counts; a threshold decides; a column is found in double; the Gaussian cannot be rendered.
-enum class ColumnKind : int { whole, rim, exact, bad };
+// Every voxel counts; a threshold decides; columns are found in double.
+enum class ColumnKind : int { whole, rim, exact };
 
-// A Gaussian in a few planes. Rows and lanes (y, x) count from a corner that the columns share.
+// A Gaussian in a few planes. Rows and lanes (y, x) count from a corner that the columns share. In groups of four, as they
+// are read.
 template <class T>
-struct Slab {
-  T start, slope[2], curve[5];  // exponent in the anchor's plane; curve: yy / 2, xx / 2, yx, zy, zx
-  T anchor[2], low[2], high[2];
-  T first, z_slope, z_curve;  // offset of plane 0 from the anchor's; exponent along z
-  T threshold;                // of a rim: weights below it are outside
-  int low_plane, high_plane;  // that count
+struct alignas(4 * sizeof(T)) Slab {
+  T low[2], high[2];
+  T anchor[2], start, first;           // first: offset of plane 0 from the anchor's
+  T slope[2], threshold, curve_deep;   // of a rim: weights below the threshold are outside; curve_deep: zx
+  T curve[4];                          // exponent in the anchor's plane: yy / 2, xx / 2, yx; and zy
+  int low_plane, high_plane;           // that count
   ColumnKind kind;
   int gaussian;  // of the sample
+  T z_slope, z_curve;  // exponent along z
 };
 
 // The geometry of a slab. The frame's voxel may lie in another plane.
@@ -81,7 +83,7 @@ MEDGMAE_DEVICE void place_slab(const VoxelFrame<double>& f, const VoxelBox& rang
   s->start = T(kLog2E * (f.start - shift * (f.slope[0] + 0.5 * f.curve[0] * shift)));
   s->z_slope = T(kLog2E * (f.slope[0] + f.curve[0] * shift)), s->z_curve = T(kLog2E * 0.5 * f.curve[0]);
   s->curve[0] = T(kLog2E * 0.5 * f.curve[1]), s->curve[1] = T(kLog2E * 0.5 * f.curve[2]);
-  s->curve[2] = T(kLog2E * f.curve[5]), s->curve[3] = T(kLog2E * f.curve[3]), s->curve[4] = T(kLog2E * f.curve[4]);
+  s->curve[2] = T(kLog2E * f.curve[5]), s->curve[3] = T(kLog2E * f.curve[3]), s->curve_deep = T(kLog2E * f.curve[4]);
   for (int k = 0; k < 2; ++k) {
     s->slope[k] = T(kLog2E * (f.slope[1 + k] + f.curve[3 + k] * shift));
     s->anchor[k] = T(f.at[1 + k] - corner[1 + k]);
@@ -108,7 +110,8 @@ MEDGMAE_DEVICE bool factors_are_safe(const VoxelFrame<double>& f, const VoxelBox
   const double* c = f.curve;
   double const step = fabs(c[3]) * n[1] + fabs(c[4]) * n[2], planes = depth - 1;
   bool const in_range = planes * (step + fabs(f.slope[0])) < kSafe && fmax(fmax(c[0], c[1]), fmax(c[2], -f.start)) < 1e30;
-  double const terms = fabs(f.slope[1]) * n[1] + fabs(f.slope[2]) * n[2] + fabs(c[5]) * n[1] * n[2] + (n[0] > planes ? n[0] : planes) * step;
+  double const in_plane = fabs(f.slope[1]) * n[1] + fabs(f.slope[2]) * n[2] + fabs(c[5]) * n[1] * n[2];
+  double const terms = in_plane + (n[0] > planes ? n[0] : planes) * step;
   return in_range && terms < kPrecise;
 }
 
@@ -128,7 +131,7 @@ MEDGMAE_DEVICE bool has_rim(const Slab<T>& s, T least) {
     T const z = s.first + T(corner & 1 ? s.high_plane : s.low_plane);
     T const y = (corner & 2 ? s.high[0] : s.low[0]) - s.anchor[0], x = (corner & 4 ? s.high[1] : s.low[1]) - s.anchor[1];
     T const plane = s.start - y * (s.slope[0] + s.curve[0] * y) - x * (s.slope[1] + s.curve[1] * x + s.curve[2] * y);
-    rim = rim || !(plane - z * (s.z_slope + s.z_curve * z + s.curve[3] * y + s.curve[4] * x) > least);
+    rim = rim || !(plane - z * (s.z_slope + s.z_curve * z + s.curve[3] * y + s.curve_deep * x) > least);
   }
   return rim;
 }
@@ -143,8 +146,9 @@ template <class T>
 MEDGMAE_DEVICE Column<T> column_at(const Slab<T>& s, T row, T lane) {
   T const y = row - s.anchor[0], x = lane - s.anchor[1];
   Column<T> c;
-  c.cross = s.curve[3] * y + s.curve[4] * x;
-  c.exponent = s.start - y * (s.slope[0] + s.curve[0] * y) - x * (s.slope[1] + s.curve[1] * x + s.curve[2] * y) - s.first * c.cross;
+  c.cross = s.curve[3] * y + s.curve_deep * x;
+  T const plane = s.start - y * (s.slope[0] + s.curve[0] * y) - x * (s.slope[1] + s.curve[1] * x + s.curve[2] * y);
+  c.exponent = plane - s.first * c.cross;
   c.step = power_of_two(-c.cross);
   return c;
 }
@@ -162,7 +166,8 @@ struct ExactColumn {
 };
 
 template <class T>
-MEDGMAE_DEVICE ExactColumn<T> exact_column(const VoxelizeCall& call, const VoxelGaussian<double>& g, int z, int planes, int y, int x) {
+MEDGMAE_DEVICE ExactColumn<T> exact_column(const VoxelizeCall& call, const VoxelGaussian<double>& g, int z, int planes, int y,
+                                           int x) {
   int const at[3] = {z, y, x};
   double d[3];
   for (int k = 0; k < 3; ++k) d[k] = call.origin[k] + call.step[k] * at[k] - g.mean[k];

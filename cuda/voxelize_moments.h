@@ -16,8 +16,10 @@ template <class T>
 struct MomentShared {
   VoxelFrame<double> frame;
   bool safe;
+  VoxelBox range;  // of the slab
   Slab<T> slab;
-  alignas(16) T plane[kPlanes], plane_one[kPlanes], plane_two[kPlanes];  // plane times the offset along z from the frame's voxel, and its square
+  // The slab's planes, those times the offset along z from the frame's voxel, and times its square.
+  alignas(16) T plane[kPlanes], plane_one[kPlanes], plane_two[kPlanes];
   int hits[kThreads], found;
   PatchPart parts[kThreads];
   T sums[10][kThreads];
@@ -42,9 +44,13 @@ MEDGMAE_DEVICE ColumnSums<T> sum_column(const MomentShared<T>& shared, const Col
 #pragma unroll 1
   for (int run = 0; run <= s.high_plane; run += kRun) {
     T value = column_start(c, run), grads[kRun];
+    if (run + kRun <= s.high_plane + 1) {
 #pragma unroll
-    for (int k = 0; k < kRun; ++k) grads[k] = run + k <= s.high_plane ? grad[k * plane] : T(0);
-    grad += kRun * plane;
+      for (int k = 0; k < kRun; ++k, grad += plane) grads[k] = *grad;
+    } else {
+#pragma unroll
+      for (int k = 0; k < kRun; ++k) grads[k] = run + k <= s.high_plane ? grad[k * plane] : T(0);
+    }
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
       T weighted = value * grads[k];
@@ -59,7 +65,8 @@ MEDGMAE_DEVICE ColumnSums<T> sum_column(const MomentShared<T>& shared, const Col
 }
 
 template <class T>
-MEDGMAE_DEVICE ColumnSums<T> sum_exact_column(const VoxelizeCall& call, const ExactColumn<T>& c, int planes, int offset, const T* grad, int64_t plane) {
+MEDGMAE_DEVICE ColumnSums<T> sum_exact_column(const VoxelizeCall& call, const ExactColumn<T>& c, int planes, int offset,
+                                              const T* grad, int64_t plane) {
   T const least = least_exponent<T>(call);
   ColumnSums<T> sums = {};
 #pragma unroll 1
@@ -90,12 +97,14 @@ MEDGMAE_DEVICE void build_moment_slab(const VoxelizeCall& call, const VoxelBox& 
   T const least = least_exponent<T>(call);
   slab.kind = !shared->safe ? ColumnKind::exact : has_rim(slab, least) ? ColumnKind::rim : ColumnKind::whole;
   slab.threshold = power_of_two(least);
-  shared->slab = slab;
+  shared->slab = slab, shared->range = range;
 }
 
 // Columns `first`, `first` + `stride`, ... of the range, counted along x and then y.
 template <class T>
-MEDGMAE_DEVICE void sum_columns(const VoxelizeCall& call, const VoxelGaussian<double>& g, const MomentShared<T>& shared, const PatchPart& part, const VoxelBox& range, int first, int stride, T* sums) {
+MEDGMAE_DEVICE void sum_columns(const VoxelizeCall& call, const VoxelGaussian<double>& g, const MomentShared<T>& shared,
+                                const PatchPart& part, int first, int stride, T* sums) {
+  const VoxelBox& range = shared.range;
   int const lanes = range.last[2] - range.first[2] + 1, planes = range.last[0] - range.first[0] + 1;
   int64_t const plane = int64_t(call.patch[1]) * call.patch[2];
   const T* const grad = static_cast<const T*>(call.grad) + part.first + (range.first[0] - part.at[0]) * plane;
@@ -105,7 +114,8 @@ MEDGMAE_DEVICE void sum_columns(const VoxelizeCall& call, const VoxelGaussian<do
     T const row = T(y - shared.frame.at[1]), lane = T(x - shared.frame.at[2]);
     ColumnSums<T> c;
     if (shared.slab.kind == ColumnKind::exact) {
-      c = sum_exact_column(call, exact_column<T>(call, g, range.first[0], planes, y, x), planes, range.first[0] - shared.frame.at[0], column, plane);
+      ExactColumn<T> const exact = exact_column<T>(call, g, range.first[0], planes, y, x);
+      c = sum_exact_column(call, exact, planes, range.first[0] - shared.frame.at[0], column, plane);
     } else if (shared.slab.kind == ColumnKind::rim) {
       c = sum_column<T, true>(shared, column_at(shared.slab, row, lane), column, plane);
     } else {
@@ -119,15 +129,17 @@ MEDGMAE_DEVICE void sum_columns(const VoxelizeCall& call, const VoxelGaussian<do
 
 // Puts those of the patches from number `first` on, every `stride`th, that the Gaussian reaches into shared.parts, in order.
 template <class T, class Block>
-MEDGMAE_DEVICE void find_parts(const VoxelizeCall& call, const VoxelGaussian<double>& g, int64_t sample, int64_t first, int64_t stride, Block& block) {
+MEDGMAE_DEVICE void find_parts(const VoxelizeCall& call, const VoxelGaussian<double>& g, int64_t sample, int first, int stride,
+                               Block& block) {
   MomentShared<T>& shared = *block.shared;
   block.each([&](int t, MomentThread<T>& own) {
-    int64_t const j = first + t * stride;
+    int64_t const j = first + int64_t(t) * stride;
     int start[3];
     VoxelBox box, reach;
     for (int k = 0; k < 3; ++k) reach.first[k] = g.first[k], reach.last[k] = g.last[k];
-    shared.hits[t] = j < call.patches && piece_box(call, sample * call.patches + j, 0, patch_sides(call), start, &box) && overlap(box, reach);
-    own.part.first = (sample * call.patches + j) * patch_volume(call);
+    int64_t const patch = sample * call.patches + j;
+    shared.hits[t] = j < call.patches && piece_box(call, patch, 0, patch_sides(call), start, &box) && overlap(box, reach);
+    own.part.first = patch * patch_volume(call);
     for (int k = 0; k < 3; ++k) own.part.at[k] = shared.hits[t] ? box.first[k] : 0;
   });
   block.each([&](int t, MomentThread<T>& own) {
@@ -157,10 +169,10 @@ MEDGMAE_DEVICE void sum_block(Block& block) {
 template <class T, class Block>
 MEDGMAE_DEVICE void sum_moments(const VoxelizeCall& call, const VoxelizeWork& work, int64_t index, Block& block) {
   MomentShared<T>& shared = *block.shared;
-  int64_t const i = index / work.shares, sample = i / call.count;
+  int64_t const i = index / work.shares;
   int const share = int(index % work.shares);
   bool const by_patch = call.patches >= work.shares;
-  int64_t const step = by_patch ? work.shares : 1;
+  int const step = by_patch ? work.shares : 1, patches = int(call.patches);
   int const first_column = by_patch ? 0 : share * kThreads, columns = by_patch ? kThreads : work.shares * kThreads;
   const VoxelGaussian<double>& g = work.gaussians[i];
   bool const reaches = g.first[0] <= g.last[0] && g.first[1] <= g.last[1] && g.first[2] <= g.last[2];
@@ -172,10 +184,10 @@ MEDGMAE_DEVICE void sum_moments(const VoxelizeCall& call, const VoxelizeWork& wo
     shared.frame = frame_in_box<double>(call, g, g.first, g.last);
     shared.safe = factors_are_safe(shared.frame, reach, kPlanes);
   });
-  for (int64_t j = by_patch ? share : 0; reaches && j < call.patches; j += step * kThreads) {
-    find_parts<T>(call, g, sample, j, step, block);
+  for (int j = by_patch ? share : 0; reaches && j < patches; j += step * kThreads) {
+    find_parts<T>(call, g, i / call.count, j, step, block);
     for (int p = 0; p < shared.found; ++p) {
-      PatchPart const part = shared.parts[p];
+      const PatchPart& part = shared.parts[p];
       VoxelBox patch;
       for (int k = 0; k < 3; ++k) patch.first[k] = part.at[k], patch.last[k] = part.at[k] + call.patch[k] - 1;
       VoxelBox range = intersection(g.first, g.last, patch);
@@ -183,7 +195,9 @@ MEDGMAE_DEVICE void sum_moments(const VoxelizeCall& call, const VoxelizeWork& wo
       for (int z = range.first[0]; z <= end; z += kPlanes) {
         range.first[0] = z, range.last[0] = z + kPlanes - 1 < end ? z + kPlanes - 1 : end;
         block.each([&](int t, MomentThread<T>&) { build_moment_slab(call, range, t, &shared); });
-        block.each([&](int t, MomentThread<T>& own) { sum_columns(call, g, shared, part, range, first_column + t, columns, own.sums); });
+        block.each([&](int t, MomentThread<T>& own) {
+          sum_columns(call, g, shared, shared.parts[p], first_column + t, columns, own.sums);
+        });
       }
     }
   }

@@ -49,7 +49,8 @@ void run_blocks(int64_t blocks, Program program) {
   for (int64_t index = 0; index < blocks; ++index) {
     auto* const shared = static_cast<Shared*>(aligned_alloc(64, (sizeof(Shared) + 63) / 64 * 64));
     auto* const states = static_cast<State*>(aligned_alloc(64, sizeof(State) * kThreads));
-    memset(static_cast<void*>(shared), 0xff, sizeof(Shared)), memset(static_cast<void*>(states), 0xff, sizeof(State) * kThreads);
+    memset(static_cast<void*>(shared), 0xff, sizeof(Shared));
+    memset(static_cast<void*>(states), 0xff, sizeof(State) * kThreads);
     HostBlock<Shared, State> block = {shared, states};
     program(index, block);
     free(shared), free(states);
@@ -63,7 +64,8 @@ void run(const VoxelizeCall& call, const VoxelizeWork& work) {
   if (call.grad == nullptr) {
     int64_t const words = call.batch * call.patches * work.regions * work.words;
     for (int64_t i = 0; words > 0 && i < words + 5; ++i) mask_one(call, work, i);
-    run_blocks<RenderShared<T>, RenderThread<T>>(call.batch * call.patches * all_pieces(call, tile_sides()), [&](int64_t index, auto& block) {
+    int64_t const tiles = call.batch * call.patches * all_pieces(call, tile_sides());
+    run_blocks<RenderShared<T>, RenderThread<T>>(tiles, [&](int64_t index, auto& block) {
       render_tile<T>(call, work, index, block);
     });
   } else {
@@ -78,19 +80,23 @@ void run(const VoxelizeCall& call, const VoxelizeWork& work) {
 }  // namespace medgmae
 
 // Arguments as those of the binding in cuda/module.cpp; `ends` is origin and step. False without enough memory.
-extern "C" bool medgmae_blocks(int dtype, const int64_t* counts, void* const* addresses, const int* size, const int* patch, const double* ends, double support, const double* widths, bool backward) {
+extern "C" bool medgmae_blocks(int dtype, const int64_t* counts, void* const* addresses, const int* size, const int* patch,
+                               const double* ends, double support, const double* widths, bool backward) {
   using namespace medgmae;
   VoxelizeCall call = {};
   call.batch = counts[0], call.count = counts[1], call.patches = counts[2], call.support = support;
   call.least_width = widths[0], call.limit_width = widths[1];
-  for (int k = 0; k < 3; ++k) call.size[k] = size[k], call.patch[k] = patch[k], call.origin[k] = ends[k], call.step[k] = ends[3 + k];
+  for (int k = 0; k < 3; ++k) {
+    call.size[k] = size[k], call.patch[k] = patch[k], call.origin[k] = ends[k], call.step[k] = ends[3 + k];
+  }
   call.means = addresses[0], call.scales = addresses[1], call.quats = addresses[2], call.densities = addresses[3];
   call.index = static_cast<const int64_t*>(addresses[4]);
   static const double nothing = 0;
   if (!backward) call.out = addresses[5];
   else {
     call.grad = addresses[5] != nullptr ? addresses[5] : &nothing;
-    call.grad_means = addresses[6], call.grad_scales = addresses[7], call.grad_quats = addresses[8], call.grad_densities = addresses[9];
+    call.grad_means = addresses[6], call.grad_scales = addresses[7];
+    call.grad_quats = addresses[8], call.grad_densities = addresses[9];
   }
   int64_t const bytes = divide_workspace(call, backward, nullptr).bytes;
   void* const workspace = malloc(size_t(bytes > 0 ? bytes : 1));
