@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medgmae.ops import _voxelize_cuda as cuda
 from medgmae.ops._native import _C, DTYPE_CODES
 
 Kernel = Callable[..., Any]
@@ -18,6 +19,8 @@ def kernels() -> Iterator[tuple[str, Kernel, Kernel]]:
     """Dispatch key, forward and backward of every native implementation that is compiled in."""
     if _C is not None:
         yield "CPU", forward, backward
+    if hasattr(_C, "voxelize_cuda"):
+        yield "CUDA", cuda.forward, cuda.backward
 
 
 def forward(
