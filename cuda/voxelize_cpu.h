@@ -47,14 +47,13 @@ inline bool intersect(const int* first, const int* last, const Strip& strip, Par
   return true;
 }
 
-// All of the part counts; a threshold decides; no recurrence is safe.
-enum class Kind { whole, rim, needle };
+// All of the part counts; a threshold decides; no recurrence is safe; nothing counts.
+enum class Kind { whole, rim, needle, outside };
 
 // One Gaussian in one strip, or in a part of it.
 template <class T>
 struct Entry {
   alignas(64) T row[kSide], row_deep[kSide], plane[kSide];
-  T down_step, deep_step;  // factors of `down` and `deep` from one vector of lanes to the next
   T threshold;             // of a rim: weights below it are outside
   Kind kind;
   bool upper, lower;  // rows 0..7 and 8..15 are touched
@@ -73,6 +72,31 @@ struct Lanes {
   alignas(64) T row[kSide], scaled[kSide];  // without and with the plane's number
 };
 
+// Whether the ellipsoid of k standard deviations holds the part: it is convex, so its corners tell.
+template <class T>
+inline bool all_inside(const Entry<T>& e, const Part& part, T k) {
+  for (int corner = 0; corner < 8; ++corner) {
+    T n[3];
+    for (int a = 0; a < 3; ++a) n[a] = T((corner >> a & 1 ? part.high[a] : part.low[a]) - e.offset[a]);
+    if (!(exponent_at(e.frame, n[0], n[1], n[2]) > -T(0.5) * k * k)) return false;
+  }
+  return true;
+}
+
+// Whether the part surely lies outside: the exponent is concave, so it is below its tangent at the middle of the part.
+template <class T>
+inline bool all_outside(const Entry<T>& e, const Part& part, T k) {
+  const T *slope = e.frame.slope, *c = e.frame.curve;
+  T n[3], reach[3];
+  for (int a = 0; a < 3; ++a) {
+    n[a] = T(0.5) * T(part.low[a] + part.high[a]) - T(e.offset[a]), reach[a] = T(0.5) * T(part.high[a] - part.low[a]);
+  }
+  T const rise = reach[0] * fabs(slope[0] + c[0] * n[0] + c[3] * n[1] + c[4] * n[2]) +
+                 reach[1] * fabs(slope[1] + c[3] * n[0] + c[1] * n[1] + c[5] * n[2]) +
+                 reach[2] * fabs(slope[2] + c[4] * n[0] + c[5] * n[1] + c[2] * n[2]);
+  return exponent_at(e.frame, n[0], n[1], n[2]) + rise < -T(0.501) * k * k;
+}
+
 template <class T>
 inline Kind classify(Entry<T>* e, T support) {
   const VoxelFrame<T>& f = e->frame;
@@ -81,20 +105,15 @@ inline Kind classify(Entry<T>* e, T support) {
   T const x = T(e->part.high[2] - e->part.low[2]);
   T const lanes = x * (fabs(f.slope[2]) + fabs(f.curve[5]) * y + fabs(f.curve[4]) * z);
   T const rows = y * (fabs(f.slope[1]) + fabs(f.curve[3]) * z);
-  bool rim = false;
   e->threshold = 0;  // every weight counts
+  Kind kind = Kind::whole;
   if (support > 0 && !isinf(support)) {
-    T const least = -T(0.5) * support * support;
-    e->threshold = exp(least) * fabs(e->density);
-    for (int corner = 0; corner < 8 && !rim; ++corner) {
-      T n[3];
-      for (int k = 0; k < 3; ++k) n[k] = T((corner >> k & 1 ? e->part.high[k] : e->part.low[k]) - e->offset[k]);
-      rim = !(exponent_at(f, n[0], n[1], n[2]) > least);
-    }
+    e->threshold = exp(-T(0.5) * support * support) * fabs(e->density);
+    if (all_outside(*e, e->part, support)) return Kind::outside;
+    if (!all_inside(*e, e->part, support)) kind = Kind::rim;
   }
   // A density so large that it could overflow a factor is handled with care too.
-  if (!(lanes + rows < T(kSafeExponent)) || !(fabs(e->density) < T(1e8))) return Kind::needle;
-  return rim ? Kind::rim : Kind::whole;
+  return lanes + rows < T(kSafeExponent) && fabs(e->density) < T(1e8) ? kind : Kind::needle;
 }
 
 // Lanes x of [low, high].
@@ -115,7 +134,6 @@ inline void prepare_rows(Entry<T>* e) {
     store(e->row_deep + c, keep<T>(inside, exp_lanes(-y * f.curve[3])));
     store(e->plane + c, exp_lanes(f.start - n * (f.slope[0] + (T(0.5) * f.curve[0]) * n)));
   }
-  e->down_step = exp(-f.curve[5] * T(kLanes<T>)), e->deep_step = exp(-f.curve[4] * T(kLanes<T>));
 }
 
 // Gaussian g in part `e->part` of the strip.
@@ -128,7 +146,7 @@ inline void make_entry(const VoxelizeCall& call, const VoxelGaussian<double>& g,
   e->upper = e->part.low[1] < kHalf, e->lower = e->part.high[1] >= kHalf;
   e->density = call.grad == nullptr ? T(g.density) : T(1);
   e->kind = classify(e, T(call.support));
-  if (e->kind != Kind::needle) prepare_rows(e);
+  if (e->kind == Kind::whole || e->kind == Kind::rim) prepare_rows(e);
 }
 
 // The entries of a Gaussian: one for the strip; one for each of its tiles where the whole strip is too long for the
@@ -140,7 +158,7 @@ inline void for_entries(const VoxelizeCall& call, const VoxelGaussian<double>& g
   e->part = part;
   make_entry(call, g, strip, e);
   if (e->kind != Kind::needle) {
-    use(e);
+    if (e->kind != Kind::outside) use(e);
     return;
   }
   for (int x = part.low[2] / kSide * kSide; x <= part.high[2]; x += kSide) {
@@ -148,31 +166,46 @@ inline void for_entries(const VoxelizeCall& call, const VoxelGaussian<double>& g
     if (x > part.low[2]) e->part.low[2] = x;
     if (x + kSide - 1 < part.high[2]) e->part.high[2] = x + kSide - 1;
     make_entry(call, g, strip, e);
-    e = use(e);
+    if (e->kind != Kind::outside) e = use(e);
   }
 }
 
-// The lanes of the tile that begins at x0. Factors follow from those of the vector before, where that is all inside.
+// The part of an entry that lies in the tile that begins at x0.
+template <class T>
+inline Part tile_part(const Entry<T>& e, int x0) {
+  Part part = e.part;
+  if (x0 > part.low[2]) part.low[2] = x0;
+  if (x0 + kSide - 1 < part.high[2]) part.high[2] = x0 + kSide - 1;
+  return part;
+}
+
+// What a threshold does to the tile that begins at x0: the rim of a Gaussian lies in few of its tiles.
+template <class T>
+inline Kind kind_in_tile(const Entry<T>& e, T support, int x0) {
+  if (e.kind != Kind::rim) return e.kind;
+  Part const part = tile_part(e, x0);
+  if (all_inside(e, part, support)) return Kind::whole;
+  return all_outside(e, part, support) ? Kind::outside : Kind::rim;
+}
+
+// The lanes of the tile that begins at x0.
 template <class T>
 inline void make_lanes(const Entry<T>& e, int x0, Lanes<T>* l) {
   const VoxelFrame<T>& f = e.frame;
   T const z = T(e.part.low[0] - e.offset[0]);
   int const top = e.upper ? 0 : 1;
   T const y = T(top * kHalf - e.offset[1]), slope = f.slope[2] + f.curve[4] * z + f.curve[5] * y;
-  Vec<T> down = load(l->down + kSide - kLanes<T>), deep = load(l->deep + kSide - kLanes<T>);
   for (int c = 0; c < kSide; c += kLanes<T>) {
     Vec<T> const lane = ramp(T(x0 + c)), x = lane - T(e.offset[2]);
     Mask<T> const inside = between<T>(lane, T(e.part.low[2]), T(e.part.high[2]));
-    bool const fresh = x0 + c - kLanes<T> < e.part.low[2];
     // Lanes outside are zeroed: a factor could overflow there.
-    down = keep<T>(inside, fresh ? exp_lanes(-x * f.curve[5]) : down * e.down_step);
-    deep = keep<T>(inside, fresh ? exp_lanes(-x * f.curve[4]) : deep * e.deep_step);
+    Vec<T> const down = keep<T>(inside, exp_lanes(-x * f.curve[5]));
     Vec<T> const start = keep<T>(inside, exp_lanes(-x * (slope + (T(0.5) * f.curve[2]) * x)));
     Vec<T> const two = down * down, four = two * two;
     store(l->start[top] + c, start);
     if (e.upper && e.lower) store(l->start[1] + c, start * (four * four));
     store(l->down + c, down);
-    store(l->deep + c, deep);
+    store(l->deep + c, keep<T>(inside, exp_lanes(-x * f.curve[4])));
   }
 }
 
@@ -235,8 +268,6 @@ struct Sums {
     count += plane_count, one += plane_one, two += plane_two;
     z_count += z * plane_count, z_one += z * plane_one, zz_count += (z * z) * plane_count;
   }
-  // Adds a row of a plane.
-  void add_row(T y, Vec<T> value) { count += value, one += y * value, two += (y * y) * value; }
 };
 
 // Horner's rule on rows [first, first + R) of the planes: S <- S e + c from the last row to the first, three times.
@@ -264,22 +295,23 @@ inline void sum_whole(const Entry<T>& e, Lanes<T>& l, int first, int c, const Va
   }
 }
 
-// The weights are formed one by one, and those below the threshold left out.
+// The weights are formed one by one, and those below the threshold left out. The sums are Horner's, or with y and y^2.
 template <class T>
-inline void sum_rows(const Entry<T>& e, Lanes<T>& l, int c, const Values<const T>& values, Sums<T>* sums) {
+inline void sum_rows(const Entry<T>& e, Lanes<T>& l, int c, const Values<const T>& values, bool horner, Sums<T>* sums) {
   int const first = e.upper ? 0 : kHalf;
   Vec<T> start = load(l.start[first / kHalf] + c);
   Vec<T> const down = load(l.down + c), deep = load(l.deep + c);
   first_rows(e, &l);
   for (int z = e.part.low[0]; z <= e.part.high[0]; ++z) {
-    Vec<T> lanes = start;
-    Sums<T> plane;
+    Vec<T> lanes = start, count{}, one{}, two{};
     for (int y = first; y <= e.part.high[1]; ++y) {
       Vec<T> const weights = lanes * l.scaled[y];
-      plane.add_row(T(y - e.offset[1]), keep<T>(weights >= e.threshold, weights) * load(values.at(z, y, c)));
+      Vec<T> const value = keep<T>(weights >= e.threshold, weights) * load(values.at(z, y, c));
+      T const n = T(horner ? y - first + 1 : y - e.offset[1]);
+      count += value, one += n * value, two += (horner ? T(0.5) * n * (n + 1) : n * n) * value;
       lanes *= down;
     }
-    sums->add_plane(T(z - e.offset[0]), plane.count, plane.one, plane.two);
+    sums->add_plane(T(z - e.offset[0]), count, one, two);
     start *= deep;
     for (int y = 0; y < kSide && z + 1 < kSide; y += kHalf) next_rows(e, z + 1, y, &l);
   }
@@ -288,12 +320,14 @@ inline void sum_rows(const Entry<T>& e, Lanes<T>& l, int c, const Values<const T
 template <class T>
 inline void sum_needle(const Entry<T>& e, T support, int x, const Values<const T>& values, Sums<T>* sums) {
   for (int z = e.part.low[0]; z <= e.part.high[0]; ++z) {
-    Sums<T> plane;
+    Vec<T> count{}, one{}, two{}, weights;
     for (int y = e.part.low[1]; y <= e.part.high[1]; ++y) {
-      Vec<T> weights;
-      if (needle_row(e, support, z, y, x, &weights)) plane.add_row(T(y - e.offset[1]), weights * load(values.at(z, y, x)));
+      if (!needle_row(e, support, z, y, x, &weights)) continue;
+      Vec<T> const value = weights * load(values.at(z, y, x));
+      T const n = T(y - e.offset[1]);
+      count += value, one += n * value, two += n * n * value;
     }
-    sums->add_plane(T(z - e.offset[0]), plane.count, plane.one, plane.two);
+    sums->add_plane(T(z - e.offset[0]), count, one, two);
   }
 }
 
@@ -303,18 +337,20 @@ inline void entry_moments(const Entry<T>& e, T support, const Values<const T>& v
   int const first = e.upper ? 0 : kHalf;
   // Horner's rule counts rows from the edge of the tile, which costs digits where a Gaussian is but a voxel wide.
   bool const wide = e.frame.curve[0] + e.frame.curve[1] + e.frame.curve[2] < T(0.5);
-  bool const horner = e.kind == Kind::whole && wide;
+  bool const horner = e.kind != Kind::needle && wide;
   Vec<T> sums[10] = {};
   Lanes<T> l;
   for (int x = e.part.low[2] / kSide * kSide; x <= e.part.high[2]; x += kSide) {
     Values<const T> const here = {values.at(0, 0, x), values.plane, values.row};
-    if (e.kind != Kind::needle) make_lanes(e, x, &l);
+    Kind const kind = kind_in_tile(e, support, x);
+    if (kind == Kind::outside) continue;
+    if (kind != Kind::needle) make_lanes(e, x, &l);
     for (int c = 0; c < kSide; c += kLanes<T>) {
       Sums<T> s;
-      if (horner && e.upper && e.lower) sum_whole<T, kSide>(e, l, 0, c, here, &s);
-      else if (horner) sum_whole<T, kHalf>(e, l, first, c, here, &s);
-      else if (e.kind == Kind::needle) sum_needle(e, support, x + c, values, &s);
-      else sum_rows(e, l, c, here, &s);
+      if (kind == Kind::needle) sum_needle(e, support, x + c, values, &s);
+      else if (kind == Kind::rim || !wide) sum_rows(e, l, c, here, wide, &s);
+      else if (e.upper && e.lower) sum_whole<T, kSide>(e, l, 0, c, here, &s);
+      else sum_whole<T, kHalf>(e, l, first, c, here, &s);
       Vec<T> const offset = ramp(T(x + c)) - T(e.offset[2]), x_count = offset * s.count;
       sums[0] += s.count, sums[1] += s.z_count, sums[2] += s.one, sums[3] += x_count, sums[4] += s.zz_count;
       sums[5] += s.two, sums[6] += offset * x_count, sums[7] += s.z_one;

@@ -100,11 +100,13 @@ void render_rows(const Entry<T>* entries, Lanes<T>* lanes, const int* list, int 
 template <class T>
 void render_entries(const VoxelizeCall& call, const Entry<T>* entries, Lanes<T>* lanes, int count, int depth, const Values<T>& strip) {
   int list[kTogether];
+  Kind kinds[kTogether];
   for (int x = 0; x < call.patch[2]; x += kSide) {
     Values<T> const tile = {strip.at(0, 0, x), strip.plane, strip.row};
     for (int i = 0; i < count; ++i) {
       const Entry<T>& e = entries[i];
-      if (e.kind == Kind::needle || !e.in_tile(x)) continue;
+      kinds[i] = e.in_tile(x) ? kind_in_tile(e, T(call.support), x) : Kind::outside;
+      if (kinds[i] != Kind::whole && kinds[i] != Kind::rim) continue;
       make_lanes(e, x, &lanes[i]);
       first_rows(e, &lanes[i]);
     }
@@ -113,8 +115,7 @@ void render_entries(const VoxelizeCall& call, const Entry<T>* entries, Lanes<T>*
       Kind const kind = pass % 2 ? Kind::rim : Kind::whole;
       int n = 0;
       for (int i = 0; i < count; ++i) {
-        const Entry<T>& e = entries[i];
-        if (e.kind == kind && (half ? e.lower : e.upper) && e.in_tile(x)) list[n++] = i;
+        if (kinds[i] == kind && (half ? entries[i].lower : entries[i].upper)) list[n++] = i;
       }
       if (n == 0) continue;
       if (kind == Kind::rim) render_rows<T, true>(entries, lanes, list, n, half, depth, tile);

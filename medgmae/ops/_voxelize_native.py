@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from medgmae.ops import _voxelize_cuda as cuda
+from medgmae.ops import _voxelize_levels as multiresolution
 from medgmae.ops._native import _C, DTYPE_CODES
+from medgmae.ops._voxelize_levels import Lattice
 
 Kernel = Callable[..., Any]
 
@@ -37,8 +39,21 @@ def forward(
     threads: int | None = None,
 ) -> Tensor:
     """See ``medgmae::voxelize``. ``variant``: CPU instruction set, "" for the best; ``threads``: torch's if None."""
-    out = means.new_empty(*patches.shape, math.prod(patch_size))
-    _call([means, scales, quats, densities, patches], [out], size, patch_size, support, variant, threads)
+    parameters, size = [means, scales, quats, densities, patches], tuple(size)
+
+    def render(lattice: Lattice, patch: Sequence[int]) -> Tensor:
+        out = means.new_empty(*patches.shape, math.prod(patch))
+        _call(parameters, [out], lattice, patch, support, variant, threads)
+        return out
+
+    if not multiresolution.pay(means, patches, size, patch_size, support):
+        return render(multiresolution.voxels(size), patch_size)
+    finest, *coarse = multiresolution.levels(size, means.device)
+    out = render(finest, size)
+    with torch.autocast(means.device.type, enabled=False):
+        for level in coarse:
+            values = render(level, level.size).reshape(-1, *level.size)
+            multiresolution.add_interpolated(level, values, out.view(-1, *size))
     return out
 
 
@@ -57,17 +72,25 @@ def backward(
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``medgmae::voxelize_backward``; options as for :func:`forward`."""
-    inputs = [means, scales, quats, densities, patches, grad.to(means.dtype)]
-    out = means.new_empty(means.shape), means.new_empty(scales.shape), means.new_empty(quats.shape)
-    outputs = [*out, means.new_empty(densities.shape)]
-    _call(inputs, outputs, size, patch_size, support, variant, threads)
-    return outputs[0], outputs[1], outputs[2], outputs[3]
+    parameters, size = [means, scales, quats, densities, patches], tuple(size)
+    out = [tensor.new_empty(tensor.shape) for tensor in (means, scales, quats, densities)]
+    grad = grad.to(means.dtype).contiguous()
+    if multiresolution.pay(means, patches, size, patch_size, support):
+        finest, *coarse = multiresolution.levels(size, means.device)
+        _call([*parameters, grad], out, finest, size, support, variant, threads)
+        with torch.autocast(means.device.type, enabled=False):
+            for level in coarse:
+                gathered = multiresolution.gathered(level, grad.view(-1, *size))
+                _call([*parameters, gathered], out, level, level.size, support, variant, threads)
+    else:
+        _call([*parameters, grad], out, multiresolution.voxels(size), patch_size, support, variant, threads)
+    return out[0], out[1], out[2], out[3]
 
 
 def _call(
     inputs: list[Tensor],
     outputs: list[Tensor],
-    size: Sequence[int],
+    lattice: Lattice,
     patch_size: Sequence[int],
     support: float,
     variant: str,
@@ -75,8 +98,8 @@ def _call(
 ) -> None:
     assert _C is not None
     means, patches = inputs[0], inputs[4]
-    count = math.prod(s // p for s, p in zip(size, patch_size, strict=True))
-    if patches.numel() and not (0 <= int(patches.min()) and int(patches.max()) < count):
+    count = math.prod(s // p for s, p in zip(lattice.size, patch_size, strict=True))
+    if patches.numel() and not (int(patches.min()) >= 0 and int(patches.max()) < count):
         raise ValueError(f"patches must number the {count} patches from 0 on, got {patches.min()} to {patches.max()}")
     contiguous = [tensor.contiguous() for tensor in inputs]  # held until the kernel is done
     _C.voxelize(
@@ -85,12 +108,12 @@ def _call(
         means.shape[1],
         patches.shape[1],
         [tensor.data_ptr() for tensor in (*contiguous, *outputs)],
-        list(size),
+        list(lattice.size),
         list(patch_size),
-        [0.0, 0.0, 0.0],
-        [1 / (s - 1) if s > 1 else 0.0 for s in size],
+        list(lattice.origin),
+        list(lattice.step),
         support,
-        (0.0, math.inf),
+        lattice.widths,
         threads or torch.get_num_threads(),
         variant,
     )
