@@ -185,7 +185,7 @@ def direct(parameters: Sequence[Tensor], size: Sequence[int], cotangent: Tensor 
     run = ours(parameters, size, cotangent, support=None)
 
     def fine() -> Any:
-        with mock.patch.object(_voxelize_levels, "pay", return_value=False):
+        with mock.patch.object(_voxelize_levels, "strides", return_value=()):
             return run()
 
     return fine

@@ -16,10 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from medgmae.ops._voxelize_reference import rotation_matrix
+
 TAPS = 10
 # Lattice steps per standard deviation from which on a Gaussian is rendered on that lattice.
 WIDTH = 3.0
 STRIDES = (4, 2)
+# Gaussians per sample from which on a lattice pays.
+WORTH = {4: 16, 2: 32}
 
 
 class Lattice(NamedTuple):
@@ -45,26 +49,41 @@ def voxels(size: tuple[int, ...]) -> Lattice:
     return Lattice(size, (0.0,) * 3, tuple(1 / (n - 1) if n > 1 else 0.0 for n in size))
 
 
-def pay(means: Tensor, patches: Tensor, size: Sequence[int], patch_size: Sequence[int], support: float) -> bool:
-    """Whether levels are the way to render this: no truncation, a whole volume and enough Gaussians, in float32."""
+def strides(
+    parameters: Sequence[Tensor], patches: Tensor, size: Sequence[int], patch_size: Sequence[int], support: float
+) -> tuple[int, ...]:
+    """The coarse lattices that pay for these means, scales and quaternions, widest first; none where nothing does.
+
+    Interpolating a lattice costs as much as some ten Gaussians, so it is used for whole volumes in float32, and where
+    enough Gaussians are wide enough.
+    """
+    means, scales, quats = parameters[:3]
     dense = patches.shape[1] == 1 and list(size) == list(patch_size)
-    enough = means.shape[1] >= 32 and math.prod(size) >= 32**3
-    return math.isinf(support) and dense and enough and means.dtype == torch.float32
+    if not (math.isinf(support) and dense and means.dtype == torch.float32 and math.prod(size) >= 32**3):
+        return ()
+    precision = (rotation_matrix(quats) / scales.unsqueeze(-2)).square().sum(-1)  # (B, K, 3), the diagonal
+    widths = (precision.sqrt() * torch.tensor(voxels(tuple(size)).step)).amax(-1).reciprocal()
+    found: list[int] = []
+    limit = math.inf
+    for stride in STRIDES:
+        if int(((widths >= WIDTH * stride) & (widths < limit)).sum()) >= len(means) * WORTH[stride]:
+            found.append(stride)
+            limit = WIDTH * stride
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=32)
-def levels(size: tuple[int, ...], device: torch.device) -> list[Lattice]:
-    """The lattices for a volume, the voxels first. Every Gaussian belongs to exactly one."""
+def levels(size: tuple[int, ...], strides: tuple[int, ...]) -> list[Lattice]:
+    """The voxels, then the lattices of these strides for a volume. Every Gaussian belongs to exactly one."""
     fine = voxels(size)
-    found = [fine._replace(widths=(0.0, WIDTH * STRIDES[-1]))]
-    for stride in STRIDES:
+    found = [fine._replace(widths=(0.0, WIDTH * min(strides, default=math.inf)))]
+    for coarser, stride in zip((math.inf, *strides), strides, strict=False):
         before, after = TAPS // 2 - 1, TAPS // 2
         points = tuple((n - 1) // stride + 1 + before + after if n > 1 else 1 for n in size)
         step = tuple(stride * s for s in fine.step)
         origin = tuple(-before * s for s in step)
-        limit = math.inf if stride == STRIDES[0] else 2 * WIDTH
-        up = tuple(_interpolation(n, m, stride, before).to(device) for n, m in zip(size, points, strict=True))
-        found.append(Lattice(points, origin, step, (WIDTH, limit), up))
+        up = tuple(_interpolation(n, m, stride, before) for n, m in zip(size, points, strict=True))
+        found.append(Lattice(points, origin, step, (WIDTH, WIDTH * coarser / stride), up))
     return found
 
 
@@ -107,12 +126,11 @@ def add_interpolated(lattice: Lattice, values: Tensor, out: Tensor) -> None:
 def gathered(lattice: Lattice, grad: Tensor) -> Tensor:
     """The adjoint of :func:`add_interpolated`: (B, D, H, W) to (B, *lattice.size)."""
     depth, height, width = lattice.up
-    along = torch.matmul(depth.T, grad.flatten(2)).unflatten(2, tuple(grad.shape[2:]))  # (B, z, H, W)
+    along = torch.matmul(depth.T, grad.flatten(2)).reshape(len(grad), -1, *grad.shape[2:])  # (B, z, H, W)
     return _along_width(torch.matmul(height.T, along), width)
 
 
 def _along_width(values: Tensor, matrix: Tensor) -> Tensor:
     """Multiply the last axis of (B, z, y, x), plane by plane: one product of them all depends on the threads."""
-    return torch.bmm(values.flatten(0, 1), matrix.expand(values.shape[0] * values.shape[1], -1, -1)).unflatten(
-        0, values.shape[:2]
-    )
+    planes = values.flatten(0, 1)
+    return torch.bmm(planes, matrix.expand(len(planes), -1, -1)).reshape(*values.shape[:3], matrix.shape[1])

@@ -46,11 +46,10 @@ def forward(
         _call(parameters, [out], lattice, patch, support, variant, threads)
         return out
 
-    if not multiresolution.pay(means, patches, size, patch_size, support):
-        return render(multiresolution.voxels(size), patch_size)
-    finest, *coarse = multiresolution.levels(size, means.device)
-    out = render(finest, size)
     with torch.autocast(means.device.type, enabled=False):
+        strides = multiresolution.strides(parameters, patches, size, patch_size, support)
+        finest, *coarse = multiresolution.levels(size, strides)
+        out = render(finest, patch_size)
         for level in coarse:
             values = render(level, level.size).reshape(-1, *level.size)
             multiresolution.add_interpolated(level, values, out.view(-1, *size))
@@ -75,15 +74,13 @@ def backward(
     parameters, size = [means, scales, quats, densities, patches], tuple(size)
     out = [tensor.new_empty(tensor.shape) for tensor in (means, scales, quats, densities)]
     grad = grad.to(means.dtype).contiguous()
-    if multiresolution.pay(means, patches, size, patch_size, support):
-        finest, *coarse = multiresolution.levels(size, means.device)
-        _call([*parameters, grad], out, finest, size, support, variant, threads)
-        with torch.autocast(means.device.type, enabled=False):
-            for level in coarse:
-                gathered = multiresolution.gathered(level, grad.view(-1, *size))
-                _call([*parameters, gathered], out, level, level.size, support, variant, threads)
-    else:
-        _call([*parameters, grad], out, multiresolution.voxels(size), patch_size, support, variant, threads)
+    with torch.autocast(means.device.type, enabled=False):
+        strides = multiresolution.strides(parameters, patches, size, patch_size, support)
+        finest, *coarse = multiresolution.levels(size, strides)
+        _call([*parameters, grad], out, finest, patch_size, support, variant, threads)
+        for level in coarse:
+            gathered = multiresolution.gathered(level, grad.view(-1, *size))
+            _call([*parameters, gathered], out, level, level.size, support, variant, threads)
     return out[0], out[1], out[2], out[3]
 
 
