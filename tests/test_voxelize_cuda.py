@@ -110,6 +110,43 @@ def test_two_runs_give_the_same_bits(support: Any, count: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
 
 
+@every_support
+def test_a_patch_that_is_not_there_is_nan(support: Any) -> None:
+    """Nobody waits for the device to look at the numbers."""
+    parameters, patch = make(dtype=torch.float32), (8, 4, 7)
+    patches = torch.tensor([[0, 480, 5], [-1, 2, 2**40]])
+    there = (patches >= 0) & (patches < 480)
+    cotangent = torch.randn(2, 3, 224)
+    volume, got = gradients(parameters, cotangent, SIZE, support=support, patches=patches.cuda(), patch_size=patch)
+    assert torch.equal(volume.isnan().all(-1).cpu(), ~there)
+    assert torch.equal(volume.isfinite().all(-1).cpu(), there)
+    cotangent[~there] = 0
+    known = patches.where(there, 0).cuda()
+    _, wanted = gradients(parameters, cotangent, SIZE, support=support, patches=known, patch_size=patch)
+    for gradient, exact in zip(got, wanted, strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+
+
+def test_many_gaussians_and_many_patches() -> None:
+    """More words of Gaussians than a block reads at once, more blocks than two dimensions of a grid hold."""
+    means, scales, quats, densities = make(1, 65536, torch.float32, scale=0.02)
+    parameters = means, scales, quats, densities.abs()
+    volume, got = gradients(parameters, torch.ones(1, 1, *SIZE), SIZE, support="box")
+    halves = [gradients([p[:, i::2] for p in parameters], torch.ones(1, 1, *SIZE), SIZE, support="box") for i in (0, 1)]
+    assert peak_error(halves[0][0] + halves[1][0], volume) <= 1e-5
+    for k, whole in enumerate(got):
+        for i in (0, 1):
+            assert relative(halves[i][1][k], whole[:, i::2]) <= 1e-5
+
+    few = make(2, 3, torch.float32, scale=0.3)
+    patches = torch.randint(13440, (2, 100_000), device="cuda")
+    rendered, _ = gradients(few, torch.ones(2, 100_000, 8), SIZE, support=None, patches=patches, patch_size=2)
+    dense = voxelize(*[p.cuda() for p in few], SIZE, support=None)
+    grid = dense.reshape(2, 24, 2, 20, 2, 28, 2).permute(0, 1, 3, 5, 2, 4, 6).reshape(2, 13440, 8)
+    expected = grid.gather(1, patches[..., None].expand(-1, -1, 8))
+    assert peak_error(rendered, expected) <= 5e-6
+
+
 def test_half_precision_and_autocast() -> None:
     parameters = [p.cuda() for p in make(dtype=torch.float16)]
     expected = voxelize(*[p.float() for p in parameters], SIZE)
