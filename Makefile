@@ -26,9 +26,11 @@ lint: $(READY)
 bench: $(READY)
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
-# The CPU kernels under AddressSanitizer and UBSan: needs a C++ compiler alone. For CUDA: tests/sanitize/cuda.sh.
+# The CPU kernels, and the thread blocks of the CUDA kernels on the host, under sanitizers: needs a C++ compiler alone.
+# For CUDA on a GPU: tests/sanitize/cuda.sh.
 sanitize:
 	tests/sanitize/run.sh
+	tests/cuda_host/run.sh
 
 setup: $(READY)
 
