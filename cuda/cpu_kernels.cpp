@@ -1,5 +1,6 @@
 // CPU kernels. setup.py compiles this file once for each instruction set, with MEDGMAE_VARIANT naming it.
 #include "axpy.h"
+#include "banded.h"
 #include "common.h"
 #include "voxelize_strips.h"
 
@@ -26,10 +27,12 @@ bool voxelize(DType dtype, const VoxelizeCall& call, int threads, bool* enough_m
   });
 }
 
+void banded(const BandedCall& call, int threads) { banded_product(call, threads); }
+
 }  // namespace
 
 namespace MEDGMAE_VARIANT {
-extern const CpuKernels kernels = {axpy, voxelize};
+extern const CpuKernels kernels = {axpy, voxelize, banded};
 }
 
 }  // namespace medgmae

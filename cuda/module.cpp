@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "banded.h"
 #include "common.h"
 #include "cuda_kernels.h"
 #include "voxelize.h"
@@ -137,6 +138,17 @@ void voxelize(int dtype, int64_t batch, int64_t count, int64_t patches, const st
   if (!enough_memory) throw std::bad_alloc();
 }
 
+void banded(int64_t stack, int64_t rows_in, int64_t rows_out, int64_t length, int64_t taps, uintptr_t first, uintptr_t weights,
+            uintptr_t in, uintptr_t out, bool add, int threads, const std::string& variant) {
+  check(stack * rows_in * rows_out * length * taps, first != 0 && weights != 0 && in != 0 && out != 0, threads);
+  BandedCall const call = {stack, rows_in, rows_out, length, taps, reinterpret_cast<const int64_t*>(first),
+                           reinterpret_cast<const float*>(weights), reinterpret_cast<const float*>(in),
+                           reinterpret_cast<float*>(out), add};
+  const CpuKernels& kernels = *find_variant(variant).kernels;
+  py::gil_scoped_release release;
+  kernels.banded(call, threads);
+}
+
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
 void axpy_cuda(int dtype, int64_t n, double a, uintptr_t x, uintptr_t y, uintptr_t stream) {
   check(n, x != 0 && y != 0, 1);
@@ -220,6 +232,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("voxelize", &medgmae::voxelize, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a, "patch"_a,
              "origin"_a, "step"_a, "support"_a, "widths"_a, "threads"_a, "variant"_a = "",
              "Renders Gaussians on the CPU (6 addresses), or computes their gradients (10).");
+  module.def("banded", &medgmae::banded, "stack"_a, "rows_in"_a, "rows_out"_a, "length"_a, "taps"_a, "first"_a, "weights"_a,
+             "input"_a, "out"_a, "add"_a, "threads"_a, "variant"_a = "",
+             "Multiplies a stack of float32 matrices by a banded matrix from the left, on the CPU.");
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
   module.def("axpy_cuda", &medgmae::axpy_cuda, "dtype"_a, "n"_a, "a"_a, "x"_a, "y"_a, "stream"_a,
              "y += a x on the current CUDA device, for n elements at the device addresses x and y.");

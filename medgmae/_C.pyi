@@ -39,3 +39,17 @@ def voxelize_cuda(
     workspace_bytes: int,
     stream: int,
 ) -> None: ...
+def banded(
+    stack: int,
+    rows_in: int,
+    rows_out: int,
+    length: int,
+    taps: int,
+    first: int,
+    weights: int,
+    input: int,
+    out: int,
+    add: bool,
+    threads: int,
+    variant: str = "",
+) -> None: ...

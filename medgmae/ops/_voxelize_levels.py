@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from medgmae.ops._native import _C
 from medgmae.ops._voxelize_reference import rotation_matrix
 
 TAPS = 10
@@ -26,6 +27,26 @@ STRIDES = (4, 2)
 WORTH = {4: 16, 2: 32}
 
 
+class Band(NamedTuple):
+    """A matrix with few numbers in a row.
+
+    matrix: (rows, columns).
+    first: (groups,) int64, where the numbers of four rows begin.
+    weights: (groups, taps, 4), these numbers from there on.
+    """
+
+    matrix: Tensor
+    first: Tensor
+    weights: Tensor
+
+
+class Interpolation(NamedTuple):
+    """From the points of an axis to its voxels, and the adjoint."""
+
+    up: Band
+    down: Band
+
+
 class Lattice(NamedTuple):
     """Regular points, and which Gaussians are rendered on them.
 
@@ -33,14 +54,14 @@ class Lattice(NamedTuple):
     origin, step: position of the first and distance of two, in units of the axis.
     widths: least (included) and limit (excluded) of a Gaussian's width: its least standard deviation along an axis,
         the other coordinates held, in steps.
-    up: the matrices (voxels, points) that interpolate to the voxels, one per axis; empty for the voxels themselves.
+    up: what interpolates to the voxels along each axis; empty for the voxels themselves.
     """
 
     size: tuple[int, ...]
     origin: tuple[float, ...]
     step: tuple[float, ...]
     widths: tuple[float, float] = (0.0, math.inf)
-    up: tuple[Tensor, ...] = ()
+    up: tuple[Interpolation, ...] = ()
 
 
 @functools.cache
@@ -82,7 +103,8 @@ def levels(size: tuple[int, ...], strides: tuple[int, ...]) -> list[Lattice]:
         points = tuple((n - 1) // stride + 1 + before + after if n > 1 else 1 for n in size)
         step = tuple(stride * s for s in fine.step)
         origin = tuple(-before * s for s in step)
-        up = tuple(_interpolation(n, m, stride, before) for n, m in zip(size, points, strict=True))
+        matrices = [_interpolation(n, m, stride, before) for n, m in zip(size, points, strict=True)]
+        up = tuple(Interpolation(_band(matrix), _band(matrix.T.contiguous())) for matrix in matrices)
         found.append(Lattice(points, origin, step, (WIDTH, WIDTH * coarser / stride), up))
     return found
 
@@ -115,22 +137,48 @@ def _taps(phase: float) -> Tensor:
     return solution.squeeze(1)
 
 
-def add_interpolated(lattice: Lattice, values: Tensor, out: Tensor) -> None:
-    """Interpolate the values (B, *lattice.size) and add them to the voxels ``out`` (B, D, H, W), contiguous."""
-    depth, height, width = lattice.up
-    along = _along_width(values, width.T)  # (B, z, y, W)
-    along = torch.matmul(height, along).flatten(2)  # (B, z, H W)
-    out.flatten(2).baddbmm_(depth.expand(len(out), -1, -1), along)
+def _band(matrix: Tensor) -> Band:
+    rows, columns = matrix.shape
+    padded = torch.cat([matrix, matrix.new_zeros(-rows % 4, columns)]).unflatten(0, (-1, 4))  # type: ignore[no-untyped-call]
+    nonzero = (padded != 0).any(1).int()  # (groups, columns)
+    first = nonzero.argmax(1)
+    last = columns - 1 - nonzero.flip(1).argmax(1)
+    place = first.unsqueeze(1) + torch.arange(int((last - first).max()) + 1)
+    weights = padded.transpose(1, 2).gather(1, place.clamp(max=columns - 1).unsqueeze(2).expand(-1, -1, 4))
+    return Band(matrix, first, (weights * (place < columns).unsqueeze(2)).contiguous())
 
 
-def gathered(lattice: Lattice, grad: Tensor) -> Tensor:
+def add_interpolated(lattice: Lattice, values: Tensor, out: Tensor, threads: int, variant: str = "") -> None:
+    """Interpolate the values (B, *lattice.size) and add them to the voxels ``out`` (B, D, H, W), contiguous float32."""
+    depth, height, width = (axis.up for axis in lattice.up)
+    along = _along_width(values, width)  # (B, z, y, W)
+    batch, points = along.shape[:2]
+    rows = out.new_empty(batch * points, out.shape[2], out.shape[3])  # (B z, H, W)
+    _multiply(height, along.flatten(0, 1), rows, False, threads, variant)
+    _multiply(depth, rows.view(batch, points, -1), out.flatten(2), True, threads, variant)
+
+
+def gathered(lattice: Lattice, grad: Tensor, threads: int, variant: str = "") -> Tensor:
     """The adjoint of :func:`add_interpolated`: (B, D, H, W) to (B, *lattice.size)."""
-    depth, height, width = lattice.up
-    along = torch.matmul(depth.T, grad.flatten(2)).reshape(len(grad), -1, *grad.shape[2:])  # (B, z, H, W)
-    return _along_width(torch.matmul(height.T, along), width)
+    depth, height, width = (axis.down for axis in lattice.up)
+    batch, points = len(grad), len(depth.matrix)
+    planes = grad.new_empty(batch, points, grad.shape[2] * grad.shape[3])
+    _multiply(depth, grad.flatten(2), planes, False, threads, variant)
+    rows = grad.new_empty(batch * points, len(height.matrix), grad.shape[3])
+    _multiply(height, planes.view(batch * points, *grad.shape[2:]), rows, False, threads, variant)
+    return _along_width(rows.view(batch, points, *rows.shape[1:]), width)
 
 
-def _along_width(values: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply the last axis of (B, z, y, x), plane by plane: one product of them all depends on the threads."""
+def _multiply(band: Band, stack: Tensor, out: Tensor, add: bool, threads: int, variant: str) -> None:
+    """``out`` (S, rows, L) becomes, or grows by, the matrix times each of the stack (S, columns, L)."""
+    assert _C is not None
+    sizes = (stack.shape[0], stack.shape[1], out.shape[1], stack.shape[2], band.weights.shape[1])
+    pointers = [tensor.data_ptr() for tensor in (band.first, band.weights, stack, out)]
+    _C.banded(*sizes, *pointers, add, threads, variant)
+
+
+def _along_width(values: Tensor, band: Band) -> Tensor:
+    """Multiply along the last axis of (B, z, y, x), plane by plane: one product of them all depends on the threads."""
     planes = values.flatten(0, 1)
-    return torch.bmm(planes, matrix.expand(len(planes), -1, -1)).reshape(*values.shape[:3], matrix.shape[1])
+    product = torch.bmm(planes, band.matrix.T.expand(len(planes), -1, -1))
+    return product.reshape(*values.shape[:3], len(band.matrix))

@@ -40,6 +40,7 @@ def forward(
 ) -> Tensor:
     """See ``medgmae::voxelize``. ``variant``: CPU instruction set, "" for the best; ``threads``: torch's if None."""
     parameters, size = [means, scales, quats, densities, patches], tuple(size)
+    threads = threads or torch.get_num_threads()
 
     def render(lattice: Lattice, patch: Sequence[int]) -> Tensor:
         out = means.new_empty(*patches.shape, math.prod(patch))
@@ -52,7 +53,7 @@ def forward(
         out = render(finest, patch_size)
         for level in coarse:
             values = render(level, level.size).reshape(-1, *level.size)
-            multiresolution.add_interpolated(level, values, out.view(-1, *size))
+            multiresolution.add_interpolated(level, values, out.view(-1, *size), threads, variant)
     return out
 
 
@@ -72,6 +73,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``medgmae::voxelize_backward``; options as for :func:`forward`."""
     parameters, size = [means, scales, quats, densities, patches], tuple(size)
+    threads = threads or torch.get_num_threads()
     out = [tensor.new_empty(tensor.shape) for tensor in (means, scales, quats, densities)]
     grad = grad.to(means.dtype).contiguous()
     with torch.autocast(means.device.type, enabled=False):
@@ -79,7 +81,7 @@ def backward(
         finest, *coarse = multiresolution.levels(size, strides)
         _call([*parameters, grad], out, finest, patch_size, support, variant, threads)
         for level in coarse:
-            gathered = multiresolution.gathered(level, grad.view(-1, *size))
+            gathered = multiresolution.gathered(level, grad.view(-1, *size), threads, variant)
             _call([*parameters, gathered], out, level, level.size, support, variant, threads)
     return out[0], out[1], out[2], out[3]
 
@@ -91,7 +93,7 @@ def _call(
     patch_size: Sequence[int],
     support: float,
     variant: str,
-    threads: int | None,
+    threads: int,
 ) -> None:
     assert _C is not None
     means, patches = inputs[0], inputs[4]
@@ -111,6 +113,6 @@ def _call(
         list(lattice.step),
         support,
         lattice.widths,
-        threads or torch.get_num_threads(),
+        threads,
         variant,
     )
