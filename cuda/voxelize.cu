@@ -31,7 +31,7 @@ __global__ void mask_kernel(const VoxelizeCall call, const VoxelizeWork work) { 
 template <class T>
 constexpr int kRenderBlocks = sizeof(T) == 4 ? 12 : 7;
 template <class T>
-constexpr int kMomentBlocks = sizeof(T) == 4 ? 12 : 7;
+constexpr int kMomentBlocks = sizeof(T) == 4 ? 8 : 5;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kRenderBlocks<T>) render_kernel(const VoxelizeCall call, const VoxelizeWork work) {

@@ -37,31 +37,37 @@ struct ColumnSums {
   T count, one, two;
 };
 
+// Two neighbouring columns, which share the factors of z and the address; the second may be missing.
 template <class T, bool rim>
-MEDGMAE_DEVICE ColumnSums<T> sum_column(const MomentShared<T>& shared, const Column<T>& c, const T* grad, int64_t plane) {
+MEDGMAE_DEVICE void sum_pair(const MomentShared<T>& shared, const Column<T>* c, bool second, const T* grad, int64_t plane,
+                             ColumnSums<T>* sums) {
   const Slab<T>& s = shared.slab;
-  ColumnSums<T> sums = {};
 #pragma unroll 1
   for (int run = 0; run <= s.high_plane; run += kRun) {
-    T value = column_start(c, run), grads[kRun];
+    T value[2] = {column_start(c[0], run), column_start(c[1], run)}, grads[2][kRun];
     if (run + kRun <= s.high_plane + 1) {
 #pragma unroll
-      for (int k = 0; k < kRun; ++k, grad += plane) grads[k] = *grad;
+      for (int k = 0; k < kRun; ++k, grad += plane) grads[0][k] = grad[0], grads[1][k] = second ? grad[1] : T(0);
     } else {
 #pragma unroll
-      for (int k = 0; k < kRun; ++k) grads[k] = run + k <= s.high_plane ? grad[k * plane] : T(0);
+      for (int k = 0; k < kRun; ++k, grad += plane) {
+        bool const inside = run + k <= s.high_plane;
+        grads[0][k] = inside ? grad[0] : T(0), grads[1][k] = inside && second ? grad[1] : T(0);
+      }
     }
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
-      T weighted = value * grads[k];
-      if (rim) weighted = value * shared.plane[run + k] >= s.threshold ? weighted : T(0);
-      sums.count += weighted * shared.plane[run + k];
-      sums.one += weighted * shared.plane_one[run + k];
-      sums.two += weighted * shared.plane_two[run + k];
-      value *= c.step;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        T weighted = value[i] * grads[i][k];
+        if (rim) weighted = value[i] * shared.plane[run + k] >= s.threshold ? weighted : T(0);
+        sums[i].count += weighted * shared.plane[run + k];
+        sums[i].one += weighted * shared.plane_one[run + k];
+        sums[i].two += weighted * shared.plane_two[run + k];
+        value[i] *= c[i].step;
+      }
     }
   }
-  return sums;
 }
 
 template <class T>
@@ -100,30 +106,37 @@ MEDGMAE_DEVICE void build_moment_slab(const VoxelizeCall& call, const VoxelBox& 
   shared->slab = slab, shared->range = range;
 }
 
-// Columns `first`, `first` + `stride`, ... of the range, counted along x and then y.
+// Pairs of columns `first`, `first` + `stride`, ... of the slab's range, counted along x and then y.
 template <class T>
 MEDGMAE_DEVICE void sum_columns(const VoxelizeCall& call, const VoxelGaussian<double>& g, const MomentShared<T>& shared,
                                 const PatchPart& part, int first, int stride, T* sums) {
   const VoxelBox& range = shared.range;
-  int const lanes = range.last[2] - range.first[2] + 1, planes = range.last[0] - range.first[0] + 1;
+  int const pairs = (range.last[2] - range.first[2]) / 2 + 1, planes = range.last[0] - range.first[0] + 1;
+  int const offset = range.first[0] - shared.frame.at[0];
   int64_t const plane = int64_t(call.patch[1]) * call.patch[2];
   const T* const grad = static_cast<const T*>(call.grad) + part.first + (range.first[0] - part.at[0]) * plane;
-  int y = range.first[1] + first / lanes, x = range.first[2] + first % lanes;
+  int y = range.first[1] + first / pairs, pair = first % pairs;
   while (y <= range.last[1]) {
+    int const x = range.first[2] + 2 * pair;
+    bool const second = x < range.last[2];
     const T* const column = grad + int64_t(y - part.at[1]) * call.patch[2] + (x - part.at[2]);
     T const row = T(y - shared.frame.at[1]), lane = T(x - shared.frame.at[2]);
-    ColumnSums<T> c;
+    ColumnSums<T> c[2] = {};
     if (shared.slab.kind == ColumnKind::exact) {
-      ExactColumn<T> const exact = exact_column<T>(call, g, range.first[0], planes, y, x);
-      c = sum_exact_column(call, exact, planes, range.first[0] - shared.frame.at[0], column, plane);
-    } else if (shared.slab.kind == ColumnKind::rim) {
-      c = sum_column<T, true>(shared, column_at(shared.slab, row, lane), column, plane);
+#pragma unroll 1
+      for (int i = 0; i < 1 + second; ++i) {
+        ExactColumn<T> const exact = exact_column<T>(call, g, range.first[0], planes, y, x + i);
+        add_column_sums(sum_exact_column(call, exact, planes, offset, column + i, plane), row, lane + T(i), sums);
+      }
     } else {
-      c = sum_column<T, false>(shared, column_at(shared.slab, row, lane), column, plane);
+      Column<T> const columns[2] = {column_at(shared.slab, row, lane), column_at(shared.slab, row, lane + T(second))};
+      if (shared.slab.kind == ColumnKind::rim) sum_pair<T, true>(shared, columns, second, column, plane, c);
+      else sum_pair<T, false>(shared, columns, second, column, plane, c);
+      add_column_sums(c[0], row, lane, sums);
+      add_column_sums(c[1], row, lane + T(1), sums);
     }
-    add_column_sums(c, row, lane, sums);
-    y += stride / lanes, x += stride % lanes;
-    if (x > range.last[2]) x -= lanes, ++y;
+    y += stride / pairs, pair += stride % pairs;
+    if (pair >= pairs) pair -= pairs, ++y;
   }
 }
 
@@ -165,7 +178,7 @@ MEDGMAE_DEVICE void sum_block(Block& block) {
 }
 
 // Moments of share `index % shares` of Gaussian `index / shares`. With many patches a share is every so many-th patch, else
-// every so many-th group of columns.
+// every so many-th group of pairs of columns.
 template <class T, class Block>
 MEDGMAE_DEVICE void sum_moments(const VoxelizeCall& call, const VoxelizeWork& work, int64_t index, Block& block) {
   MomentShared<T>& shared = *block.shared;
@@ -173,7 +186,7 @@ MEDGMAE_DEVICE void sum_moments(const VoxelizeCall& call, const VoxelizeWork& wo
   int const share = int(index % work.shares);
   bool const by_patch = call.patches >= work.shares;
   int const step = by_patch ? work.shares : 1, patches = int(call.patches);
-  int const first_column = by_patch ? 0 : share * kThreads, columns = by_patch ? kThreads : work.shares * kThreads;
+  int const first_pair = by_patch ? 0 : share * kThreads, pairs = by_patch ? kThreads : work.shares * kThreads;
   const VoxelGaussian<double>& g = work.gaussians[i];
   bool const reaches = g.first[0] <= g.last[0] && g.first[1] <= g.last[1] && g.first[2] <= g.last[2];
   block.each([&](int t, MomentThread<T>& own) {
@@ -196,7 +209,7 @@ MEDGMAE_DEVICE void sum_moments(const VoxelizeCall& call, const VoxelizeWork& wo
         range.first[0] = z, range.last[0] = z + kPlanes - 1 < end ? z + kPlanes - 1 : end;
         block.each([&](int t, MomentThread<T>&) { build_moment_slab(call, range, t, &shared); });
         block.each([&](int t, MomentThread<T>& own) {
-          sum_columns(call, g, shared, shared.parts[p], first_column + t, columns, own.sums);
+          sum_columns(call, g, shared, shared.parts[p], first_pair + t, pairs, own.sums);
         });
       }
     }
