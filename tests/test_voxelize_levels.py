@@ -32,8 +32,8 @@ def parameters(scale: float, count: int = 96, batch: int = 2) -> list[Tensor]:
 @pytest.mark.parametrize("stride", levels.STRIDES)
 @pytest.mark.parametrize("width", [levels.WIDTH, 5.0])
 def test_a_wide_gaussian_is_known_between_the_points(stride: int, width: float) -> None:
-    matrix = levels._interpolation(61, 60 // stride + 1 + levels.TAPS - 1, stride, levels.TAPS // 2 - 1).double()
-    points = (torch.arange(matrix.shape[1], dtype=torch.float64) - (levels.TAPS // 2 - 1)) * stride
+    matrix = levels._interpolation(61, 60 // stride + 1 + levels.TAPS - 1, stride, (levels.TAPS - 1) // 2).double()
+    points = (torch.arange(matrix.shape[1], dtype=torch.float64) - ((levels.TAPS - 1) // 2)) * stride
     for center in (30.0, 31.4, -2.3):
         at = [torch.exp(-0.5 * ((x - center) / (width * stride)) ** 2) for x in (points, torch.arange(61.0).double())]
         assert (matrix @ at[0] - at[1]).abs().max() < 5e-7

@@ -1,7 +1,7 @@
 """Untruncated rendering in levels: wide Gaussians on coarse lattices, which are then interpolated.
 
 A Gaussian with a standard deviation of 3 lattice steps or more is, to 1e-7, band-limited on that lattice: its values
-between the lattice points follow from 10 neighbours per axis. So all wide Gaussians are summed on a lattice of every
+between the lattice points follow from 9 neighbours per axis. So all wide Gaussians are summed on a lattice of every
 4th voxel, those of medium width on one of every 2nd, and each lattice is interpolated once, whatever the number of
 Gaussians. The backward is the adjoint: the gradient is gathered on the lattices first.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from medgmae.ops._native import _C
 from medgmae.ops._voxelize_reference import rotation_matrix
 
-TAPS = 10
+TAPS = 9
 # Lattice steps per standard deviation from which on a Gaussian is rendered on that lattice.
 WIDTH = 3.0
 STRIDES = (4, 2)
@@ -99,7 +99,7 @@ def levels(size: tuple[int, ...], strides: tuple[int, ...]) -> list[Lattice]:
     fine = voxels(size)
     found = [fine._replace(widths=(0.0, WIDTH * min(strides, default=math.inf)))]
     for coarser, stride in zip((math.inf, *strides), strides, strict=False):
-        before, after = TAPS // 2 - 1, TAPS // 2
+        before, after = (TAPS - 1) // 2, TAPS // 2
         points = tuple((n - 1) // stride + 1 + before + after if n > 1 else 1 for n in size)
         step = tuple(stride * s for s in fine.step)
         origin = tuple(-before * s for s in step)
@@ -129,7 +129,7 @@ def _taps(phase: float) -> Tensor:
     """
     frequency = torch.linspace(0, 3.0, 2048, dtype=torch.float64)
     weight = torch.exp(-0.5 * (WIDTH * frequency) ** 2).unsqueeze(1)
-    place = torch.arange(TAPS, dtype=torch.float64) - (TAPS // 2 - 1)
+    place = torch.arange(TAPS, dtype=torch.float64) - ((TAPS - 1) // 2)
     waves = torch.cat([torch.cos(frequency[:, None] * place), torch.sin(frequency[:, None] * place)])
     wanted = torch.cat([torch.cos(frequency * phase), torch.sin(frequency * phase)]).unsqueeze(1)
     weights = torch.cat([weight, weight])
