@@ -19,9 +19,8 @@ every_support = pytest.mark.parametrize("support", SUPPORTS, ids=str)
 # Sizes that are no multiples of a tile, axes shorter than one, one voxel, and one beyond a tile.
 SIZES = [(33, 50, 97), (16, 16, 16), (1, 1, 70), (17, 1, 31), (5, 33, 15)]
 COUNT = 24
-# Of the largest value, with few Gaussians, whose errors do not average out. Narrow vectors take more steps of the
-# recurrence along a row. docs/renderer.md states 2e-6 for a volume full of Gaussians: tested below.
-FORWARD_BOUND = {"generic": 4e-6, "avx2": 3e-6, "avx512": 3e-6}
+# Of the largest value.
+FORWARD_BOUND = 2e-6
 
 
 def at_the_rim(parameters: Parameters, size: tuple[int, ...], k: float) -> torch.Tensor:
@@ -62,7 +61,7 @@ def case(size: tuple[int, ...], support: Any, scale: float, spread: float = 0.3)
 def test_float32_is_exact_to_rounding(path: Path, support: Any, size: tuple[int, ...], scale: float) -> None:
     parameters, cotangent, rim, expected, wanted = case(size, support, scale)
     volume, gradients = path.gradients(parameters, cotangent, size, support)
-    assert peak_error(volume.masked_fill(rim, 0), expected.masked_fill(rim, 0)) <= FORWARD_BOUND[path.name]
+    assert peak_error(volume.masked_fill(rim, 0), expected.masked_fill(rim, 0)) <= FORWARD_BOUND
     for got, gradient in zip(gradients, wanted, strict=True):
         assert relative(got, gradient) <= 1e-5
 
@@ -140,7 +139,7 @@ def test_patches_equal_the_volume(path: Path, support: Any, patch: tuple[int, ..
     if isinstance(support, float):  # the rim may fall on the other side
         rim = cut(at_the_rim(parameters, size, support), patches, patch)
         rendered, expected = rendered.masked_fill(rim, 0), expected.masked_fill(rim, 0)
-    assert peak_error(rendered, expected) <= FORWARD_BOUND[path.name]
+    assert peak_error(rendered, expected) <= FORWARD_BOUND
 
 
 def flush(x: torch.Tensor) -> float:

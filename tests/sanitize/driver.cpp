@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "../../cuda/banded.h"
 #include "../../cuda/voxelize.h"
 
 namespace medgmae {
@@ -140,12 +141,32 @@ void run(uint64_t seed) {
   }
 }
 
+// Products of banded matrices; a band may pass the last row.
+void run_banded(uint64_t seed) {
+  Random random(seed);
+  medgmae::BandedCall call = {};
+  call.stack = pick(random, 0, 3), call.rows_in = pick(random, 1, 40), call.rows_out = pick(random, 0, 40);
+  call.length = pick(random, 0, 100), call.taps = pick(random, 1, 20), call.add = pick(random, 0, 1) == 1;
+  int64_t const groups = (call.rows_out + medgmae::kBandRows - 1) / medgmae::kBandRows;
+  std::unique_ptr<int64_t[]> const first(new int64_t[size_t(groups)]);
+  for (int64_t g = 0; g < groups; ++g) first[g] = pick(random, 0, int(call.rows_in) - 1);
+  auto const filled = [&](int64_t n) {
+    std::unique_ptr<float[]> values(new float[size_t(n)]);
+    for (int64_t i = 0; i < n; ++i) values[i] = float(hostile(random, real(random, -1, 1), 50));
+    return values;
+  };
+  auto const weights = filled(groups * call.taps * medgmae::kBandRows), in = filled(call.stack * call.rows_in * call.length);
+  auto const out = filled(call.stack * call.rows_out * call.length);
+  call.first = first.get(), call.weights = weights.get(), call.in = in.get(), call.out = out.get();
+  medgmae::MEDGMAE_VARIANT::kernels.banded(call, pick(random, 1, 3));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   uint64_t const cases = argc > 1 ? strtoull(argv[1], nullptr, 10) : 300;
   uint64_t const first = argc > 2 ? strtoull(argv[2], nullptr, 10) : 0;
-  for (uint64_t seed = first; seed < first + cases; ++seed) run<float>(seed), run<double>(seed);
-  printf("%llu calls, no finding\n", static_cast<unsigned long long>(2 * cases));
+  for (uint64_t seed = first; seed < first + cases; ++seed) run<float>(seed), run<double>(seed), run_banded(seed);
+  printf("%llu calls, no finding\n", static_cast<unsigned long long>(3 * cases));
   return 0;
 }
