@@ -197,7 +197,8 @@ class GaussianDecoder(nn.Module):
         heads: list[Any] = []
         for what in HEADS:
             if level:
-                heads += getattr(self, f"{self._groups()[level - 1]}_{what}_heads")
+                group = getattr(self, f"{self._groups()[level - 1]}_{what}_heads")
+                heads += [group[i] for i in range(count)]  # torch 2.6 compiles this, not `heads += group`
             else:
                 heads.append(getattr(self, f"{what}_head"))
         weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
@@ -277,7 +278,7 @@ def _activate(raw: dict[str, Tensor]) -> Gaussians:
 def _displace(base: Gaussians, raw: dict[str, Tensor], count: int, shrink: float) -> Gaussians:
     """Equation 4 of the paper: ``count`` Gaussians near each of level 0."""
     moved = {what: REACH[what] * value.tanh() for what, value in raw.items()}
-    means, scales, quats = (value.repeat(1, count, 1) for value in base[:3])
+    means, scales, quats = (value.repeat(1, count, 1) for value in (base.means, base.scales, base.quats))
     scales = scales + moved["scale"] - shrink
     scales = scales + (scales.clamp(min=MIN_SCALE) - scales).detach()  # the value is held, the gradient is not
     return Gaussians(
