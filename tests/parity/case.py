@@ -50,7 +50,7 @@ class Case:
         A bare number is absolute. An output that is not in the list gets the loosest entry. What is stated as a part of
         the largest value (``1e-3*max``) is taken of ``expected``.
         """
-        stated = self.spec.get("tolerance")
+        stated = self.spec.get("tolerance", self.spec.get("suggested_tolerance"))
         assert stated is not None, "the case states no tolerance"
         peak = None if expected is None else float(expected.abs().max()) if expected.numel() else 0.0
         return _tolerance(stated, keys, peak)
