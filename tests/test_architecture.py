@@ -23,8 +23,8 @@ SCRIPTS = sorted(path for folder in ("tests", "benchmarks", "examples") for path
 NATIVE = sorted(path for path in (ROOT / "cuda").iterdir() if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
 
 # Which modules of the package a module may import, most specific entry first; an entry also allows what is below it.
-BORDER = ["adapt", "cards", "checkpoint", "convert", "convert_gaussian", "download", "export", "integrity"]
-BORDER += ["registry", "transfer"]
+BORDER = ["adapt", "cards", "checkpoint", "convert", "convert_file", "convert_gaussian", "convert_vim", "download"]
+BORDER += ["export", "integrity", "registry", "transfer"]
 MAY_IMPORT: dict[str, list[str]] = {
     "ops": ["ops", "_C"],
     "masking": ["ops"],
@@ -46,8 +46,10 @@ MAY_IMPORT: dict[str, list[str]] = {
     "transfer": ["cards", "integrity"],
     "download": ["cards", "integrity", "transfer"],
     "checkpoint": ["cards"],
-    "convert": ["cards", "convert_gaussian", "layers"],
+    "convert": ["cards", "convert_file", "convert_gaussian", "convert_vim"],
+    "convert_file": ["cards", "layers"],
     "convert_gaussian": [],
+    "convert_vim": ["cards", "convert_file"],
     "adapt": ["layers"],
     "export": ["cards", "download", "registry", "transfer"],
     "hub": [*BORDER, "layers"],
