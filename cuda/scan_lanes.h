@@ -1,0 +1,105 @@
+// The functions of the selective scan for vectors of channels. Unlike those of simd.h they keep NaN.
+#pragma once
+
+#include "simd.h"
+
+namespace medgmae {
+namespace {
+
+// What A is multiplied by before the scan, so that decay() is one power of two.
+template <class T>
+constexpr T kDecayScale = T(1);
+template <>
+constexpr float kDecayScale<float> = 1.44269504088896341f;
+
+// exp(x / kDecayScale), to 2e-7.
+inline Vec<float> decay_lanes(Vec<float> x) {
+  Vec<float> const low = splat(-126.0f), high = splat(127.0f);
+  x = low > x ? low : x;  // the comparison is false for NaN, which passes
+  x = high < x ? high : x;
+  Vec<float> const shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds, and leaves the integer in the low bits
+  Vec<float> const r = x - (shifted - 12582912.0f);
+  Vec<float> p = splat(1.326472731307149e-3f);  // minimax on [-1/2, 1/2], exact at 0
+  p = p * r + 9.671512991189957e-3f;
+  p = p * r + 5.550733581185341e-2f;
+  p = p * r + 2.4022242426872253e-1f;
+  p = p * r + 6.931470036506653e-1f;
+  p = p * r + 1.0f;
+  Mask<float> power, bits;
+  memcpy(&power, &shifted, sizeof(power));
+  memcpy(&bits, &p, sizeof(bits));
+  bits += power << 23;
+  memcpy(&p, &bits, sizeof(p));
+  return p;
+}
+
+inline Vec<double> decay_lanes(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = exp(x[i]);
+  return x;
+}
+
+// log(1 + u) for u in [0, 1].
+inline Vec<float> log1p_lanes(Vec<float> u) {
+  Vec<float> const s = u / (u + 2.0f), s2 = s * s;  // 2 atanh(s)
+  Vec<float> p = s2 * (2.0f / 13) + 2.0f / 11;
+  p = p * s2 + 2.0f / 9;
+  p = p * s2 + 2.0f / 7;
+  p = p * s2 + 2.0f / 5;
+  p = p * s2 + 2.0f / 3;
+  p = p * s2 + 2.0f;
+  return p * s;
+}
+
+inline Vec<double> log1p_lanes(Vec<double> u) {
+  for (int i = 0; i < kLanes<double>; ++i) u[i] = log1p(u[i]);
+  return u;
+}
+
+// log(1 + exp(x)), and x itself above 20, as torch has it.
+template <class T>
+inline Vec<T> softplus_lanes(Vec<T> x) {
+  Vec<T> const positive = T(0) > x ? splat(T(0)) : x;
+  return x > T(20) ? x : positive + log1p_lanes(exp_lanes(-magnitude<T>(x)));
+}
+
+// 1 / (1 + exp(-x)).
+template <class T>
+inline Vec<T> sigmoid_lanes(Vec<T> x) {
+  return T(1) / (T(1) + exp_lanes(-x));
+}
+
+// Lanes of two vectors, mixed: kHalf lanes of `a`, kHalf of `b`, and so on, from the first or the second kHalf of each pair.
+template <class T, int kHalf>
+inline Vec<T> mixed(Vec<T> a, Vec<T> b, int second) {
+  Mask<T> index;
+  for (int i = 0; i < kLanes<T>; ++i) {
+    int const pair = i / (2 * kHalf), from_b = i / kHalf % 2;
+    index[i] = from_b * kLanes<T> + pair * 2 * kHalf + second * kHalf + i % kHalf;
+  }
+  return __builtin_shuffle(a, b, index);
+}
+
+// v[0] becomes the vector of the sums of v[0], v[1], ..., always added in the same order.
+template <class T, int kHalf = kLanes<T> / 2>
+inline void sums(Vec<T>* v) {
+  for (int i = 0; i < kHalf; ++i) v[i] = mixed<T, kHalf>(v[i], v[i + kHalf], 0) + mixed<T, kHalf>(v[i], v[i + kHalf], 1);
+  if constexpr (kHalf > 1) sums<T, kHalf / 2>(v);
+}
+
+// The first `count` lanes from memory, zero behind them.
+template <class T>
+inline Vec<T> load_part(const T* from, int count) {
+  if (count == kLanes<T>) return load(from);
+  Vec<T> v = {};
+  memcpy(&v, from, size_t(count) * sizeof(T));
+  return v;
+}
+
+template <class T>
+inline void store_part(T* to, Vec<T> v, int count) {
+  if (count == kLanes<T>) return store(to, v);
+  memcpy(to, &v, size_t(count) * sizeof(T));
+}
+
+}  // namespace
+}  // namespace medgmae
