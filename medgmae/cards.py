@@ -47,7 +47,8 @@ class WeightCard:
         license: licence of the weights as the hub spells it (``cc-by-nc-4.0``); ``unknown`` when none is stated.
         training_data: what the weights were trained on.
         citation: how to cite the weights.
-        input: modality, channels, size, spacing, orientation and intensity rule of the input.
+        input: modality, channels and their contrasts, size, spacing, orientation and intensity rule of the input: the
+            keys of :class:`~medgmae.data.preparation.Preparation`.
         notes: anything else a user should know before use.
 
     Raises:

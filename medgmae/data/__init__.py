@@ -1,5 +1,6 @@
 """Scans: reading and writing with geometry, and the preparation that a checkpoint expects."""
 
+from .contrasts import find_contrasts
 from .geometry import Grid, VolumeError
 from .io import Volume, read_volume, stack_channels, write_volume
 from .transforms import (
@@ -23,6 +24,7 @@ __all__ = [
     "crop_foreground",
     "crop_or_pad",
     "feature_map",
+    "find_contrasts",
     "percentiles",
     "read_volume",
     "reorient",

@@ -315,6 +315,8 @@ def stack_channels(volumes: Sequence[Volume]) -> Volume:
     if not volumes:
         raise VolumeError("no volumes to stack; expected at least one")
     first = volumes[0]
+    if len(volumes) == 1:
+        return first
     for other in volumes[1:]:
         if other.size != first.size or np.abs(other.grid.affine - first.grid.affine).max() > 1e-2:
             raise VolumeError(f"{other} and {first} lie on different grids; resample one like the other first")

@@ -126,14 +126,28 @@ def window(volume: Volume, lo: float, hi: float, out: tuple[float, float] = (0.0
     return volume.with_data(data.sub_(lo).mul_((out[1] - out[0]) / (hi - lo)).add_(out[0]))
 
 
-def zscore(volume: Volume, *, nonzero: bool = False) -> Volume:
-    """Zero mean and unit (population) variance per channel; float32. A constant channel becomes zero.
+def zscore(volume: Volume, *, nonzero: bool = False, together: bool = False, like: Volume | None = None) -> Volume:
+    """Zero mean and unit variance; float32. A constant channel becomes zero.
 
     Args:
         volume: (C, D, H, W).
         nonzero: whether only non-zero voxels count and change, as for skull-stripped brains.
+        together: one mean and one unbiased deviation of all channels and voxels, which keeps the contrast between
+            channels (the recipe of 3D Mamba MAE), instead of each channel's own mean and population deviation.
+        like: with ``together``, the volume that the statistics are taken of; ``volume`` itself by default.
+
+    Raises:
+        VolumeError: ``nonzero`` with ``together``, or ``like`` without it.
     """
+    if (nonzero and together) or (like is not None and not together):
+        raise VolumeError(
+            f"nonzero={nonzero}, together={together}, like={like}; together goes without nonzero, and like needs it"
+        )
     data = volume.data.to(torch.float32, copy=True)
+    if together:
+        values = (volume if like is None else like).data.double()
+        std, mean = torch.std_mean(values, correction=min(1, values.numel() - 1))
+        return volume.with_data(((data - mean) / (std if std > 0 else 1.0)).float())
     for channel in data:
         mask = channel != 0 if nonzero else torch.ones_like(channel, dtype=torch.bool)
         values = channel[mask]
@@ -214,6 +228,12 @@ def card_input(source: Any) -> Mapping[str, Any]:
 def create_transform(source: Any, *, whole: bool = False) -> Preparation:
     """The preparation that a checkpoint was trained with, as a callable ``path | Volume -> Volume``; see
     ``Preparation``.
+
+    A card that names several contrasts takes them by name, in files or volumes, or as the folder of a case::
+
+        prepare = create_transform("vim_small_patch16_160.mamba_mae")
+        prepare({"t1": "a_t1.nii.gz", "t2": "a_t2.nii.gz", "t1ce": "a_t1ce.nii.gz", "flair": "a_flair.nii.gz"})
+        prepare("BraTS_0001/")
 
     Args:
         source: a tag (``"vit_large_patch16_256.tangerine"``), a weight card, a model with ``config["card"]``, or an
