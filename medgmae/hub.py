@@ -18,8 +18,8 @@ from medgmae.checkpoint import Checkpoint, find_state, read_checkpoint
 from medgmae.convert import Converted, Grid, Target, convert
 from medgmae.convert_gaussian import holds_gaussians
 from medgmae.download import resolve
+from medgmae.expectations import ABSENT, LENIENT, OF_PRETRAINING, remedy, saved_settings, setting
 from medgmae.export import push_to_hub, save_pretrained, unwrap
-from medgmae.registry import model_builder
 
 __all__ = [
     "HUB_ORG",
@@ -110,49 +110,7 @@ def open_source(source: Source, architecture: str | None = None, **options: Any)
     found = resolve(source, architecture=architecture, **options)
     checkpoint = read_checkpoint(found.path)
     config = found.config or checkpoint.config
-    return OpenSource(found.name, checkpoint, config, _saved_settings(config, found.name))
-
-
-# Settings that no tensor shows and that change what the weights compute, as dotted attributes in our language.
-SETTINGS = (
-    "encoder.blocks.0.attn.num_heads",
-    "encoder.blocks.0.norm1.eps",
-    "decoder.blocks.0.attn.num_heads",
-    "decoder.blocks.0.norm1.eps",
-    "decoder.sigmoid",
-    "decoder.kind",
-    "decoder.density_scale",
-    "renderer.support",
-)
-
-# Settings that may differ when ``strict`` is False: a decoder of Gaussians of another kind shares its base part, and
-# another support changes where a Gaussian ends.
-LENIENT = ("decoder.kind", "renderer.support")
-
-_ABSENT = object()
-
-
-def _saved_settings(config: dict[str, Any] | None, origin: str) -> dict[str, Any]:
-    """The settings of the model that a config of ours describes; none for other configs."""
-    if not config or not config.get("grid"):
-        return {}
-    try:
-        with torch.device("meta"):
-            model = model_builder(config["architecture"])(**config["model_args"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(
-            f"{origin}: its config describes no model of this version of the library ({error})"
-        ) from error
-    found = {path: _setting(model, path) for path in SETTINGS}
-    return {path: value for path, value in found.items() if value is not _ABSENT}
-
-
-def _setting(model: nn.Module, path: str) -> Any:
-    """Value of a dotted attribute in our language; ``_ABSENT`` where the model has no such part."""
-    value: Any = model
-    for part in (path if hasattr(model, "encoder") else path.removeprefix("encoder.")).split("."):
-        value = getattr(value, part, _ABSENT)
-    return value
+    return OpenSource(found.name, checkpoint, config, saved_settings(config, found.name))
 
 
 def _open_timm(source: str) -> OpenSource:
@@ -215,7 +173,7 @@ def load_pretrained(
     encoder = _encoder(model)
     config = getattr(model, "config", None) or {}
     opened = open_source(source, config.get("architecture"), **options)
-    target = Target(encoder.grid, encoder.patch_size, encoder.in_chans)
+    target = Target(encoder.grid, encoder.patch_size, encoder.in_chans, getattr(encoder, "class_token", None))
     converted = convert(
         opened.checkpoint.state,
         origin=opened.origin,
@@ -355,17 +313,18 @@ class _Plan:
                 self.errors.append(f"{name}: not in the file")
 
     def _check_expectations(self, model: nn.Module, converted: Converted) -> None:
+        alone = not self.whole and any(ours.startswith("decoder.") for ours in converted.state)
         for path, wanted in converted.expects.items():
-            found = _setting(model, path)
-            if found is _ABSENT or found == wanted:
+            found = setting(model, path)
+            if found is ABSENT or found == wanted:
                 continue
-            differ = f"{wanted!r} in the file's model, {found!r} in this one"
-            if path not in LENIENT:
-                self.errors.append(f"{self._models(path)}: {differ}")
-            elif self.strict:
-                self.errors.append(f"{path}: {differ}; strict=False takes over what both have")
+            name, differ = self._models(path), f"{wanted!r} in the file's model, {found!r} in this one"
+            if path in LENIENT and self.strict:
+                self.errors.append(f"{name}: {differ}; strict=False takes over what both have")
+            elif path in LENIENT or (alone and path in OF_PRETRAINING):
+                self.report.adapted[name] = differ
             else:
-                self.report.adapted[path] = differ
+                self.errors.append(f"{name}: {differ}{remedy(path, wanted)}")
 
 
 def _is_stem_for(tensor: Tensor, slot: Tensor) -> bool:

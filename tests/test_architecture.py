@@ -24,7 +24,7 @@ NATIVE = sorted(path for path in (ROOT / "cuda").iterdir() if path.suffix in (".
 
 # Which modules of the package a module may import, most specific entry first; an entry also allows what is below it.
 BORDER = ["adapt", "cards", "checkpoint", "convert", "convert_file", "convert_gaussian", "convert_vim", "download"]
-BORDER += ["export", "integrity", "registry", "transfer"]
+BORDER += ["expectations", "export", "integrity", "registry", "transfer"]
 MAY_IMPORT: dict[str, list[str]] = {
     "ops": ["ops", "_C"],
     "masking": ["ops"],
@@ -37,10 +37,13 @@ MAY_IMPORT: dict[str, list[str]] = {
     "fitting": ["data", "ops", "rendering"],
     "rendering": ["frames", "ops", "ply"],
     "models.vit": ["layers", "masking", "losses", "registry"],
-    "models.vim": ["layers", "masking", "losses", "registry", "ops"],
+    "mamba": ["layers", "ops"],
+    "models.vim": ["layers", "mamba", "masking", "registry"],
     "models.gaussian_decoder": ["layers", "precision", "rendering"],
     "models.gmae": ["layers", "masking", "losses", "rendering", "registry", "models.vit", "models.gaussian_decoder"],
-    "models": ["layers", "masking", "losses", "rendering", "registry", "models.vit", "models.vim"],
+    "models.mae_vim": ["layers", "losses", "mamba", "masking", "models.mae", "models.vim", "registry"],
+    "models.mae": ["layers", "losses", "mamba", "masking", "models.vit", "registry"],
+    "models": ["layers", "masking", "losses", "rendering", "registry", "models.vit"],
     "cards": [],
     "integrity": ["cards"],
     "transfer": ["cards", "integrity"],
@@ -51,6 +54,7 @@ MAY_IMPORT: dict[str, list[str]] = {
     "convert_gaussian": [],
     "convert_vim": ["cards", "convert_file"],
     "adapt": ["layers"],
+    "expectations": ["cards", "registry"],
     "export": ["cards", "download", "registry", "transfer"],
     "hub": [*BORDER, "layers"],
     "factory": [*BORDER, "hub", "layers"],
