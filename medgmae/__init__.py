@@ -22,6 +22,8 @@ _PUBLIC = {
     "push_to_hub": "medgmae.hub",
     "ViT": "medgmae.models.vit",
     "ViTDecoder": "medgmae.models.mae",
+    "Vim": "medgmae.models.vim",
+    "VimDecoder": "medgmae.models.mae_vim",
     "MaskedAutoencoder": "medgmae.models.mae",
     "MAEOutput": "medgmae.models.mae",
     "GaussianDecoder": "medgmae.models.gaussian_decoder",
@@ -87,6 +89,8 @@ if TYPE_CHECKING:
     from medgmae.models.mae import MAEOutput as MAEOutput
     from medgmae.models.mae import MaskedAutoencoder as MaskedAutoencoder
     from medgmae.models.mae import ViTDecoder as ViTDecoder
+    from medgmae.models.mae_vim import VimDecoder as VimDecoder
+    from medgmae.models.vim import Vim as Vim
     from medgmae.models.vit import ViT as ViT
     from medgmae.reconstruction import Reconstruction as Reconstruction
     from medgmae.reconstruction import psnr as psnr

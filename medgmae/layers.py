@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from medgmae.masking import patchify
+from medgmae.masking import check_multiple, patchify
 
 Size = int | Sequence[int]
 Grid = tuple[int, ...]
@@ -38,12 +39,13 @@ def sincos_pos_embed(dim: int, grid: Sequence[int], *, reversed_mesh: bool = Fal
     """
     shape = tuple(grid)[::-1] if reversed_mesh else tuple(grid)
     coordinates = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in shape), indexing="ij")
-    widths = _axis_widths(dim, len(shape))
+    widths = axis_widths(dim, len(shape))
     blocks = [_axis_table(t.reshape(-1, 1), width) for t, width in zip(coordinates, widths, strict=True)]
     return torch.cat(blocks, dim=1).unsqueeze(0)
 
 
-def _axis_widths(dim: int, axes: int) -> list[int]:
+def axis_widths(dim: int, axes: int) -> list[int]:
+    """``dim`` channels shared out over the axes in order, the remainder going to the last ones."""
     return [dim // axes + int(axis >= axes - dim % axes) for axis in range(axes)]
 
 
@@ -67,7 +69,7 @@ def sincos_grid(table: Tensor, axes: int) -> tuple[int, ...] | None:
         return None
     grid: list[int] = []
     end, stride = dim, 1
-    for width in reversed(_axis_widths(dim, axes)):
+    for width in reversed(axis_widths(dim, axes)):
         block = table[0, ::stride, end - width : end].float().cpu()
         again = (block[1:] - block[:1]).abs().amax(1) < 1e-3
         size = int(again.int().argmax()) + 1 if bool(again.any()) else len(block)
@@ -134,14 +136,16 @@ class PatchEmbed(nn.Module):
     """Cut an input into patches and project each: (B, C, *size) to (B, N, E) in raster order.
 
     The weight is a convolution's, (E, C, *patch), with kernel = stride = patch. It is applied as a product with the
-    unfolded patches, so that only the visible ones are computed when ``keep`` is given.
+    unfolded patches, so that only the visible ones are computed when ``keep`` is given. With ``norm_eps`` a layer norm
+    of that epsilon follows.
     """
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: Sequence[int]) -> None:
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: Sequence[int], norm_eps: float | None = None) -> None:
         super().__init__()
         self.patch_size = tuple(patch_size)
         conv: Any = {2: nn.Conv2d, 3: nn.Conv3d}[len(self.patch_size)]
         self.proj = conv(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(embed_dim, eps=norm_eps)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """``keep``: (B, n) long, the patches to embed, (B, n, E) then."""
@@ -149,7 +153,41 @@ class PatchEmbed(nn.Module):
         if keep is not None:
             patches = take_tokens(patches, keep)
         weight = self.proj.weight.movedim(1, -1).flatten(1)  # (E, prod(patch) * C), a view for one channel
-        return F.linear(patches, weight, self.proj.bias)
+        return self.norm(F.linear(patches, weight, self.proj.bias))  # type: ignore[no-any-return]
+
+
+def input_grid(x: Tensor, in_chans: int, patch_size: Grid) -> Grid:
+    """Patch grid of an input (B, C, *size), after checking its rank, channels and size.
+
+    Raises:
+        ValueError: an input of another rank or channel count, or of a size that is no multiple of the patch.
+    """
+    dims = len(patch_size)
+    if x.dim() != dims + 2 or x.shape[1] != in_chans:
+        axes = "D, H, W" if dims == 3 else "H, W"
+        raise ValueError(
+            f"input must be (B, {in_chans}, {axes}), got {tuple(x.shape)}; build the model with "
+            f"in_chans={x.shape[1] if x.dim() == dims + 2 else '...'} for another channel count"
+        )
+    check_multiple(x.shape[2:], patch_size)
+    return tuple(s // p for s, p in zip(x.shape[2:], patch_size, strict=True))
+
+
+def tap_indices(indices: int | list[int] | None, depth: int) -> list[int]:
+    """Blocks to tap, 0-based: negative ones count from the end, an int means the last that many, None all.
+
+    Raises:
+        ValueError: a block that does not exist.
+    """
+    if indices is None:
+        return list(range(depth))
+    if isinstance(indices, int):
+        wanted = list(range(depth - indices, depth)) or [depth]  # none at all is as wrong as too many
+    else:
+        wanted = [i + depth if i < 0 else i for i in indices]
+    if not all(0 <= i < depth for i in wanted):
+        raise ValueError(f"indices {indices} reach outside the {depth} blocks; valid: {-depth} to {depth - 1}")
+    return wanted
 
 
 def take_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
@@ -220,6 +258,13 @@ class Block(nn.Module):
         """(B, N, E) to (B, N, E)."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+
+
+def run_block(block: nn.Module, x: Tensor, recompute: bool) -> Tensor:
+    """``block(x)``, which is run again in the backward pass, instead of keeping its activations, if asked."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, x, use_reentrant=False)  # type: ignore[no-any-return]
+    return block(x)  # type: ignore[no-any-return]
 
 
 def make_head(features: int, num_classes: int, hidden: Sequence[int] = ()) -> nn.Module:

@@ -16,7 +16,7 @@ Builder = Callable[..., nn.Module]
 B = TypeVar("B", bound=Builder)
 
 # A family is one module under medgmae.models; a new one is added here and nowhere else.
-FAMILIES = ("vit", "mae", "gmae")
+FAMILIES = ("vit", "vim", "mae", "mae_vim", "gmae")
 
 _builders: dict[str, Builder] = {}
 

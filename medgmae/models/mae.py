@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from medgmae.layers import (
     PositionCache,
     Size,
     initialize,
+    run_block,
     sincos_pos_embed,
     take_tokens,
 )
 from medgmae.losses import PATCH_EPS, NormTarget, patch_mse, patch_statistics
+from medgmae.mamba import undecayed
 from medgmae.masking import Masking, patchify, random_masking, unpatchify
 from medgmae.models.vit import BASE, HUGE, LARGE, NANO, TINY, WIDE, ViT
 from medgmae.registry import build, register_model
@@ -68,6 +70,7 @@ class ViTDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.grid, self.prefix_tokens, self.sigmoid = grid, prefix_tokens, sigmoid
+        self.grad_checkpointing = False
         self.embed = nn.Linear(in_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(grid), embed_dim), requires_grad=False)
@@ -85,6 +88,10 @@ class ViTDecoder(nn.Module):
         nn.init.zeros_(self.prefix_pos_embed)
         with torch.no_grad():
             self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[2], self.grid))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
 
     def forward(self, tokens: Tensor, restore: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """Predict every patch.
@@ -106,32 +113,66 @@ class ViTDecoder(nn.Module):
         patches = patches + self._positions(self.pos_embed, self.grid, grid or self.grid)
         x = torch.cat([prefix + self.prefix_pos_embed, patches], dim=1)
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, x, self.grad_checkpointing)
         x = self.head(self.norm(x[:, self.prefix_tokens :]))  # (B, N, out_dim)
         return x.sigmoid() if self.sigmoid else x  # type: ignore[no-any-return]
+
+
+class Encoder(Protocol):
+    """What a masked autoencoder asks of its encoder: :class:`~medgmae.ViT` and :class:`~medgmae.Vim` have it."""
+
+    @property
+    def patch_size(self) -> Grid:
+        """Voxels per axis."""
+        ...
+
+    @property
+    def norm(self) -> nn.Module:
+        """The last norm of the tokens; an identity where there is none."""
+        ...
+
+    def forward_features(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Tokens (B, P + n, E) of the patches ``keep`` (B, n), in their order, behind P class tokens."""
+        ...
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass."""
+        ...
+
+
+class Decoder(Protocol):
+    """What it asks of its decoder: :class:`ViTDecoder` and :class:`~medgmae.VimDecoder` have it."""
+
+    def __call__(self, tokens: Tensor, restore: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """Patch vectors (B, N, prod(patch) * C) in raster order."""
+        ...
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass."""
+        ...
 
 
 class MaskedAutoencoder(nn.Module):
     """Encoder on visible patches, decoder on all, mean squared error on the masked ones (He et al. 2022).
 
     Args:
-        encoder: a :class:`~medgmae.models.vit.ViT` whose tokens are normalised (``pool="cls"``).
-        decoder: a :class:`ViTDecoder`.
+        encoder: a :class:`~medgmae.ViT` whose tokens are normalised (``pool="cls"``), or a :class:`~medgmae.Vim`.
+        decoder: a :class:`ViTDecoder` or a :class:`~medgmae.VimDecoder`.
         mask_ratio: share of hidden patches when ``forward`` is given no masking.
         norm_target: None predicts intensities; "unbiased" or "biased" predicts each patch normalised by its own
             statistics, see :func:`medgmae.losses.patch_statistics`.
     """
 
     def __init__(
-        self, encoder: ViT, decoder: ViTDecoder, mask_ratio: float = 0.75, norm_target: NormTarget | None = None
+        self, encoder: Encoder, decoder: Decoder, mask_ratio: float = 0.75, norm_target: NormTarget | None = None
     ) -> None:
         super().__init__()
         if norm_target not in (None, "unbiased", "biased"):
             raise ValueError(f"norm_target must be None, 'unbiased' or 'biased', got {norm_target!r}")
-        if not isinstance(encoder.norm, nn.LayerNorm):
+        if isinstance(encoder.norm, nn.Identity):
             raise ValueError(
                 "the encoder of a masked autoencoder normalises its tokens, not the pooled vector: build it with "
-                f"pool='cls' or fc_norm=False, got pool={encoder.pool!r}"
+                f"pool='cls' or fc_norm=False, got pool={getattr(encoder, 'pool', None)!r}"
             )
         self.encoder, self.decoder = encoder, decoder
         self.mask_ratio, self.norm_target = mask_ratio, norm_target
@@ -181,6 +222,15 @@ class MaskedAutoencoder(nn.Module):
         if paste_visible:
             pred = torch.where(masking.mask.unsqueeze(-1) > 0, pred, target)
         return unpatchify(pred, self.encoder.patch_size, self._grid(x), x.shape[1])
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks of both parts in the backward pass instead of keeping their activations."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.decoder.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that optimisers leave undecayed: a state space's own. A transformer's recipe decays its tokens."""
+        return undecayed(self)
 
     def _draw(self, patches: Tensor) -> Masking:
         return random_masking(patches.shape[0], patches.shape[1], self.mask_ratio, device=patches.device)

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from medgmae.layers import (
     Block,
@@ -16,9 +15,12 @@ from medgmae.layers import (
     PositionCache,
     Size,
     initialize,
+    input_grid,
     make_head,
+    run_block,
     sincos_pos_embed,
     take_tokens,
+    tap_indices,
     to_tuple,
 )
 from medgmae.masking import check_multiple
@@ -134,7 +136,7 @@ class ViT(nn.Module):
         """
         x = self._embed(x, keep)
         for block in self.blocks:
-            x = self._run(block, x)
+            x = run_block(block, x, self.grad_checkpointing)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def forward_intermediates(
@@ -158,12 +160,12 @@ class ViT(nn.Module):
         Raises:
             ValueError: a block that does not exist.
         """
-        taps = self._tap_indices(indices)
-        grid = self._grid_of(x)
+        taps = tap_indices(indices, len(self.blocks))
+        grid = input_grid(x, self.in_chans, self.patch_size)
         x = self._embed(x, None)
         found: dict[int, Any] = {}
         for i, block in enumerate(self.blocks):
-            x = self._run(block, x)
+            x = run_block(block, x, self.grad_checkpointing)
             if i in taps:
                 tokens = self.norm(x) if norm else x
                 prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
@@ -183,20 +185,9 @@ class ViT(nn.Module):
         pooled = self.fc_norm(pooled)
         return pooled if pre_logits else self.head(pooled)  # type: ignore[no-any-return]
 
-    def _grid_of(self, x: Tensor) -> Grid:
-        """Patch grid of an input, after checking its rank, channels and size."""
-        dims = len(self.patch_size)
-        if x.dim() != dims + 2 or x.shape[1] != self.in_chans:
-            axes = "D, H, W" if dims == 3 else "H, W"
-            raise ValueError(
-                f"input must be (B, {self.in_chans}, {axes}), got {tuple(x.shape)}; build the model with "
-                f"in_chans={x.shape[1] if x.dim() == dims + 2 else '...'} for another channel count"
-            )
-        check_multiple(x.shape[2:], self.patch_size)
-        return tuple(s // p for s, p in zip(x.shape[2:], self.patch_size, strict=True))
-
     def _embed(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        positions = self._positions(self.pos_embed, self.grid, self._grid_of(x))  # (1, N, E)
+        grid = input_grid(x, self.in_chans, self.patch_size)
+        positions = self._positions(self.pos_embed, self.grid, grid)  # (1, N, E)
         tokens = self.patch_embed(x, keep)  # (B, n, E)
         if keep is not None:
             if keep.shape[0] != x.shape[0]:
@@ -206,23 +197,6 @@ class ViT(nn.Module):
         if self.cls_token is not None:
             tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
         return self.norm_pre(tokens)  # type: ignore[no-any-return]
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(x)  # type: ignore[no-any-return]
-
-    def _tap_indices(self, indices: int | list[int] | None) -> list[int]:
-        depth = len(self.blocks)
-        if indices is None:
-            return list(range(depth))
-        if isinstance(indices, int):
-            wanted = list(range(depth - indices, depth)) or [depth]  # none at all is as wrong as too many
-        else:
-            wanted = [i + depth if i < 0 else i for i in indices]
-        if not all(0 <= i < depth for i in wanted):
-            raise ValueError(f"indices {indices} reach outside the {depth} blocks; valid: {-depth} to {depth - 1}")
-        return wanted
 
     def get_classifier(self) -> nn.Module:
         """The head; an identity without classes."""
