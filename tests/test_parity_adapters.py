@@ -35,6 +35,8 @@ PARTS = [
     "medgmae/render_dense_tiny",
     "medgmae/render_gaussianmodel",
     "medgmae/render_sparse",
+    "mamba_mae/evaluation_5fold_knn",
+    "mamba_mae/preprocess_zscore",
 ]
 
 # Wrappings that training code puts around weights: entry of the container ("" for none) and prefix of the names.
@@ -160,6 +162,27 @@ def test_what_a_model_case_states_is_compared(path: tuple[Any, ...], tmp_path: P
     name = "medgmae/model_perceptron_imagenorm"
     spec = change(json.loads((SHIPPED / f"{name}.json").read_text()), *path)
     with pytest.raises(AssertionError, match=path[-1].split("_")[0]):
+        run(Case(copy(name, tmp_path, **{path[0]: spec[path[0]]}), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("per_fold_metrics", 3, "roc_auc_score"),
+        ("per_fold_metrics", 4, "acc1"),
+        ("average_metrics", "specificity"),
+        ("global_metrics", "f1_score"),
+        ("global_metrics", "sensitivity"),
+        ("knn_metrics", "knn_auc"),
+        ("knn_metrics", "knn_f1"),
+        ("knn_metrics", "knn_acc"),
+    ],
+    ids=str,
+)
+def test_every_metric_is_compared(path: tuple[Any, ...], tmp_path: Path) -> None:
+    name = "mamba_mae/evaluation_5fold_knn"
+    spec = change(json.loads((SHIPPED / f"{name}.json").read_text()), *path)
+    with pytest.raises(AssertionError, match=path[-1]):
         run(Case(copy(name, tmp_path, **{path[0]: spec[path[0]]}), tmp_path))
 
 
