@@ -85,8 +85,7 @@ def backward(
             _gather(dB, g * (steps * wide)[:, at, :, None], at)
             _gather(dC, after * dy[:, at, :, None], at)
         slope = _slope(delta, delta_bias, softplus, A.dtype)
-        d_delta, empty = d_steps * slope, A.new_empty(0)
-        dz = empty
+        d_delta, dz = d_steps * slope, A.new_empty(0)
         if gate is not None:
             dz = grad.to(A.dtype) * y * torch.sigmoid(gate) * (1 + gate * (1 - torch.sigmoid(gate)))
         return (
@@ -95,9 +94,9 @@ def backward(
             dA,
             dB.to(B.dtype),
             dC.to(C.dtype),
-            empty if D is None else (dy * wide).sum((0, 1)),
-            dz.to(u.dtype) if z is not None else empty.to(u.dtype),
-            empty.clone() if delta_bias is None else d_delta.sum((0, 1)),
+            A.new_empty(0) if D is None else (dy * wide).sum((0, 1)),
+            dz.to(u.dtype),
+            A.new_empty(0) if delta_bias is None else d_delta.sum((0, 1)),
         )
 
 

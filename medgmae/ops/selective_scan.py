@@ -19,7 +19,7 @@ CHUNK = 64
 
 _ARGUMENTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool softplus, "
-    "bool reverse, int chunk"
+    "bool reverse, SymInt chunk"
 )
 _LIBRARY: Any = torch.library.Library("medgmae", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(f"selective_scan({_ARGUMENTS}) -> (Tensor, Tensor)")
