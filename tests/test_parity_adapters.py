@@ -35,8 +35,10 @@ PARTS = [
     "medgmae/render_dense_tiny",
     "medgmae/render_gaussianmodel",
     "medgmae/render_sparse",
+    "mamba_mae/conv_silu_L17",
     "mamba_mae/evaluation_5fold_knn",
     "mamba_mae/preprocess_zscore",
+    "mamba_mae/scan_groups_L19",
 ]
 
 # Wrappings that training code puts around weights: entry of the container ("" for none) and prefix of the names.
