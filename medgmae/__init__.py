@@ -47,7 +47,9 @@ _PUBLIC = {
     "reconstruct_scan": "medgmae.reconstruction",
     "Reconstruction": "medgmae.reconstruction",
     "psnr": "medgmae.reconstruction",
+    "latent_to_spatial": "medgmae.latent_maps",
     "reconstruction_figure": "medgmae.visualize",
+    "latent_map_figure": "medgmae.visualize",
     "fit_figure": "medgmae.visualize",
     "fit_gaussians": "medgmae.fitting",
     "Gaussians": "medgmae.rendering",
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     from medgmae.hub import save_pretrained as save_pretrained
     from medgmae.hub import weight_card as weight_card
     from medgmae.inspect import inspect_checkpoint as inspect_checkpoint
+    from medgmae.latent_maps import latent_to_spatial as latent_to_spatial
     from medgmae.layers import resample_pos_embed as resample_pos_embed
     from medgmae.layers import sincos_pos_embed as sincos_pos_embed
     from medgmae.losses import ssim3d as ssim3d
@@ -99,6 +102,7 @@ if TYPE_CHECKING:
     from medgmae.rendering import GaussianRenderer as GaussianRenderer
     from medgmae.rendering import Gaussians as Gaussians
     from medgmae.visualize import fit_figure as fit_figure
+    from medgmae.visualize import latent_map_figure as latent_map_figure
     from medgmae.visualize import reconstruction_figure as reconstruction_figure
 
 

@@ -181,7 +181,7 @@ def _run(
     summed: Tensor | None = None
     pooled = torch.zeros((), dtype=torch.float64)
     windows = layout.windows()
-    with _evaluating(encoder), tqdm(total=len(windows), desc="windows", leave=False, disable=not progress) as bar:
+    with evaluating(encoder), tqdm(total=len(windows), desc="windows", leave=False, disable=not progress) as bar:
         for first in range(0, len(windows), batch_size):
             chosen = windows[first : first + batch_size]
             batch = torch.stack([_cut(data, layout, start, outside) for start in chosen])  # (B, C, D, H, W)
@@ -252,7 +252,7 @@ def _on_patches(blended: Tensor, volume: Volume, layout: _Layout) -> Volume:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; every part gets its own mode back, frozen norms too."""
     training = [module for module in model.modules() if module.training]
     model.eval()

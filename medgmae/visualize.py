@@ -1,9 +1,10 @@
-"""Pictures of scans in three planes: what a masked autoencoder saw, what it made of it, and its features as colours."""
+"""Pictures of scans in three planes: what a masked autoencoder saw and made of it, features as colours, latent maps."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medgmae.data import Grid, Volume, reorient, resample_like
+from medgmae.data.contrasts import same_place
 from medgmae.features import Features, extract_features
+from medgmae.latent_maps import latent_to_spatial as latent_to_spatial
+from medgmae.latent_maps import principal_axes
 from medgmae.reconstruction import Reconstruction, extend_rim
 from medgmae.rendering import Gaussians
 
@@ -76,7 +80,7 @@ def pca_rgb(feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Returns:
         (3, d, h, w) float32 in [0, 1]: principal components, each stretched between its percentiles 2 and 98. The sign
-        of a component is that of the sum of its loadings' cubes, so that equal features get equal colours.
+        of a component is that of :func:`~medgmae.latent_maps.principal_axes`, so that equal features get equal colours.
 
     Raises:
         ValueError: fewer than three features, or a mask of another size or with fewer than four places.
@@ -91,9 +95,7 @@ def pca_rgb(feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
         )
     tokens = feature_map.detach().cpu().double().flatten(1).T  # (d h w, E)
     fitted = tokens[chosen.flatten()]
-    mean = fitted.mean(0)
-    axes = torch.linalg.eigh((fitted - mean).T @ (fitted - mean)).eigenvectors[:, -3:].flip(1)  # (E, 3), largest first
-    axes = axes * torch.where(axes.pow(3).sum(0) < 0, -1.0, 1.0)
+    mean, axes = principal_axes(fitted, 3)
     low, high = torch.quantile((fitted - mean) @ axes, torch.tensor([0.02, 0.98], dtype=axes.dtype), dim=0)
     colours: Tensor = ((tokens - mean) @ axes - low) / (high - low).clamp(min=1e-12)
     return colours.clamp(0, 1).T.reshape(3, *grid).float()
@@ -169,6 +171,81 @@ def fit_figure(scan: Volume, rendered: Volume, gaussians: Gaussians, *, title: s
     return _figure(columns, title, gaussians, near=1.5)
 
 
+def latent_map_figure(scan: Volume, latent: Volume, *, at: Sequence[float] | None = None, title: str = "") -> Figure:
+    """A figure with a row per plane: the scan, and on top of it a latent map in colours, with their scale.
+
+    Where the map is 0, as in hidden patches, nothing is drawn. The colours span percentiles 1 to 99 of all else.
+
+    Args:
+        scan: (C, D, H, W), preprocessed; the first channel is shown.
+        latent: (1, D, H, W) on the same grid, of :func:`latent_to_spatial`.
+        at: LPS position (x, y, z) in mm of the point where the planes meet. None: where the map is largest, among the
+            voxels that lie above a tenth of the scan's range: air is often what a model finds most striking.
+        title: line above the pictures.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to get it.
+        ValueError: a map of several channels or on another grid, or a point outside the scan.
+    """
+    if latent.channels != 1 or not same_place(latent.grid, scan.grid):
+        raise ValueError(
+            f"the map is {latent}, the scan {scan}; expected one channel on the scan's grid (resample_like)"
+        )
+    scan, latent = reorient(scan, "RAS"), reorient(latent, "RAS")
+    point = _maximum(latent, scan) if at is None else _voxel(scan.grid, at)
+    planes = [(_plane(scan, axis, point), _plane(latent, axis, point)) for _, axis, _ in PLANES]
+    widest = max(picture.millimetres[0] for picture, _ in planes)
+    heights = [picture.millimetres[1] / widest for picture, _ in planes]
+    figure = _new_figure((7.4, 3 * sum(heights) + 0.9))
+    grid = figure.subplots(3, 2, squeeze=False, gridspec_kw={"height_ratios": heights})
+    grey = float(scan.data[0].min()), float(np.percentile(scan.data[0].numpy(), 99.9))
+    drawn = latent.data[latent.data != 0].numpy()
+    low, high = np.percentile(drawn, [1, 99]) if len(drawn) else (0.0, 1.0)
+    for (plain, covered), (picture, values), (name, axis, sides) in zip(grid, planes, PLANES, strict=True):
+        for axes in (plain, covered):
+            _show(axes, picture, *grey)
+        width, height = picture.millimetres
+        colours = covered.imshow(
+            np.ma.masked_equal(values.pixels, 0), cmap="viridis", vmin=low, vmax=high, alpha=0.55, origin="lower",
+            extent=(0, width, 0, height), interpolation="nearest",
+        )  # fmt: skip
+        _cross(plain, scan.grid, axis, point)
+        plain.set_ylabel(name, fontsize=11)
+        _name_sides(plain, sides)
+    grid[0, 0].set_title("scan", fontsize=11)
+    grid[0, 1].set_title("latent map", fontsize=11)
+    figure.colorbar(colours, ax=grid[:, 1], extend="both", shrink=0.6)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def _maximum(latent: Volume, scan: Volume) -> tuple[int, int, int]:
+    """The voxel (d, h, w) of the largest value in the body, in the middle of all that have it: a patch has many."""
+    body = _body(scan)
+    values = latent.data[0].masked_fill(~body, -math.inf) if body.any() else latent.data[0]
+    places = torch.nonzero(values == values.max())
+    d, h, w = places[(places - places.float().mean(0)).square().sum(1).argmin()].tolist()
+    return d, h, w
+
+
+def _voxel(grid: Grid, at: Sequence[float]) -> tuple[int, int, int]:
+    """The voxel (d, h, w) that holds a point (x, y, z) in LPS mm."""
+    d, h, w = (int(i) for i in np.floor(grid.index(at) + 0.5))
+    if not all(0 <= i < n for i, n in zip((d, h, w), grid.size, strict=True)):
+        first, last = (tuple(grid.world(i).round(1).tolist()) for i in ((0, 0, 0), np.array(grid.size) - 1))
+        raise ValueError(
+            f"the point {tuple(at)} lies outside the scan, whose corners are at {first} and {last} mm (LPS)"
+        )
+    return d, h, w
+
+
+def _cross(axes: Axes, grid: Grid, axis: int, point: tuple[int, int, int]) -> None:
+    """Lines where the other two planes cut this slice across ``axis`` of a scan in RAS."""
+    up, across = (k for k in range(3) if k != axis)
+    axes.axvline((grid.size[across] - 0.5 - point[across]) * grid.spacing[across], color="yellow", lw=0.5)
+    axes.axhline((point[up] + 0.5) * grid.spacing[up], color="yellow", lw=0.5)
+
+
 def _figure(
     columns: list[tuple[str, Volume]], title: str, centres: Gaussians | None = None, near: float = math.inf
 ) -> Figure:
@@ -202,11 +279,17 @@ class _Picture(NamedTuple):
 
 def _middle(scan: Volume) -> tuple[int, int, int]:
     """Voxel (d, h, w) in RAS in the middle of what lies above a tenth of the range; of the volume if nothing does."""
-    data = reorient(scan, "RAS").data[0]
-    places = torch.nonzero(data > data.min() + 0.1 * (data.max() - data.min()))
-    low, high = (places.amin(0), places.amax(0)) if len(places) else (torch.zeros(3), torch.tensor(data.shape) - 1)
+    body = _body(reorient(scan, "RAS"))
+    places = torch.nonzero(body)
+    low, high = (places.amin(0), places.amax(0)) if len(places) else (torch.zeros(3), torch.tensor(body.shape) - 1)
     d, h, w = ((low + high) // 2).int().tolist()
     return d, h, w
+
+
+def _body(scan: Volume) -> Tensor:
+    """(D, H, W) bool: what lies above a tenth of the range of the first channel."""
+    data = scan.data[0]
+    return data > data.min() + 0.1 * (data.max() - data.min())
 
 
 def _plane(volume: Volume, axis: int, at: tuple[int, int, int]) -> _Picture:

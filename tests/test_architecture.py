@@ -64,10 +64,12 @@ MAY_IMPORT: dict[str, list[str]] = {
     "evaluation": [],
     "features": ["data"],
     "reconstruction": ["data", "features", "masking", "rendering"],
+    "latent_maps": ["data", "features", "masking", "models.vim", "reconstruction"],
     "training": [*BORDER, "data", "factory", "hub", "layers", "losses", "masking", "models", "ops", "training"],
     "visualize": [
         "data",
         "features",
+        "latent_maps",
         "layers",
         "losses",
         "masking",

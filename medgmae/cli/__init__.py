@@ -1,4 +1,5 @@
-"""The command line: ``medgmae list``, ``info``, ``features``, ``reconstruct``, ``fit``, ``convert``.
+"""The command line: ``medgmae list``, ``info``, ``features``, ``reconstruct``, ``latent-map``, ``fit``,
+``convert``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -11,6 +12,7 @@ import medgmae
 from medgmae.cli.convert import convert_command
 from medgmae.cli.features import features_command
 from medgmae.cli.fit import fit_command
+from medgmae.cli.latent_map import latent_map_command
 from medgmae.cli.models import info_command, list_command
 from medgmae.cli.reconstruct import reconstruct_command
 
@@ -28,5 +30,6 @@ main.add_command(list_command)
 main.add_command(info_command)
 main.add_command(features_command)
 main.add_command(reconstruct_command)
+main.add_command(latent_map_command)
 main.add_command(fit_command)
 main.add_command(convert_command)

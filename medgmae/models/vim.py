@@ -157,15 +157,19 @@ class Vim(nn.Module):
         if keep is not None and self.scan_order == "raster":
             keep, order = keep.sort(dim=1)
             back = order.argsort(dim=1)
-        hidden, table = self._embed(x, keep)
-        residual = None
-        for block in self.blocks:
-            hidden, residual = self._advance(block, hidden, residual, table)
+        hidden, residual = self._scan(x, keep)
         tokens = self._taken_apart(self.norm(hidden if residual is None else hidden + residual))
         if back is None:
             return tokens
         prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
         return torch.cat([prefix, take_tokens(patches, back)], dim=1)
+
+    def forward_mixer(self, x: Tensor) -> Tensor:
+        """What the last block's mixer returns, not yet added to the stream: (B, P + N, E), class tokens first.
+
+        Maps of a fine-tuned model read it, see :func:`medgmae.latent_to_spatial`. x: (B, C, D, H, W).
+        """
+        return self._taken_apart(self._scan(x, None)[0])
 
     def forward_intermediates(
         self,
@@ -216,6 +220,14 @@ class Vim(nn.Module):
             return head(patches)  # type: ignore[no-any-return]
         pooled = {"avg": patches, "cls": prefix, "last": patches[:, -1:]}[self.pool].mean(1)
         return head(pooled)  # type: ignore[no-any-return]
+
+    def _scan(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The last mixer's output and the stream that it is to be added to, (B, P + n, E) each, as they are scanned."""
+        hidden, table = self._embed(x, keep)
+        residual = None
+        for block in self.blocks:
+            hidden, residual = self._advance(block, hidden, residual, table)
+        return hidden, residual
 
     def _embed(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The sequence as it is scanned, (B, P + n, E), and its table of rotations."""
