@@ -37,14 +37,23 @@ def renders(name: str) -> bool:
     return isinstance(full_size(name), medgmae.GaussianMAE)
 
 
+def attends(part: Any) -> bool:
+    """Whether an encoder or decoder is a transformer, with attention heads, and not a state space."""
+    return hasattr(part.blocks[0], "attn")
+
+
 def small(name: str, **overrides: Any) -> Any:
     """A registered architecture with narrow, few blocks and two patches per axis; random numbers everywhere.
 
     The tables and tokens that start at zero, or fixed, get values, so that nothing can hide behind a zero.
     """
-    options: dict[str, Any] = {"img_size": size_of(name), "depth": 2, "embed_dim": 24, "num_heads": 2}
+    options: dict[str, Any] = {"img_size": size_of(name), "depth": 2, "embed_dim": 24}
+    if attends(encoder_of(full_size(name))):
+        options |= {"num_heads": 2}
     if hasattr(full_size(name), "decoder"):
-        options |= {"decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 2}
+        options |= {"decoder_embed_dim": 12, "decoder_depth": 1}
+        if attends(full_size(name).decoder):
+            options |= {"decoder_num_heads": 2}
     if renders(name):
         levels = len(set(full_size(name).decoder.taps))  # each reads after a block of its own
         options |= {"num_gaussians": 5, "decoder_depth": levels}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from small_models import (
     assert_same_state,
+    attends,
     encoder_of,
     full_size,
     randomize,
@@ -29,11 +30,13 @@ from medgmae.masking import Masking
 
 NAMES = medgmae.list_models()
 ENCODERS = [name for name in NAMES if not hasattr(full_size(name), "decoder")]
+VITS = [name for name in ENCODERS if attends(full_size(name))]
 AUTOENCODERS = [name for name in NAMES if hasattr(full_size(name), "decoder")]
 OTHER_GRID = (1, 3, 2)
 
 every = pytest.mark.parametrize("name", NAMES)
 every_encoder = pytest.mark.parametrize("name", ENCODERS)
+every_vit = pytest.mark.parametrize("name", VITS)
 every_autoencoder = pytest.mark.parametrize("name", AUTOENCODERS)
 
 
@@ -240,7 +243,7 @@ def test_dynamo_sees_one_graph(name: str) -> None:
         torch.testing.assert_close(ours, plain)
 
 
-@pytest.mark.parametrize("name", ["mae_vit_nano_patch8_32", "gmae_vit_nano_patch8_32"])
+@pytest.mark.parametrize("name", ["mae_vit_nano_patch8_32", "mae_vim_nano_patch8_32", "gmae_vit_nano_patch8_32"])
 def test_an_autoencoder_compiles_with_its_gradients(name: str) -> None:
     torch.compiler.reset()
     model, x = small(name), volume(name, grid=OTHER_GRID)
@@ -359,7 +362,7 @@ def test_drop_path_acts_in_training_only(name: str) -> None:
     assert torch.equal(run(model, x), run(plain, x))
 
 
-@every_encoder
+@every_vit
 @pytest.mark.parametrize("pool", ["cls", "avg", "cat"])
 def test_pooling(name: str, pool: str) -> None:
     model, x = small(name, pool=pool).eval(), volume(name)
@@ -371,7 +374,7 @@ def test_pooling(name: str, pool: str) -> None:
     assert isinstance(model.fc_norm, nn.Identity) == (pool == "cls")
 
 
-@every_encoder
+@every_vit
 def test_without_class_token(name: str) -> None:
     model, x = small(name, class_token=False, pool="avg", fc_norm=False), volume(name)
     assert model.forward_features(x).shape[1] == model.pos_embed.shape[1]
@@ -382,7 +385,8 @@ def test_without_class_token(name: str) -> None:
 
 @every_encoder
 def test_resetting_the_classifier_keeps_the_features(name: str, tmp_path: Path) -> None:
-    model, x = small(name, num_classes=3, pool="avg", head_hidden=(6,)).double().eval(), volume(name).double()
+    head = {"head_hidden": (6,)} if name in VITS else {}
+    model, x = small(name, num_classes=3, pool="avg", **head).double().eval(), volume(name).double()
     features = model.forward_head(model.forward_features(x), pre_logits=True)
     model.reset_classifier(7)
     assert model.num_classes == 7

@@ -141,7 +141,8 @@ def _check(
     for name, weights in (("B", B), ("C", C)):
         by_time = weights.dim() in (3, 4) and (weights.shape[0], *weights.shape[-2:]) == (batch, states, length)
         groups = weights.shape[1] if weights.dim() == 4 else 1
-        if not (tuple(weights.shape) == tuple(A.shape) or by_time) or not groups or channels % groups:
+        constant = weights.dim() == 2 and tuple(weights.shape) == tuple(A.shape)  # only then may an export compare them
+        if not (constant or by_time) or not groups or channels % groups:
             raise ValueError(
                 f"{name} must be (batch, N, L) = {(batch, states, length)}, (batch, groups, N, L) with a number of "
                 f"groups that divides the {channels} channels, or (channels, N) = {tuple(A.shape)}, "
