@@ -26,6 +26,8 @@ def run(case: Case) -> None:
     """Compare one case; AssertionError says what differs, or that nothing here can compare it."""
     from parity import (  # noqa: F401 - they enter adapters
         glmae,
+        mamba_mae,
+        mamba_mae_models,
         mamba_mae_ops,
         mamba_mae_protocols,
         medgmae_cases,

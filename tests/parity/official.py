@@ -45,7 +45,7 @@ def layout(spec: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         prefix = found[1] if found else ""
     else:
         kind = str(container.get("kind", ""))
-        inner = container.get("layout") or container.get("keys")
+        inner = container.get("layout") or container.get("keys") or container.get("torch.save")
         entries = dict(inner or ({} if kind else container))
         entries.pop("key_prefix", None)
         prefix = container.get("key_prefix", "")
