@@ -282,6 +282,31 @@ def test_scans_are_found_once_and_in_order(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in found] == names
 
 
+def test_cases_of_several_contrasts(tmp_path: Path) -> None:
+    names = ["t1", "t2", "t1ce", "flair"]
+    mr = medgmae.data.crop_or_pad(medgmae.read_volume(MR), (32, 32, 32))
+    for case in ("one", "two", "broken"):
+        (tmp_path / "cases" / case).mkdir(parents=True)
+        for factor, name in enumerate(names, 1):
+            medgmae.write_volume(mr.with_data(mr.data.short() * factor), tmp_path / f"cases/{case}/p_{name}.nii.gz")
+    (tmp_path / "cases/broken/p_flair.nii.gz").unlink()
+    assert [path.name for path in expand([tmp_path / "cases"], names)] == ["broken", "one", "two"]
+    assert len(expand([tmp_path / "cases"])) == 11
+    torch.manual_seed(0)
+    model: Any = medgmae.create_model(NANO, in_chans=4)
+    block = {"channels": 4, "contrasts": names, "window": {"percentiles": [0, 100], "per": "channel"}}
+    model.config["card"] = {**medgmae.weight_card(CARD).to_json(), "input": block}
+    saved, out = medgmae.save_pretrained(model, tmp_path / "model"), tmp_path / "f.safetensors"
+    result = features(tmp_path / "cases", "--model", f"local-dir:{saved}", "--out", out)
+    assert result.exit_code == 1
+    assert "broken: no file for the contrast 'flair' among: p_t1.nii.gz, p_t1ce.nii.gz, p_t2.nii.gz" in result.stderr
+    found = load_file(out)
+    assert sorted(found) == ["one/map", "one/pooled", "two/map", "two/pooled"]
+    ready = medgmae.create_transform(block)({name: tmp_path / f"cases/two/p_{name}.nii.gz" for name in names})
+    assert torch.equal(ready.data[3], ready.data[0])  # each contrast is scaled by its own range
+    assert torch.equal(found["two/pooled"], medgmae.extract_features(model.eval(), ready).pooled)
+
+
 @pytest.mark.parametrize(
     ("paths", "names"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -67,7 +68,8 @@ SCANS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
 @json_option
 @reports_errors
 def features_command(scans: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Compute features of SCANS: files, DICOM folders, or folders of scans.
+    """Compute features of SCANS: files, DICOM folders, or folders of scans. For a model of several contrasts: 4-D
+    files, or folders with a file for each, such as a_t1.nii.gz, a_t2.nii.gz, a_t1ce.nii.gz and a_flair.nii.gz.
 
     .safetensors: NAME/pooled (F,) and NAME/map (E, d, h, w) per scan, with geometry, model and preprocessing as JSON in
     the metadata entry "medgmae". .csv and .npy: pooled vectors, one row per scan.
@@ -75,8 +77,8 @@ def features_command(scans: tuple[Path, ...], as_json: bool, **options: Any) -> 
     A scan that cannot be read is reported and left out. Exit code 0: all are done; 1: some are not; 2: wrong usage.
     """
     want_map = _wanted(options)
-    paths = expand(scans)
     run = _Run(options, want_map)
+    paths = expand(scans, run.preprocessing.input["contrasts"])
     writer = TensorWriter(run.out) if run.out.suffix == ".safetensors" else VectorWriter(run.out)
     names = unique_names(paths)
     try:
@@ -109,23 +111,37 @@ def _wanted(options: dict[str, Any]) -> bool:
     return want_map
 
 
-def expand(scans: Sequence[Path]) -> list[Path]:
-    """Scans in the order given, each once. Of a folder: its scan files, or itself if it holds other files (DICOM), or
-    else the same of its subfolders."""
+def expand(scans: Sequence[Path], contrasts: Sequence[str] | None = None) -> list[Path]:
+    """Scans in the order given, each once. Of a folder: itself if it holds files of several ``contrasts``, or else its
+    scan files, or itself if it holds other files (DICOM), or else the same of its subfolders."""
     found: dict[Path, None] = {}
     for path in scans:
-        found.update(dict.fromkeys(_scans_in(path) if path.is_dir() else [path]))
+        found.update(dict.fromkeys(_scans_in(path, contrasts) if path.is_dir() else [path]))
     return list(found)
 
 
-def _scans_in(folder: Path) -> list[Path]:
+def _scans_in(folder: Path, contrasts: Sequence[str] | None) -> list[Path]:
+    if contrasts and _is_case(folder, contrasts):
+        return [folder]
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.is_file()]
     volumes = [file for file in files if file.name.lower().endswith(SCANS)]
     subfolders = [entry for entry in entries if entry.is_dir()]
     if volumes or files or not subfolders:
         return volumes or [folder]
-    return [scan for subfolder in subfolders for scan in _scans_in(subfolder)]
+    return [scan for subfolder in subfolders for scan in _scans_in(subfolder, contrasts)]
+
+
+def _is_case(folder: Path, contrasts: Sequence[str]) -> bool:
+    """Whether a folder holds one case, perhaps with a contrast missing or doubled: reading it then says which."""
+    from medgmae import VolumeError
+    from medgmae.data import find_contrasts
+
+    found = 0
+    for name in contrasts:
+        with contextlib.suppress(VolumeError):
+            found += len(find_contrasts(folder, [name]))
+    return found >= min(2, len(contrasts))
 
 
 class _Run:
