@@ -24,6 +24,8 @@ MODELS = [
     "medgmae/mae3d_baseline",
     "medgmae/model_sincos",
     "medgmae/model_perceptron_imagenorm",
+    "mamba_mae/l2s_p4_finetuned",
+    "mamba_mae/l2s_p4_pretrained",
 ]
 
 # Cases without a file of weights in a container.
@@ -46,6 +48,7 @@ WRAPPINGS = {
     "tangerine": [("model", "module."), ("model_state", ""), ("state_dict", "module.model."), ("", "module.")],
     "glmae": [("student", "module.backbone."), ("state_dict", "backbone."), ("model", "module."), ("", "")],
     "selfmedmae": [("state_dict", "module."), ("", ""), ("model", "_orig_mod.")],
+    "mamba_mae": [("model", ""), ("", "module."), ("model", "module._orig_mod.")],
     "medgmae": [("state_dict", ""), ("", "module."), ("state_dict", "module._orig_mod.")],
 }
 

@@ -27,6 +27,7 @@ def run(case: Case) -> None:
     from parity import (  # noqa: F401 - they enter adapters
         glmae,
         mamba_mae,
+        mamba_mae_maps,
         mamba_mae_models,
         mamba_mae_ops,
         mamba_mae_protocols,

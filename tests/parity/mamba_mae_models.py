@@ -21,8 +21,8 @@ from parity.case import Case, Options
 from parity.models import load, renamed
 from parity.official import write_file
 
-# What files hold and models compute by themselves.
-COMPUTED = r"^((decoder_)?rope\.freqs(_cos|_sin)?)$"
+# What files hold and models compute by themselves, behind whatever prefix wrappers leave.
+COMPUTED = r"(?:^|\.)((decoder_)?rope\.freqs(_cos|_sin)?)$"
 # The same, and the class token of files whose models have none.
 WITHOUT_TOKEN = COMPUTED[:-2] + r"|cls_token)$"
 
