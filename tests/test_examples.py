@@ -21,11 +21,12 @@ from medgmae import (
     create_transform,
     extract_features,
     read_volume,
+    save_pretrained,
     weight_card,
     write_volume,
 )
 from medgmae.cards import weights_folder
-from medgmae.data import crop_or_pad
+from medgmae.data import crop_or_pad, resample_like
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 BRAIN = EXAMPLES / "data/mr_brain_t1.nii.gz"
@@ -161,3 +162,38 @@ def test_demo_writes_features_and_a_picture(script: Any, tmp_path: Path) -> None
     torch.testing.assert_close(found.data, expected.map.data)
     assert found.origin == pytest.approx(expected.map.origin)
     assert (tmp_path / "out/small.png").stat().st_size > 30_000
+
+
+def test_four_contrasts_go_from_files_to_a_map_on_the_t1(script: Any, tmp_path: Path) -> None:
+    example, out = script("four_contrasts"), tmp_path / "out"
+    saved = save_pretrained(create_model("vim_tiny_patch16_160"), tmp_path / "saved")
+    output = run(example, BRAIN, "--model", "vim_tiny_patch16_160", "--weights", saved, "--out", out)
+    assert "random weights" not in output
+    assert "vector of 192, map torch.Size([192, 10, 10, 10])" in output
+    t1, latent = read_volume(BRAIN), read_volume(out / "latent_map.nii.gz")
+    assert torch.equal(read_volume(out / "brain_t1.nii.gz").data, t1.data)
+    assert latent.data.shape == t1.data.shape
+    assert latent.grid.affine == pytest.approx(t1.grid.affine)
+    assert 900 < latent.data.unique().numel() <= 1001  # one number per patch, and 0 outside the 160 mm of the model
+    assert read_volume(out / "features.nrrd").data.shape == (192, 10, 10, 10)
+    assert (out / "latent_map.png").stat().st_size > 30_000
+
+
+def test_made_contrasts_show_tissues_as_they_look_in_each(script: Any, tmp_path: Path) -> None:
+    example = script("four_contrasts")
+    files = example.make_case(small_scan(tmp_path), tmp_path)
+    t1 = read_volume(files["t1"])
+    shares = t1.data / t1.data.max()
+    places = {"fluid": (0.3, 0.4), "grey": (0.63, 0.67), "white": (0.83, 0.87)}
+    look = {}
+    for name in ("t2", "t1ce", "flair"):
+        scan = resample_like(read_volume(files[name]), t1).data.float()
+        look[name] = {k: float(scan[(shares > a) & (shares < b)].mean()) for k, (a, b) in places.items()}
+    assert look["t2"]["fluid"] > look["t2"]["grey"] > look["t2"]["white"]
+    assert look["t1ce"]["fluid"] < look["t1ce"]["grey"] < look["t1ce"]["white"]
+    assert look["flair"]["fluid"] < look["flair"]["white"] < look["flair"]["grey"]
+    assert read_volume(files["flair"]).size == (44, 88, 88)
+    ready = create_transform(example.CARD)(files)
+    assert ready.data.shape == (4, 160, 160, 160)
+    backwards = create_transform(example.CARD)(dict(reversed(files.items())))
+    assert torch.equal(ready.data, backwards.data)

@@ -41,8 +41,8 @@ def test_quick_start_runs(title: str, code: str, tmp_path: Path) -> None:
     assert done.stdout.strip()
 
 
-def test_there_are_four_quick_starts() -> None:
-    assert len(BLOCKS) == 4
+def test_there_are_five_quick_starts() -> None:
+    assert len(BLOCKS) == 5
 
 
 def test_model_table_is_the_registry() -> None:
