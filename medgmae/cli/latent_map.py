@@ -103,7 +103,8 @@ def latent_map_command(scans: tuple[Path, ...], as_json: bool, **options: Any) -
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     model, weights = open_model(options["name"], options["weights"], options["random_weights"])
-    mode, reduction = medgmae.latent_maps.as_published(model, options["mode"], options["reduction"])
+    latent_to_spatial = medgmae.latent_to_spatial  # its first use imports medgmae.latent_maps
+    mode, reduction = medgmae.latent_map_defaults(model, options["mode"], options["reduction"])
     masked: dict[str, Any] = {}
     if mode == "pretrained":
         generator = torch.Generator().manual_seed(options["seed"])
@@ -114,9 +115,7 @@ def latent_map_command(scans: tuple[Path, ...], as_json: bool, **options: Any) -
     prepare = preprocessing_of(model, options["input_of"], options["changes"])
     start = time.perf_counter()
     volume = prepare(_case(scans, prepare.input))
-    found = medgmae.latent_to_spatial(
-        model, volume, mode=mode, reduction=reduction, upsampling=options["upsampling"], **masked
-    )
+    found = latent_to_spatial(model, volume, mode=mode, reduction=reduction, upsampling=options["upsampling"], **masked)
     medgmae.write_volume(found, options["out"])
     if options["png"]:
         title = f"{scans[0].name}: {options['name']}"
