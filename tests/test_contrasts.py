@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import medgmae
 from medgmae.data import Volume, VolumeError, create_transform, find_contrasts, read_volume, write_volume, zscore
 from medgmae.data.transforms import resample_like
 
@@ -74,6 +77,23 @@ def test_another_grid_is_interpolated_once(case: dict[str, Any]) -> None:
     t2 = replace(case["t2"], origin=(5.25, -3.0, 2.0))
     ready = create_transform(block)({**case, "t2": t2})
     assert torch.equal(ready.data[1], resample_like(t2, ready).data[0])
+
+
+def test_latent_map_of_a_case_in_a_process_of_its_own(case: dict[str, Any], tmp_path: Path) -> None:
+    """Contrasts as files in the channels' order, and as a folder; nothing has imported the parts of the library yet."""
+    files = save({name: contrast(seed, (16, 16, 16)) for seed, name in enumerate(NAMES)}, tmp_path / "case")
+    model: Any = medgmae.create_model("vim_nano_patch8_32", in_chans=4)
+    model.config["card"] = {**medgmae.weight_card("vim_small_patch16_160.mamba_mae").to_json(), "input": MAMBA}
+    saved = medgmae.save_pretrained(model, tmp_path / "model")
+    command = [sys.executable, "-m", "medgmae", "latent-map", "--model", f"local-dir:{saved}", "--threads", "1"]
+    for scans, out in ((files.values(), "files.nii.gz"), ([tmp_path / "case"], "folder.nii.gz")):
+        done = subprocess.run(
+            [*command, *map(str, scans), "--out", str(tmp_path / out)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    maps = [read_volume(tmp_path / out) for out in ("files.nii.gz", "folder.nii.gz")]
+    assert maps[0].data.unique().numel() == 8
+    assert torch.equal(maps[0].data, maps[1].data)
 
 
 def test_files_are_found_by_the_words_in_their_names(case: dict[str, Any], tmp_path: Path) -> None:
