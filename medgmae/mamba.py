@@ -1,6 +1,6 @@
 """Bidirectional Mamba on sequences of tokens, channels last: norm, rotary positions, mixer and block.
 
-The mixer is Vision Mamba's "v2" (Zhu et al. 2024, https://arxiv.org/abs/2401.09417) as 3D Mamba MAE uses it (Xu et al.
+The mixer is Vision Mamba's "v2" (Zhu et al. 2024, https://arxiv.org/abs/2401.09417) as 3D Mamba MAE uses it (Hu et al.
 2024, https://arxiv.org/abs/2409.07746), with the parameter names of its published checkpoints.
 """
 

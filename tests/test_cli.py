@@ -157,6 +157,14 @@ def test_info_of_a_gaussian_autoencoder_counts_its_gaussians() -> None:
     assert "norm_target" not in facts
 
 
+def test_info_of_a_state_space_says_how_it_scans() -> None:
+    facts = json.loads(run("info", "mae_vim_nano_patch8_32", "--json").stdout)
+    expected = {"d_state": 16, "class_token": None, "rope": "axial", "rope_residual": True, "scan_order": "raster"}
+    assert {name: facts[name] for name in expected} == expected
+    assert facts["decoder"]["off_by_one"] is False
+    assert "num_heads" not in {*facts, *facts["decoder"]}
+
+
 def test_info_of_a_tag_shows_the_whole_card() -> None:
     tag = "vit_large_patch16_256.tangerine"
     facts = json.loads(run("info", tag, "--json").stdout)

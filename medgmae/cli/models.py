@@ -148,7 +148,7 @@ def _architecture(name: str) -> dict[str, Any]:
         "grid": list(encoder.grid),
         "embed_dim": encoder.embed_dim,
         "depth": len(encoder.blocks),
-        "num_heads": encoder.blocks[0].attn.num_heads,
+        **_mixing(encoder),
         "pool": encoder.pool,
         "num_features": encoder.num_features,
     }
@@ -157,7 +157,7 @@ def _architecture(name: str) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in decoder.parameters()),
             "embed_dim": decoder.embed.out_features,
             "depth": len(decoder.blocks),
-            "num_heads": decoder.blocks[0].attn.num_heads,
+            **_mixing(decoder),
         }
         # What a decoder of voxels has, or one of Gaussians.
         optional = {name: getattr(decoder, name, None) for name in ("sigmoid", "kind", "total_gaussians")}
@@ -166,6 +166,15 @@ def _architecture(name: str) -> dict[str, Any]:
         if hasattr(model, "norm_target"):
             facts["norm_target"] = model.norm_target
     return facts
+
+
+def _mixing(part: Any) -> dict[str, Any]:
+    """How the blocks of an encoder or decoder bring tokens together."""
+    block = part.blocks[0]
+    if hasattr(block, "attn"):
+        return {"num_heads": block.attn.num_heads}
+    names = ("class_token", "rope", "rope_residual", "scan_order", "off_by_one")
+    return {"d_state": block.mixer.d_state, **{name: getattr(part, name) for name in names if hasattr(part, name)}}
 
 
 def _file(path: str, source_grid: int | tuple[int, ...] | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Masked autoencoders of Vim encoders: 3D Mamba MAE (Xu et al. 2024, https://arxiv.org/abs/2409.07746)."""
+"""Masked autoencoders of Vim encoders: 3D Mamba MAE (Hu et al. 2024, https://arxiv.org/abs/2409.07746)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vision Mamba for volumes: the encoder of 3D Mamba MAE (Xu et al. 2024, https://arxiv.org/abs/2409.07746)."""
+"""Vision Mamba for volumes: the encoder of 3D Mamba MAE (Hu et al. 2024, https://arxiv.org/abs/2409.07746)."""
 
 from __future__ import annotations
 
