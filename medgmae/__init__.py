@@ -48,6 +48,7 @@ _PUBLIC = {
     "Reconstruction": "medgmae.reconstruction",
     "psnr": "medgmae.reconstruction",
     "latent_to_spatial": "medgmae.latent_maps",
+    "latent_map_defaults": "medgmae.latent_maps",
     "reconstruction_figure": "medgmae.visualize",
     "latent_map_figure": "medgmae.visualize",
     "fit_figure": "medgmae.visualize",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from medgmae.hub import save_pretrained as save_pretrained
     from medgmae.hub import weight_card as weight_card
     from medgmae.inspect import inspect_checkpoint as inspect_checkpoint
+    from medgmae.latent_maps import latent_map_defaults as latent_map_defaults
     from medgmae.latent_maps import latent_to_spatial as latent_to_spatial
     from medgmae.layers import resample_pos_embed as resample_pos_embed
     from medgmae.layers import sincos_pos_embed as sincos_pos_embed

@@ -98,7 +98,7 @@ def latent_to_spatial(
             "pretrained"; an option that does not exist.
     """
     encoder = _encoder(model)
-    mode, reduction = as_published(model, mode, reduction)
+    mode, reduction = latent_map_defaults(model, mode, reduction)
     _check_options(mode, reduction, upsampling)
     data = x.data.unsqueeze(0) if isinstance(x, Volume) else x
     _check_input(encoder, data)
@@ -118,10 +118,10 @@ def latent_to_spatial(
     return x.with_data(crop_or_pad(padded.with_data(found[0].cpu()), x.size).data)
 
 
-def as_published(
+def latent_map_defaults(
     model: nn.Module, mode: Mode | None = None, reduction: Reduction | None = None
 ) -> tuple[Mode, Reduction]:
-    """What :func:`latent_to_spatial` does where mode or reduction is None."""
+    """What :func:`latent_to_spatial` does with this model where mode or reduction is None."""
     if mode is None:
         mode = "pretrained" if hasattr(model, "encoder") else "finetuned"
     if reduction is None:

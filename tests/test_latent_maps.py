@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import medgmae
 from medgmae import Volume, latent_map_figure, latent_to_spatial, random_masking
-from medgmae.latent_maps import as_published
+from medgmae.latent_maps import latent_map_defaults
 from medgmae.visualize import latent_to_spatial as as_visualize_has_it
 
 ENCODERS = ["vit_nano_patch8_32", "vim_nano_patch8_32"]
@@ -148,7 +148,7 @@ def test_a_vit_gives_the_first_principal_component_of_its_last_block() -> None:
 )
 def test_what_is_done_unless_it_is_said(name: str, given: Any, expected: Any) -> None:
     model, x = small(name), volume(name)
-    assert as_published(model, *given) == expected
+    assert latent_map_defaults(model, *given) == expected
     found = [
         latent_to_spatial(model, x, mode=m, reduction=r, generator=seeded(2) if expected[0] == "pretrained" else None)
         for m, r in (given, expected)
