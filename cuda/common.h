@@ -39,12 +39,14 @@ static bool dispatch(DType dtype, Body body) {
 
 struct VoxelizeCall;
 struct BandedCall;
+struct ScanCall;
 
 // The CPU kernels of one instruction set. Each returns false for a dtype that it does not have.
 struct CpuKernels {
   bool (*axpy)(DType dtype, int64_t n, double a, const void* x, void* y, int threads);
   bool (*voxelize)(DType dtype, const VoxelizeCall& call, int threads, bool* enough_memory);  // backward if call.grad
   void (*banded)(const BandedCall& call, int threads);
+  bool (*scan)(DType dtype, const ScanCall& call, int threads, bool* enough_memory);  // backward if call.grad
 };
 
 }  // namespace medgmae

@@ -2,6 +2,7 @@
 #include "axpy.h"
 #include "banded.h"
 #include "common.h"
+#include "scan_gradient.h"
 #include "voxelize_strips.h"
 
 namespace medgmae {
@@ -27,12 +28,19 @@ bool voxelize(DType dtype, const VoxelizeCall& call, int threads, bool* enough_m
   });
 }
 
+bool scan(DType dtype, const ScanCall& call, int threads, bool* enough_memory) {
+  return dispatch(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    *enough_memory = call.grad.at == nullptr ? scan_forward<T>(call, threads) : scan_gradient<T>(call, threads);
+  });
+}
+
 void banded(const BandedCall& call, int threads) { banded_product(call, threads); }
 
 }  // namespace
 
 namespace MEDGMAE_VARIANT {
-extern const CpuKernels kernels = {axpy, voxelize, banded};
+extern const CpuKernels kernels = {axpy, voxelize, banded, scan};
 }
 
 }  // namespace medgmae

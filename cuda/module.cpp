@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "banded.h"
+#include "bind_scan.h"
 #include "common.h"
 #include "cuda_kernels.h"
 #include "voxelize.h"
@@ -149,6 +150,20 @@ void banded(int64_t stack, int64_t rows_in, int64_t rows_out, int64_t length, in
   kernels.banded(call, threads);
 }
 
+void selective_scan(int dtype, const ScanSizes& sizes, const ScanStreams& streams, const ScanMatrices& matrices, const ScanArrays& arrays,
+                    int threads, const std::string& variant) {
+  ScanCall const call = scan_call(sizes, streams, matrices, arrays);
+  check(0, true, threads);
+  const CpuKernels& kernels = *find_variant(variant).kernels;
+  bool known, enough_memory = true;
+  {
+    py::gil_scoped_release release;
+    known = kernels.scan(DType(dtype), call, threads, &enough_memory);
+  }
+  check_dtype(known, dtype);
+  if (!enough_memory) throw std::bad_alloc();
+}
+
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
 void axpy_cuda(int dtype, int64_t n, double a, uintptr_t x, uintptr_t y, uintptr_t stream) {
   check(n, x != 0 && y != 0, 1);
@@ -235,6 +250,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("banded", &medgmae::banded, "stack"_a, "rows_in"_a, "rows_out"_a, "length"_a, "taps"_a, "first"_a, "weights"_a,
              "input"_a, "out"_a, "add"_a, "threads"_a, "variant"_a = "",
              "Multiplies a stack of float32 matrices by a banded matrix from the left, on the CPU.");
+  module.def("selective_scan", &medgmae::selective_scan, "dtype"_a, "sizes"_a, "streams"_a, "matrices"_a, "arrays"_a, "threads"_a,
+             "variant"_a = "", "Runs a selective scan on the CPU, or its backward if there is a stream 'grad'.");
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
   module.def("axpy_cuda", &medgmae::axpy_cuda, "dtype"_a, "n"_a, "a"_a, "x"_a, "y"_a, "stream"_a,
              "y += a x on the current CUDA device, for n elements at the device addresses x and y.");

@@ -45,6 +45,10 @@ struct ScanCall {
   int64_t parts;
 };
 
-inline int64_t scan_chunks(const ScanCall& call) { return (call.length + call.chunk - 1) / call.chunk; }
+// Channels of a group over which the CPU sums the gradients of B and C.
+constexpr int kScanSlab = 64;
+static inline int64_t scan_slabs(const ScanCall& call) { return (call.channels / call.groups + kScanSlab - 1) / kScanSlab; }
+
+static MEDGMAE_HD int64_t scan_chunks(const ScanCall& call) { return (call.length + call.chunk - 1) / call.chunk; }
 
 }  // namespace medgmae

@@ -2,9 +2,26 @@
 #pragma once
 
 #include "simd.h"
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace medgmae {
 namespace {
+
+// x, but at least low and at most high. NaN stays NaN: the instructions give their second operand then.
+inline Vec<float> clamp_lanes(Vec<float> x, float low, float high) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(high), _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(low), x));
+#elif defined(__AVX2__)
+  return _mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), x));
+#elif defined(__SSE2__)
+  return _mm_min_ps(_mm_set1_ps(high), _mm_max_ps(_mm_set1_ps(low), x));
+#else
+  x = splat(low) > x ? splat(low) : x;
+  return splat(high) < x ? splat(high) : x;
+#endif
+}
 
 // What A is multiplied by before the scan, so that decay() is one power of two.
 template <class T>
@@ -12,25 +29,41 @@ constexpr T kDecayScale = T(1);
 template <>
 constexpr float kDecayScale<float> = 1.44269504088896341f;
 
-// exp(x / kDecayScale), to 2e-7.
-inline Vec<float> decay_lanes(Vec<float> x) {
-  Vec<float> const low = splat(-126.0f), high = splat(127.0f);
-  x = low > x ? low : x;  // the comparison is false for NaN, which passes
-  x = high < x ? high : x;
-  Vec<float> const shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds, and leaves the integer in the low bits
-  Vec<float> const r = x - (shifted - 12582912.0f);
-  Vec<float> p = splat(1.326472731307149e-3f);  // minimax on [-1/2, 1/2], exact at 0
+// 2^n (1 + r q(r)) for shifted = 1.5 * 2^23 + n and |r| <= 1/2: a minimax polynomial, to 1e-7, exact at r = 0.
+inline Vec<float> power_of_two(Vec<float> shifted, Vec<float> r) {
+  Vec<float> p = splat(1.326472731307149e-3f);
   p = p * r + 9.671512991189957e-3f;
   p = p * r + 5.550733581185341e-2f;
   p = p * r + 2.4022242426872253e-1f;
   p = p * r + 6.931470036506653e-1f;
   p = p * r + 1.0f;
   Mask<float> power, bits;
-  memcpy(&power, &shifted, sizeof(power));
+  memcpy(&power, &shifted, sizeof(power));  // n is in its low bits
   memcpy(&bits, &p, sizeof(bits));
   bits += power << 23;
   memcpy(&p, &bits, sizeof(p));
   return p;
+}
+
+constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+
+// exp(x / kDecayScale), to 2e-7.
+inline Vec<float> decay_lanes(Vec<float> x) {
+  x = clamp_lanes(x, -126.0f, 127.0f);
+  Vec<float> const shifted = x + kRounding;
+  return power_of_two(shifted, x - (shifted - kRounding));
+}
+
+// exp(x) for x <= 0, to 2e-7.
+inline Vec<float> shrink_lanes(Vec<float> x) {
+  x = clamp_lanes(x, -87.0f, 0.0f);
+  Vec<float> const shifted = x * 1.44269504088896341f + kRounding;
+  return power_of_two(shifted, x * 1.44269504088896341f - (shifted - kRounding) + x * 1.925963033e-8f);
+}
+
+inline Vec<double> shrink_lanes(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = exp(x[i]);
+  return x;
 }
 
 inline Vec<double> decay_lanes(Vec<double> x) {
@@ -59,13 +92,14 @@ inline Vec<double> log1p_lanes(Vec<double> u) {
 template <class T>
 inline Vec<T> softplus_lanes(Vec<T> x) {
   Vec<T> const positive = T(0) > x ? splat(T(0)) : x;
-  return x > T(20) ? x : positive + log1p_lanes(exp_lanes(-magnitude<T>(x)));
+  return x > T(20) ? x : positive + log1p_lanes(shrink_lanes(-magnitude<T>(x)));
 }
 
 // 1 / (1 + exp(-x)).
 template <class T>
 inline Vec<T> sigmoid_lanes(Vec<T> x) {
-  return T(1) / (T(1) + exp_lanes(-x));
+  Vec<T> const e = shrink_lanes(-magnitude<T>(x));
+  return (T(0) > x ? e : splat(T(1))) / (T(1) + e);
 }
 
 // Lanes of two vectors, mixed: kHalf lanes of `a`, kHalf of `b`, and so on, from the first or the second kHalf of each pair.
@@ -76,7 +110,13 @@ inline Vec<T> mixed(Vec<T> a, Vec<T> b, int second) {
     int const pair = i / (2 * kHalf), from_b = i / kHalf % 2;
     index[i] = from_b * kLanes<T> + pair * 2 * kHalf + second * kHalf + i % kHalf;
   }
+#ifdef __clang__
+  Vec<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = index[i] < kLanes<T> ? a[index[i]] : b[index[i] - kLanes<T>];
+  return v;
+#else
   return __builtin_shuffle(a, b, index);
+#endif
 }
 
 // v[0] becomes the vector of the sums of v[0], v[1], ..., always added in the same order.

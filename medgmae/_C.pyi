@@ -53,3 +53,12 @@ def banded(
     threads: int,
     variant: str = "",
 ) -> None: ...
+def selective_scan(
+    dtype: int,
+    sizes: dict[str, int],
+    streams: dict[str, tuple[int, int, int]],
+    matrices: dict[str, tuple[int, int, int, int, int]],
+    arrays: dict[str, int],
+    threads: int,
+    variant: str = "",
+) -> None: ...

@@ -1,0 +1,293 @@
+// The selective scan on the CPU, backward. Chunks of time are taken from the last to the first: the states inside a chunk are
+// computed again from the ones kept before it, and the gradient walks back over them.
+//
+//   g = C dy + a' g'    w = g . B    q = g (a h before)        a', g': those of the step after
+//   du = D dy + s w     ds = u w + q . A     dA = sum q s     dB = sum over channels of g s u     dC = sum over channels of h dy
+//
+// States go in small groups, and channels in slabs: what a group keeps of a chunk, and its sums for B and C over a slab, stay in
+// the first cache. Sums over time are made per chunk and added up in double precision; sums over slabs are left to the caller.
+#pragma once
+
+#include "scan_cpu.h"
+
+namespace medgmae {
+namespace {
+
+constexpr int kStateGroup = 4;
+
+// One thread's memory for a backward. Packed: [block][step][lane]; per state: [block][state][lane]; the rest of one state group.
+template <class T>
+struct GradientScratch {
+  static constexpr int kWide = kLanes<T>;
+  int64_t packed, per_state, per_block, per_group;
+  ScanScratch<T> memory;
+  ScanScratch<double> sums;
+  T *s, *x, *dy, *y, *w, *q, *constants, *carry, *part_D, *part_bias, *decay, *product, *sum_B, *sum_C;
+  double *dA, *dB, *dC, *dD, *dbias;
+
+  GradientScratch(const ScanCall& call, int64_t blocks)
+      : packed(blocks * call.chunk * kWide),
+        per_state(blocks * call.states * kWide),
+        per_block(blocks * kWide),
+        per_group(call.chunk * kStateGroup * kWide),
+        memory(6 * packed + 4 * per_state + 2 * per_block + 4 * per_group),
+        sums(3 * per_state + 2 * per_block) {
+    T* next = memory.at;
+    T** const by_step[] = {&s, &x, &dy, &y, &w, &q};
+    for (T** one : by_step) *one = next, next += packed;
+    constants = next, carry = next + 3 * per_state, part_D = carry + per_state, part_bias = part_D + per_block;
+    next = part_bias + per_block;
+    T** const by_group[] = {&decay, &product, &sum_B, &sum_C};
+    for (T** one : by_group) *one = next, next += per_group;
+    dA = sums.at, dB = dA + per_state, dC = dB + per_state, dD = dC + per_state, dbias = dD + per_block;
+  }
+  bool complete() const { return memory.at != nullptr && sums.at != nullptr; }
+};
+
+// Steps [t0, t0 + steps) of a piece, and the states before them (states, channels of the call), null for zeros.
+template <class T>
+struct GradientChunk {
+  const ScanPiece<T>& piece;
+  GradientScratch<T>& my;
+  int64_t t0;
+  int steps;
+  const T* before;
+};
+
+template <class T>
+inline void add_lanes(double* total, Vec<T> v) {
+  for (int i = 0; i < kLanes<T>; ++i) total[i] += double(v[i]);
+}
+
+// States [n0, n0 + kGroup) of one block; `first`: whether it is the first of its slab, so that sums begin.
+template <class T, int kGroup, bool kConstantB, bool kConstantC>
+inline void gradient_block(const GradientChunk<T>& at, int block, int64_t n0, bool first) {
+  constexpr int kWide = kLanes<T>;
+  const GradientScratch<T>& my = at.my;
+  const ScanPiece<T>& piece = at.piece;
+  const ScanCall& call = piece.call;
+  int64_t const state = (int64_t(block) * call.states + n0) * kWide, here = int64_t(block) * call.chunk * kWide;
+  Vec<T> A[kGroup], B[kGroup] = {}, C[kGroup] = {}, h[kGroup] = {};
+  for (int i = 0; i < kGroup; ++i) {
+    A[i] = load(piece.A + state + i * kWide);
+    if (kConstantB) B[i] = load(piece.B + state + i * kWide);
+    if (kConstantC) C[i] = load(piece.C + state + i * kWide);
+    if (at.before) h[i] = load_part(at.before + (n0 + i) * call.channels + piece.first + block * kWide, piece.lanes(block));
+  }
+  for (int t = 0; t < at.steps; ++t) {
+    const T* const rowB = kConstantB ? nullptr : piece.row(call.B, at.t0 + t) + n0;
+    const T* const rowC = kConstantC ? nullptr : piece.row(call.C, at.t0 + t) + n0;
+    Vec<T> const s = load(my.s + here + t * kWide), x = load(my.x + here + t * kWide);
+    Vec<T> y = n0 ? load(my.y + here + t * kWide) : Vec<T>{};
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroup; ++i) {
+      if constexpr (!kConstantB) B[i] = splat(rowB[i]);
+      if constexpr (!kConstantC) C[i] = splat(rowC[i]);
+      Vec<T> const a = decay_lanes(s * A[i]), p = a * h[i];
+      h[i] = p + x * B[i];
+      y += h[i] * C[i];
+      store(my.decay + (t * kGroup + i) * kWide, a);
+      store(my.product + (t * kGroup + i) * kWide, p);
+    }
+    store(my.y + here + t * kWide, y);
+  }
+  Vec<T> carry[kGroup], dA[kGroup] = {}, dB[kGroup] = {}, dC[kGroup] = {};
+  for (int i = 0; i < kGroup; ++i) carry[i] = load(my.carry + state + i * kWide);
+  for (int t = at.steps - 1; t >= 0; --t) {
+    const T* const rowB = kConstantB ? nullptr : piece.row(call.B, at.t0 + t) + n0;
+    const T* const rowC = kConstantC ? nullptr : piece.row(call.C, at.t0 + t) + n0;
+    Vec<T> const s = load(my.s + here + t * kWide), x = load(my.x + here + t * kWide), dy = load(my.dy + here + t * kWide);
+    Vec<T> w = n0 ? load(my.w + here + t * kWide) : Vec<T>{}, qA = n0 ? load(my.q + here + t * kWide) : Vec<T>{};
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroup; ++i) {
+      if constexpr (!kConstantB) B[i] = splat(rowB[i]);
+      if constexpr (!kConstantC) C[i] = splat(rowC[i]);
+      int64_t const k = (t * kGroup + i) * kWide;
+      Vec<T> const p = load(my.product + k), g = carry[i] + C[i] * dy, q = g * p, h_dy = (p + x * B[i]) * dy;
+      carry[i] = g * load(my.decay + k);
+      w += g * B[i];
+      qA += q * A[i];
+      dA[i] += q * s;
+      if constexpr (kConstantB) dB[i] += g * x;
+      else store(my.sum_B + k, first ? g * x : load(my.sum_B + k) + g * x);
+      if constexpr (kConstantC) dC[i] += h_dy;
+      else store(my.sum_C + k, first ? h_dy : load(my.sum_C + k) + h_dy);
+    }
+    store(my.w + here + t * kWide, w);
+    store(my.q + here + t * kWide, qA);
+  }
+  for (int i = 0; i < kGroup; ++i) {
+    store(my.carry + state + i * kWide, carry[i]);
+    add_lanes<T>(my.dA + state + i * kWide, dA[i]);
+    if (kConstantB) add_lanes<T>(my.dB + state + i * kWide, dB[i]);
+    if (kConstantC) add_lanes<T>(my.dC + state + i * kWide, dC[i]);
+  }
+}
+
+// Sums over the lanes of vectors [step][state of the group]: to[step * apart + state].
+template <class T, int kGroup>
+inline void gradient_sums(const T* vectors, int steps, T* to, int64_t apart) {
+  constexpr int kWide = kLanes<T>;
+  for (int first = 0; first < steps * kGroup; first += kWide) {
+    int const left = steps * kGroup - first, count = left < kWide ? left : kWide;
+    Vec<T> v[kWide] = {};
+    for (int i = 0; i < count; ++i) v[i] = load(vectors + (first + i) * kWide);
+    sums<T>(v);
+    for (int i = 0; i < count; ++i) to[(first + i) / kGroup * apart + (first + i) % kGroup] = v[0][i];
+  }
+}
+
+// A group of states of a slab: blocks [begin, end), whose partial sums of B and C have the number `part`.
+template <class T, int kGroup>
+inline void gradient_group(const GradientChunk<T>& at, int begin, int end, int64_t part, int64_t n0) {
+  const ScanCall& call = at.piece.call;
+  for (int k = begin; k < end; ++k) {
+    bool const first = k == begin;
+    if (call.B.constant && call.C.constant) gradient_block<T, kGroup, true, true>(at, k, n0, first);
+    else if (call.B.constant) gradient_block<T, kGroup, true, false>(at, k, n0, first);
+    else if (call.C.constant) gradient_block<T, kGroup, false, true>(at, k, n0, first);
+    else gradient_block<T, kGroup, false, false>(at, k, n0, first);
+  }
+  int64_t const apart = call.groups * call.states;
+  int64_t const row = (((part * call.batch + at.piece.b) * call.length + at.t0) * call.groups + at.piece.group) * call.states + n0;
+  if (!call.B.constant) gradient_sums<T, kGroup>(at.my.sum_B, at.steps, static_cast<T*>(call.dB) + row, apart);
+  if (!call.C.constant) gradient_sums<T, kGroup>(at.my.sum_C, at.steps, static_cast<T*>(call.dC) + row, apart);
+}
+
+// s, x and dy of a chunk, packed, row by row.
+template <class T>
+inline void gradient_inputs(const GradientChunk<T>& at) {
+  constexpr int kWide = kLanes<T>;
+  const ScanPiece<T>& piece = at.piece;
+  const ScanCall& call = piece.call;
+  scan_steps(piece, at.t0, at.steps, call.chunk, at.my.s, at.my.x);
+  for (int t = 0; t < at.steps; ++t) {
+    const T* const grad = element<T>(call.grad, piece.b, at.t0 + t, piece.first);
+    const T* const z = call.z.at ? element<T>(call.z, piece.b, at.t0 + t, piece.first) : nullptr;
+    for (int k = 0; k < piece.blocks; ++k) {
+      Vec<T> v = load_part(grad + k * kWide, piece.lanes(k));
+      if (z) {
+        Vec<T> const gate = load_part(z + k * kWide, piece.lanes(k));
+        v *= gate * sigmoid_lanes<T>(gate);
+      }
+      store(at.my.dy + (int64_t(k) * call.chunk + t) * kWide, v);
+    }
+  }
+}
+
+// du, ddelta and dz of a chunk, row by row, and its part of dD and dbias.
+template <class T>
+inline void gradient_outputs(const GradientChunk<T>& at) {
+  constexpr int kWide = kLanes<T>;
+  const ScanPiece<T>& piece = at.piece;
+  const ScanCall& call = piece.call;
+  const T* const D = call.D ? static_cast<const T*>(call.D) + piece.first : nullptr;
+  const T* const bias = call.bias ? static_cast<const T*>(call.bias) + piece.first : nullptr;
+  T *const part_D = at.my.part_D, *const part_bias = at.my.part_bias;
+  memset(part_D, 0, size_t(2 * at.my.per_block) * sizeof(T));
+  for (int t = 0; t < at.steps; ++t) {
+    auto const row = [&](const ScanStream& stream) { return element<T>(stream, piece.b, at.t0 + t, piece.first); };
+    for (int k = 0; k < piece.blocks; ++k) {
+      int const lanes = piece.lanes(k);
+      int64_t const packed = (int64_t(k) * call.chunk + t) * kWide, c = k * kWide;
+      Vec<T> const u = load_part(row(call.u) + c, lanes), dy = load(at.my.dy + packed), w = load(at.my.w + packed);
+      Vec<T> const skip = D ? load_part(D + c, lanes) : Vec<T>{};
+      Vec<T> ds = u * w + load(at.my.q + packed) * (T(1) / kDecayScale<T>);
+      if (call.softplus) {
+        Vec<T> x = load_part(row(call.delta) + c, lanes);
+        if (bias) x += load_part(bias + c, lanes);
+        ds = x > T(20) ? ds : ds * sigmoid_lanes<T>(x);
+      }
+      store_part(row(call.du) + c, skip * dy + load(at.my.s + packed) * w, lanes);
+      store_part(row(call.ddelta) + c, ds, lanes);
+      store(part_D + c, load(part_D + c) + dy * u);
+      store(part_bias + c, load(part_bias + c) + ds);
+      if (call.z.at) {
+        Vec<T> const z = load_part(row(call.z) + c, lanes), open = sigmoid_lanes<T>(z), grad = load_part(row(call.grad) + c, lanes);
+        store_part(row(call.dz) + c, grad * (load(at.my.y + packed) + skip * u) * open * (T(1) + z * (T(1) - open)), lanes);
+      }
+    }
+  }
+  for (int64_t i = 0; i < at.my.per_block; ++i) at.my.dD[i] += double(part_D[i]), at.my.dbias[i] += double(part_bias[i]);
+}
+
+// Writes the sums over time of a piece: (batch, channels, states) and (batch, channels).
+template <class T>
+inline void gradient_totals(const ScanPiece<T>& piece, const GradientScratch<T>& my) {
+  constexpr int kWide = kLanes<T>;
+  const ScanCall& call = piece.call;
+  int64_t const channel = piece.b * call.channels + piece.first;
+  for (int64_t i = 0; i < piece.width; ++i) {
+    for (int64_t n = 0; n < call.states; ++n) {
+      int64_t const from = (i / kWide * call.states + n) * kWide + i % kWide, to = (channel + i) * call.states + n;
+      static_cast<T*>(call.dA)[to] = T(my.dA[from]);
+      if (call.B.constant) static_cast<T*>(call.dB)[to] = T(my.dB[from]);
+      if (call.C.constant) static_cast<T*>(call.dC)[to] = T(my.dC[from]);
+    }
+    if (call.dD) static_cast<T*>(call.dD)[channel + i] = T(my.dD[i]);
+    if (call.dbias) static_cast<T*>(call.dbias)[channel + i] = T(my.dbias[i]);
+  }
+}
+
+// All chunks of a piece, whose first slab has the number `slab` in its group.
+template <class T>
+inline void gradient_piece(const ScanPiece<T>& piece, GradientScratch<T>& my, int64_t slab) {
+  constexpr int kWide = kLanes<T>, kSlabBlocks = kScanSlab / kWide;
+  const ScanCall& call = piece.call;
+  memset(my.sums.at, 0, size_t(3 * my.per_state + 2 * my.per_block) * sizeof(double));
+  const T* const later = call.grad_state ? static_cast<const T*>(call.grad_state) + piece.b * call.states * call.channels : nullptr;
+  for (int64_t i = 0; i < int64_t(piece.blocks) * call.states; ++i) {
+    int const block = int(i / call.states);
+    const T* const from = later + i % call.states * call.channels + piece.first + block * kWide;
+    store(my.carry + i * kWide, later ? load_part(from, piece.lanes(block)) : Vec<T>{});
+  }
+  for (int64_t c = scan_chunks(call) - 1; c >= 0; --c) {
+    int64_t const t0 = c * call.chunk, left = call.length - t0;
+    int64_t const kept = (piece.b * scan_chunks(call) + c - 1) * call.states * call.channels;
+    GradientChunk<T> const at = {piece, my, t0, int(left < call.chunk ? left : call.chunk),
+                                 c ? static_cast<const T*>(call.kept) + kept : nullptr};
+    gradient_inputs(at);
+    for (int begin = 0; begin < piece.blocks; begin += kSlabBlocks) {
+      int const end = begin + kSlabBlocks < piece.blocks ? begin + kSlabBlocks : piece.blocks;
+      int64_t n = 0;
+      for (; n + kStateGroup <= call.states; n += kStateGroup) gradient_group<T, kStateGroup>(at, begin, end, slab + begin / kSlabBlocks, n);
+      for (; n < call.states; ++n) gradient_group<T, 1>(at, begin, end, slab + begin / kSlabBlocks, n);
+    }
+    gradient_outputs(at);
+  }
+  gradient_totals(piece, my);
+}
+
+// Every thread takes a run of slabs; what a slab gives does not depend on the threads.
+template <class T>
+bool scan_gradient(const ScanCall& call, int threads) {
+  constexpr int kWide = kLanes<T>;
+  ScanBlocks const all(call, kWide);
+  int64_t const slabs = scan_slabs(call), total = call.batch * call.groups * slabs, most = kPieceBlocks * kWide / kScanSlab;
+  bool enough_memory = true;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int part = 0; part < threads; ++part) {
+    FlushSubnormals flush;
+    int64_t const begin = total * part / threads, end = total * (part + 1) / threads;
+    if (begin == end) continue;
+    GradientScratch<T> my(call, kPieceBlocks < all.per_group ? kPieceBlocks : all.per_group);
+    if (!my.complete()) {
+#pragma omp atomic write
+      enough_memory = false;
+      continue;
+    }
+    for (int64_t slab = begin, next; slab < end; slab = next) {
+      next = (slab / slabs + 1) * slabs;
+      next = next < end ? next : end;
+      next = next < slab + most ? next : slab + most;
+      int64_t const first = slab % slabs * (kScanSlab / kWide), left = all.per_group - first;
+      int64_t const blocks = (next - slab) * (kScanSlab / kWide);
+      ScanPiece<T> const piece(call, all, slab / slabs * all.per_group + first, int(blocks < left ? blocks : left), my.constants);
+      gradient_piece(piece, my, slab % slabs);
+    }
+  }
+  return enough_memory;
+}
+
+}  // namespace
+}  // namespace medgmae
