@@ -19,6 +19,7 @@ from medgmae.cards import WeightsError
 from medgmae.convert import STEM, Converted, Grid, Target, convert
 from medgmae.convert_gaussian import decoder_kind, decoder_ratios
 from medgmae.download import WEIGHTS_FILE
+from medgmae.expectations import ABSENT, SETTINGS, setting
 from medgmae.registry import model_builder, model_names
 
 
@@ -28,23 +29,31 @@ class _Sizes:
 
     embed_dim: int
     depth: int
-    mlp_dim: int
+    mlp_dim: int | None
+    inner_dim: int | None
+    d_state: int | None
     patch_size: Grid
     in_chans: int
     grid: Grid
-    class_token: bool
+    class_token: bool | str | None
     pre_norm: bool
     decoder_embed_dim: int | None
     decoder_depth: int | None
     sigmoid: bool | None
+    off_by_one: bool | None
+    rope: str | None
+    scan_order: str | None
     num_gaussians: int | None
     kind: str | None
     ratios: tuple[int, ...]
     support: Any
 
 
+# What stands for a setting of a Vim that the file does not tell.
+UNTOLD = "not told"
+
 # These must be equal; the other sizes are options of the architecture.
-_FIXED = ("embed_dim", "depth", "mlp_dim", "patch_size")
+_FIXED = ("embed_dim", "depth", "mlp_dim", "inner_dim", "patch_size")
 _FIXED_DECODER = ("decoder_embed_dim", "decoder_depth", "kind")
 
 
@@ -76,7 +85,9 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Grid | None
     converted, chosen = _recognise(opened, source_grid)
     sizes = _sizes(converted.state, converted.grid, converted.expects)
     if sizes is None:
-        raise WeightsError(f"{path} ({converted.source}): this is not a ViT, the architecture cannot be told")
+        raise WeightsError(
+            f"{path} ({converted.source}): this is neither a ViT nor a Vim, the architecture cannot be told"
+        )
     whole = sizes.decoder_depth is not None
     if config is not None:
         chosen = str(config["architecture"]), dict(config.get("model_args", {}))
@@ -125,29 +136,51 @@ def _recognise(opened: hub.OpenSource, source_grid: Grid | None) -> tuple[Conver
 
 
 def _sizes(state: Mapping[str, Tensor], grid: Grid, settings: Mapping[str, Any]) -> _Sizes | None:
-    """Sizes of a ViT, or masked autoencoder of ViTs, from its tensors and settings; None for another family."""
+    """Sizes of a ViT, a Vim or an autoencoder of either from its tensors and settings; None for another family."""
     stem, hidden = state.get(f"encoder.{STEM}"), state.get("encoder.blocks.0.mlp.fc1.weight")
-    if stem is None or hidden is None:
+    states = state.get("encoder.blocks.0.mixer.A_log")
+    if stem is None or (hidden is None and states is None):
         return None
     bridge, queries = state.get("decoder.embed.weight"), state.get("decoder.query_tokens")
     gaussians = queries is not None and queries.dim() == 3
     return _Sizes(
         embed_dim=stem.shape[0],
         depth=_count_blocks(state, "encoder"),
-        mlp_dim=hidden.shape[0],
+        mlp_dim=None if hidden is None else hidden.shape[0],
+        inner_dim=None if states is None else states.shape[0],
+        d_state=None if states is None else states.shape[-1],
         patch_size=tuple(stem.shape[2:]),
         in_chans=stem.shape[1],
         grid=tuple(grid),
-        class_token="encoder.cls_token" in state,
+        class_token=_class_token(state, settings),
         pre_norm="encoder.norm_pre.weight" in state,
         decoder_embed_dim=None if bridge is None else bridge.shape[0],
         decoder_depth=None if bridge is None else _count_blocks(state, "decoder"),
         sigmoid=None if bridge is None else settings.get("decoder.sigmoid"),
+        off_by_one=None if bridge is None or states is None else _off_by_one(state),
+        rope=None if states is None else settings.get("encoder.rope", UNTOLD),
+        scan_order=None if states is None or bridge is None else settings.get("encoder.scan_order", UNTOLD),
         num_gaussians=queries.shape[1] if queries is not None and gaussians else None,
         kind=decoder_kind(state) if gaussians else None,
         ratios=decoder_ratios(state) if gaussians else (),
         support=settings.get("renderer.support"),
     )
+
+
+def _class_token(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool | str | None:
+    """Whether a ViT has a class token; where a Vim has it, which a file of one does not tell: as on conversion."""
+    token = state.get("encoder.cls_token")
+    if "encoder.blocks.0.mixer.A_log" not in state:
+        return token is not None
+    if token is None or token.shape[1] == 2:
+        return None if token is None else "double"
+    return settings.get("encoder.class_token") or ("front" if "decoder.embed.weight" in state else "middle")
+
+
+def _off_by_one(state: Mapping[str, Tensor]) -> bool:
+    """Whether the decoder of a Vim has a place for one more token in front than the encoder has class tokens."""
+    prefix, tokens = state.get("decoder.prefix_pos_embed"), state.get("encoder.cls_token")
+    return prefix is not None and prefix.shape[1] > (0 if tokens is None else tokens.shape[1])
 
 
 def _count_blocks(state: Mapping[str, Tensor], part: str) -> int:
@@ -162,13 +195,8 @@ def _architecture(name: str) -> tuple[_Sizes | None, bool]:
     whole = hasattr(model, "encoder")
     state = model.state_dict(prefix="" if whole else "encoder.")
     grid = getattr(model.encoder if whole else model, "grid", ())
-    settings = {path: _attribute(model, path) for path in ("decoder.sigmoid", "renderer.support")}
+    settings = {path: value for path in SETTINGS if (value := setting(model, path)) is not ABSENT}
     return _sizes(state, grid, settings), whole
-
-
-def _attribute(model: Any, path: str) -> Any:
-    """A dotted attribute, None if it is not there."""
-    return functools.reduce(lambda value, name: getattr(value, name, None), path.split("."), model)
 
 
 def _fit(sizes: _Sizes, state: Mapping[str, Tensor], whole: bool) -> tuple[str, dict[str, Any]] | None:
@@ -198,8 +226,10 @@ def _options(sizes: _Sizes, known: _Sizes, state: Mapping[str, Tensor], whole: b
     if known.grid != sizes.grid:
         size = [g * p for g, p in zip(sizes.grid, sizes.patch_size, strict=True)]
         options["img_size"] = size[0] if len(set(size)) == 1 else size
-    keys = ("in_chans", "class_token", "pre_norm", *(("sigmoid",) if whole else ()))
+    keys = ("in_chans", "class_token", "pre_norm", "d_state", *(("sigmoid",) if whole else ()))
     options |= {key: getattr(sizes, key) for key in keys if getattr(known, key) != getattr(sizes, key)}
+    if sizes.d_state is not None:
+        return options | _vim_options(sizes, known, state, whole)
     if whole:
         return options | _gaussian_options(sizes, known)
     pooled = state.get("encoder.fc_norm.weight")
@@ -208,6 +238,16 @@ def _options(sizes: _Sizes, known: _Sizes, state: Mapping[str, Tensor], whole: b
     elif not sizes.class_token:
         options |= {"pool": "avg", "fc_norm": False}
     return options | {key: value for key, value in _head(state).items() if value}
+
+
+def _vim_options(sizes: _Sizes, known: _Sizes, state: Mapping[str, Tensor], whole: bool) -> dict[str, Any]:
+    """The options of a state-space encoder and its decoder, as far as the file tells them."""
+    found = {key: getattr(sizes, key) for key in ("rope", "scan_order", "off_by_one") if whole or key == "rope"}
+    options = {key: value for key, value in found.items() if value not in (UNTOLD, getattr(known, key))}
+    if whole:
+        return options
+    pool = {"pool": "cls"} if sizes.class_token else {}
+    return options | pool | {key: value for key, value in _head(state).items() if key == "num_classes" and value}
 
 
 def _gaussian_options(sizes: _Sizes, known: _Sizes) -> dict[str, Any]:

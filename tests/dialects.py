@@ -104,6 +104,52 @@ def to_unetr(state: Mapping[str, Tensor]) -> State:
     return {**encoder, "decoder.decoder5.conv.weight": torch.ones(2, 2)}
 
 
+def to_mamba_mae(state: Mapping[str, Tensor], place: str | None = None) -> State:
+    """The 3D Mamba MAE's pre-training file: rotary frequencies, and a class token even where the model has none.
+
+    place: where the class token of the model stands, if there is one.
+    """
+    found: State = {}
+    for ours, tensor in state.items():
+        name = ours.removeprefix("encoder.").replace("decoder.", "decoder_", 1)
+        name = name.replace("decoder_head.", "decoder_pred.").replace("decoder_mask_token", "mask_token")
+        found[re.sub(r"^(decoder_)?norm\.", r"\1norm_f.", name)] = tensor
+    prefix = found.pop("decoder_prefix_pos_embed", None)
+    if prefix is not None:
+        found["decoder_pos_embed"] = torch.cat([prefix, found["decoder_pos_embed"]], 1)
+        found["decoder_rope.freqs"] = _frequencies(prefix.shape[2] // 4)
+        found["rope.freqs"] = _frequencies(found["pos_embed"].shape[2] // 4)
+        found.setdefault("cls_token", torch.ones(1, 1, found["pos_embed"].shape[2]))
+    return found if place is None else _with_class_rows(found, place)
+
+
+def to_mamba_classifier(state: Mapping[str, Tensor], grid: int, place: str | None = None) -> State:
+    """The 3D Mamba MAE's fine-tuning file: rotary tables on a cube of ``grid`` patches per axis as buffers."""
+    found = to_mamba_mae({n: t for n, t in state.items() if not n.startswith("decoder.")}, place)
+    if place is None:
+        side = torch.arange(grid) / grid * 14
+        turns = torch.outer(side, _frequencies(found["pos_embed"].shape[2] // 4)).repeat_interleave(2, 1)
+        cube = (grid, grid, grid, turns.shape[1])
+        angles = torch.cat([turns[None, :, None].expand(cube), turns[None, None].expand(cube)], -1).flatten(0, 2)
+        found |= {"rope.freqs_cos": angles.cos(), "rope.freqs_sin": angles.sin()}
+    return found
+
+
+def _frequencies(count: int) -> Tensor:
+    return 10000 ** (-torch.arange(count) / count)
+
+
+def _with_class_rows(state: State, place: str) -> State:
+    """Class tokens by their official names, and a table that follows the sequence: ours are sums of token and row."""
+    token, table = state.pop("cls_token"), state["pos_embed"]
+    row, patches = torch.full_like(token[:, :1], 0.25), table.shape[1]
+    cut = {"front": 0, "middle": patches // 2, "double": 0}[place]
+    tail = [row] if place == "double" else []
+    names = ("cls_token_head", "cls_token_tail") if tail else ("cls_token",)
+    state |= {name: token[:, i : i + 1] - 0.25 for i, name in enumerate(names)}
+    return {**state, "pos_embed": torch.cat([table[:, :cut], row, table[:, cut:], *tail], 1)}
+
+
 def to_ours(state: Mapping[str, Tensor]) -> State:
     """Our own names, without the config."""
     return dict(state)
