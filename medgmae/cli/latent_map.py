@@ -116,10 +116,13 @@ def latent_map_command(scans: tuple[Path, ...], as_json: bool, **options: Any) -
     start = time.perf_counter()
     volume = prepare(_case(scans, prepare.input))
     found = latent_to_spatial(model, volume, mode=mode, reduction=reduction, upsampling=options["upsampling"], **masked)
-    medgmae.write_volume(found, options["out"])
+    figure = None
     if options["png"]:
         title = f"{scans[0].name}: {options['name']}"
-        medgmae.latent_map_figure(volume, found, at=options["at"], title=title).savefig(options["png"])
+        figure = medgmae.latent_map_figure(volume, found, at=options["at"], title=title)
+    medgmae.write_volume(found, options["out"])
+    if figure is not None:
+        figure.savefig(options["png"])
     told = {
         "scans": [str(scan) for scan in scans],
         "architecture": model.config["architecture"],
