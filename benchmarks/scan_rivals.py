@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from medgmae.ops import _scan_reference as reference
 
 PIECE = 64  # steps of the parallel-prefix scan that are in memory at a time
+MAMBA = "mamba-ssm"
+OWN_REFERENCE = "torch reference of this library"
 Tensors = Sequence[Tensor]  # u, delta, A, B, C, D, z, delta_bias
 
 
@@ -155,9 +157,6 @@ def rivals(device: str) -> dict[str, Rival]:
                 out: Tensor = selective_scan_fn(u, delta, A, B, C, D, z, bias, delta_softplus=True)
                 return out
 
-            found["mamba-ssm"] = Rival(mamba, False)
+            found[MAMBA] = Rival(mamba, False)
     found[OWN_REFERENCE] = Rival(TorchReference.apply, True)
     return found
-
-
-OWN_REFERENCE = "torch reference of this library"

@@ -214,8 +214,8 @@ def error(got: Tensor, wanted: Tensor) -> float:
     """Largest difference over the largest absolute value."""
     if not wanted.numel():
         return 0.0
-    wanted = wanted.double()
-    return float((got.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-300))
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-300))
 
 
 def assert_close(got: Results, wanted: Results, values: float, gradients: float) -> None:

@@ -130,7 +130,9 @@ def _gather(total: Tensor, per_channel: Tensor, at: slice) -> None:
     if total.dim() == 2:
         total += per_channel.sum((0, 1))
     else:
-        total[:, at] += per_channel.unflatten(2, (total.shape[2], -1)).sum(3)
+        groups = total.shape[2]
+        shape = (*per_channel.shape[:2], groups, per_channel.shape[2] // groups, total.shape[3])
+        total[:, at] += per_channel.reshape(shape).sum(3)
 
 
 def _run(h: Tensor, steps: Tensor, u: Tensor, A: Tensor, B: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:

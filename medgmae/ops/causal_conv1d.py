@@ -72,6 +72,8 @@ def _padded(x: Tensor, width: int, reverse: bool) -> Tensor:
 
 def _filtered(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
     """The convolution alone, (B, L, D) in the dtype of ``weight``."""
+    if not x.shape[1]:  # torch's convolution refuses a sequence that is shorter than the taps, with its zeros
+        return x.to(weight.dtype)
     taps = weight.flip(1) if reverse else weight
     padded = _padded(x.to(weight.dtype), weight.shape[1], reverse)
     return F.conv1d(padded, taps.unsqueeze(1), bias, groups=weight.shape[0]).transpose(1, 2)
