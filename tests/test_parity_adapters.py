@@ -24,8 +24,12 @@ MODELS = [
     "medgmae/mae3d_baseline",
     "medgmae/model_sincos",
     "medgmae/model_perceptron_imagenorm",
+    "mamba_mae/encoder_clsmiddle_norope_p4",
+    "mamba_mae/encoder_mean_rope_p4",
+    "mamba_mae/finetune_load_p4",
     "mamba_mae/l2s_p4_finetuned",
     "mamba_mae/l2s_p4_pretrained",
+    "mamba_mae/mae_grads_p4",
 ]
 
 # Cases without a file of weights in a container.
@@ -37,8 +41,11 @@ PARTS = [
     "medgmae/render_dense_tiny",
     "medgmae/render_gaussianmodel",
     "medgmae/render_sparse",
+    "mamba_mae/block_residual_d24_L21",
     "mamba_mae/conv_silu_L17",
     "mamba_mae/evaluation_5fold_knn",
+    "mamba_mae/mixer_v2_nodiv_d20_L16",
+    "mamba_mae/position_tables",
     "mamba_mae/preprocess_zscore",
     "mamba_mae/scan_groups_L19",
 ]
@@ -150,6 +157,35 @@ def test_every_entry_of_the_schedule_is_compared(path: tuple[Any, ...], tmp_path
     file.write_text(json.dumps(change(spec, *path)))
     with pytest.raises(AssertionError, match=path[0]):
         run(Case(file, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("param_groups", "blocks.1.mixer.A_log", "weight_decay"),
+        ("param_groups", "blocks.1.mixer.A_log", "lr_scale"),
+        ("param_groups", "norm_f.weight", "lr_scale"),
+        ("lr_at_epoch", "2.50"),
+        ("lr_at_epoch", "100.00"),
+    ],
+    ids=str,
+)
+def test_every_entry_of_fine_tuning_is_compared(path: tuple[Any, ...], tmp_path: Path) -> None:
+    spec = json.loads((SHIPPED / "mamba_mae/optimisation_groups.json").read_text())
+    file = tmp_path / "optimisation.json"
+    file.write_text(json.dumps(change(spec, *path)))
+    with pytest.raises(AssertionError, match=path[0]):
+        run(Case(file, tmp_path))
+
+
+@pytest.mark.parametrize("entry", ["n_parameters", "n_parameters_trainable", "n_state_dict_elements", "num_patches"])
+@pytest.mark.parametrize("name", ["mae_3d_vim_small_patch16", "vim_3D_small_patch16_stride16_224_bimambav2_*"])
+def test_what_a_manifest_states_is_compared(name: str, entry: str, tmp_path: Path) -> None:
+    file = next((SHIPPED / "mamba_mae").glob(f"manifest_{name}.json"))
+    spec = json.loads(file.read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**spec, entry: spec[entry] + 1}))
+    with pytest.raises(AssertionError, match=r"patches|parameters|elements"):
+        run(Case(tmp_path / "manifest.json", tmp_path))
 
 
 @pytest.mark.parametrize(
