@@ -196,7 +196,8 @@ def latent_map_figure(scan: Volume, latent: Volume, *, at: Sequence[float] | Non
     planes = [(_plane(scan, axis, point), _plane(latent, axis, point)) for _, axis, _ in PLANES]
     widest = max(picture.millimetres[0] for picture, _ in planes)
     heights = [picture.millimetres[1] / widest for picture, _ in planes]
-    figure = _new_figure((7.4, 3 * sum(heights) + 0.9))
+    figure = _new_figure((7.6, 3 * sum(heights) + 0.9))
+    figure.set_layout_engine("constrained", w_pad=0.1)  # beside a colour bar it cuts off labels otherwise
     grid = figure.subplots(3, 2, squeeze=False, gridspec_kw={"height_ratios": heights})
     grey = float(scan.data[0].min()), float(np.percentile(scan.data[0].numpy(), 99.9))
     drawn = latent.data[latent.data != 0].numpy()
@@ -214,7 +215,7 @@ def latent_map_figure(scan: Volume, latent: Volume, *, at: Sequence[float] | Non
         _name_sides(plain, sides)
     grid[0, 0].set_title("scan", fontsize=11)
     grid[0, 1].set_title("latent map", fontsize=11)
-    figure.colorbar(colours, ax=grid[:, 1], extend="both", shrink=0.6)
+    figure.colorbar(colours, ax=grid[:, 1], extend="both", shrink=0.6, panchor=False)
     figure.suptitle(title, fontsize=12)
     return figure
 
