@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "scan.h"
+#include "conv.h"
 
 namespace medgmae {
 namespace {
@@ -64,6 +64,22 @@ inline ScanCall scan_call(const ScanSizes& sizes, const ScanStreams& streams, co
   call.grad_state = scan_array(arrays, "grad_state", false);
   call.dA = scan_array(arrays, "dA", true), call.dB = scan_array(arrays, "dB", true), call.dC = scan_array(arrays, "dC", true);
   call.dD = scan_array(arrays, "dD", call.D != nullptr), call.dbias = scan_array(arrays, "dbias", call.bias != nullptr);
+  return call;
+}
+
+// Sizes: batch, length, channels, width, silu. A call with 'grad' among its streams is a backward.
+inline ConvCall conv_call(const ScanSizes& sizes, const ScanStreams& streams, const ScanArrays& arrays) {
+  ConvCall call = {};
+  call.batch = entry(sizes, "batch"), call.length = entry(sizes, "length"), call.channels = entry(sizes, "channels");
+  call.width = entry(sizes, "width"), call.silu = entry(sizes, "silu") != 0;
+  if (call.batch < 0 || call.length < 0 || call.channels < 0) throw std::invalid_argument("sizes must be 0 or more");
+  if (call.width < 1) throw std::invalid_argument("width is " + std::to_string(call.width) + ": expected 1 or more");
+  bool const backward = streams.count("grad") > 0;
+  call.x = scan_stream(streams, "x", true), call.out = scan_stream(streams, "out", !backward);
+  call.weight = scan_array(arrays, "weight", true), call.bias = scan_array(arrays, "bias", false);
+  if (!backward) return call;
+  call.grad = scan_stream(streams, "grad", true), call.dx = scan_stream(streams, "dx", true);
+  call.sums = scan_array(arrays, "sums", true);
   return call;
 }
 

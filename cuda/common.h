@@ -40,6 +40,7 @@ static bool dispatch(DType dtype, Body body) {
 struct VoxelizeCall;
 struct BandedCall;
 struct ScanCall;
+struct ConvCall;
 
 // The CPU kernels of one instruction set. Each returns false for a dtype that it does not have.
 struct CpuKernels {
@@ -47,6 +48,7 @@ struct CpuKernels {
   bool (*voxelize)(DType dtype, const VoxelizeCall& call, int threads, bool* enough_memory);  // backward if call.grad
   void (*banded)(const BandedCall& call, int threads);
   bool (*scan)(DType dtype, const ScanCall& call, int threads, bool* enough_memory);  // backward if call.grad
+  bool (*conv)(DType dtype, const ConvCall& call, int threads, bool* enough_memory);  // backward if call.grad
 };
 
 }  // namespace medgmae

@@ -2,6 +2,7 @@
 #include "axpy.h"
 #include "banded.h"
 #include "common.h"
+#include "conv_cpu.h"
 #include "scan_gradient.h"
 #include "voxelize_strips.h"
 
@@ -35,12 +36,20 @@ bool scan(DType dtype, const ScanCall& call, int threads, bool* enough_memory) {
   });
 }
 
+bool conv(DType dtype, const ConvCall& call, int threads, bool* enough_memory) {
+  return dispatch(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (call.grad.at == nullptr) conv_forward<T>(call, threads);
+    else *enough_memory = conv_gradient<T>(call, threads);
+  });
+}
+
 void banded(const BandedCall& call, int threads) { banded_product(call, threads); }
 
 }  // namespace
 
 namespace MEDGMAE_VARIANT {
-extern const CpuKernels kernels = {axpy, voxelize, banded, scan};
+extern const CpuKernels kernels = {axpy, voxelize, banded, scan, conv};
 }
 
 }  // namespace medgmae

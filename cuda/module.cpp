@@ -150,18 +150,29 @@ void banded(int64_t stack, int64_t rows_in, int64_t rows_out, int64_t length, in
   kernels.banded(call, threads);
 }
 
-void selective_scan(int dtype, const ScanSizes& sizes, const ScanStreams& streams, const ScanMatrices& matrices, const ScanArrays& arrays,
-                    int threads, const std::string& variant) {
-  ScanCall const call = scan_call(sizes, streams, matrices, arrays);
+// Runs one kernel of the table on a call without the GIL.
+template <class Call>
+void run_kernel(bool (*CpuKernels::*kernel)(DType, const Call&, int, bool*), int dtype, const Call& call, int threads,
+                const std::string& variant) {
   check(0, true, threads);
   const CpuKernels& kernels = *find_variant(variant).kernels;
   bool known, enough_memory = true;
   {
     py::gil_scoped_release release;
-    known = kernels.scan(DType(dtype), call, threads, &enough_memory);
+    known = (kernels.*kernel)(DType(dtype), call, threads, &enough_memory);
   }
   check_dtype(known, dtype);
   if (!enough_memory) throw std::bad_alloc();
+}
+
+void selective_scan(int dtype, const ScanSizes& sizes, const ScanStreams& streams, const ScanMatrices& matrices, const ScanArrays& arrays,
+                    int threads, const std::string& variant) {
+  run_kernel(&CpuKernels::scan, dtype, scan_call(sizes, streams, matrices, arrays), threads, variant);
+}
+
+void causal_conv1d(int dtype, const ScanSizes& sizes, const ScanStreams& streams, const ScanArrays& arrays, int threads,
+                   const std::string& variant) {
+  run_kernel(&CpuKernels::conv, dtype, conv_call(sizes, streams, arrays), threads, variant);
 }
 
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
@@ -252,6 +263,8 @@ PYBIND11_MODULE(_C, module) {
              "Multiplies a stack of float32 matrices by a banded matrix from the left, on the CPU.");
   module.def("selective_scan", &medgmae::selective_scan, "dtype"_a, "sizes"_a, "streams"_a, "matrices"_a, "arrays"_a, "threads"_a,
              "variant"_a = "", "Runs a selective scan on the CPU, or its backward if there is a stream 'grad'.");
+  module.def("causal_conv1d", &medgmae::causal_conv1d, "dtype"_a, "sizes"_a, "streams"_a, "arrays"_a, "threads"_a, "variant"_a = "",
+             "Runs a causal convolution on the CPU, or its backward if there is a stream 'grad'.");
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
   module.def("axpy_cuda", &medgmae::axpy_cuda, "dtype"_a, "n"_a, "a"_a, "x"_a, "y"_a, "stream"_a,
              "y += a x on the current CUDA device, for n elements at the device addresses x and y.");

@@ -62,3 +62,11 @@ def selective_scan(
     threads: int,
     variant: str = "",
 ) -> None: ...
+def causal_conv1d(
+    dtype: int,
+    sizes: dict[str, int],
+    streams: dict[str, tuple[int, int, int]],
+    arrays: dict[str, int],
+    threads: int,
+    variant: str = "",
+) -> None: ...

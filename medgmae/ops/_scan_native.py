@@ -39,7 +39,10 @@ def forward(
     variant: str = "",
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``medgmae::selective_scan``. ``variant``: CPU instruction set, "" for the best; ``threads``: torch's if None."""
+    """See ``medgmae::selective_scan``.
+
+    ``variant``: CPU instruction set, "" for the best; ``threads``: torch's number if None.
+    """
     out = u.new_empty(u.shape, dtype=A.dtype)
     kept = A.new_empty(u.shape[0], -(-u.shape[1] // chunk), A.shape[1], A.shape[0])
     call = Call(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, chunk)
@@ -75,9 +78,9 @@ def backward(
         chunk, states = CHUNK, forward(*rest, CHUNK, variant=variant, threads=threads)[1]
     call = Call(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, chunk)
     call.stream("grad", grad)
-    call.array("kept", states.contiguous())
+    call.array("kept", states)
     if grad_state is not None:
-        call.array("grad_state", grad_state.contiguous())
+        call.array("grad_state", grad_state)
     streams = {"du": u, "ddelta": delta} if z is None else {"du": u, "ddelta": delta, "dz": z}
     outputs = {name: A.new_empty(u.shape) for name in streams}
     for name, tensor in outputs.items():
@@ -102,8 +105,42 @@ def backward(
     )
 
 
-class Call:
-    """The arguments of one call: sizes, and addresses with strides. Holds the tensors that it points to."""
+class Streams:
+    """Where the tensors of one call lie; holds them while it lives.
+
+    A stream is (batch, L, channels) with the channels of a token side by side; a reversed one begins at its last token.
+    """
+
+    def __init__(self, dtype: torch.dtype, length: int, reverse: bool) -> None:
+        self.dtype, self.length, self.reverse = dtype, length, reverse
+        self.held: list[Tensor] = []
+        self.streams: dict[str, tuple[int, int, int]] = {}
+        self.arrays: dict[str, int] = {}
+
+    def stream(self, name: str, tensor: Tensor) -> None:
+        """Add a stream; one that is read is copied where it has another dtype or layout."""
+        ready = tensor.to(self.dtype)
+        ready = ready if ready.stride(2) == 1 else ready.contiguous()
+        self.streams[name] = (self.start(ready), ready.stride(0), self.step(ready))
+
+    def array(self, name: str, tensor: Tensor) -> None:
+        """Add a dense tensor of the dtype of the call."""
+        self.held.append(tensor.contiguous())
+        self.arrays[name] = self.held[-1].data_ptr()
+
+    def start(self, tensor: Tensor) -> int:
+        """Address of the first token, in the order of the call."""
+        self.held.append(tensor)
+        last = (self.length - 1) * tensor.stride(1) * tensor.element_size() if self.reverse else 0
+        return tensor.data_ptr() + last
+
+    def step(self, tensor: Tensor) -> int:
+        """Elements from one token to the next, in the order of the call."""
+        return -tensor.stride(1) if self.reverse else tensor.stride(1)
+
+
+class Call(Streams):
+    """The arguments of one scan."""
 
     def __init__(
         self,
@@ -119,12 +156,11 @@ class Call:
         reverse: bool,
         chunk: int,
     ) -> None:
-        self.reverse, self.length, self.dtype = reverse, u.shape[1], A.dtype
-        self.held: list[Tensor] = []
+        super().__init__(A.dtype, u.shape[1], reverse)
         groups = max([m.shape[2] for m in (B, C) if m.dim() == 4], default=1)
         self.sizes = {
             "batch": u.shape[0],
-            "length": self.length,
+            "length": u.shape[1],
             "channels": u.shape[2],
             "states": A.shape[1],
             "groups": groups,
@@ -132,35 +168,21 @@ class Call:
             "parts": -(-(u.shape[2] // groups) // SLAB) or 1,
             "softplus": softplus,
         }
-        self.streams: dict[str, tuple[int, int, int]] = {}
-        self.arrays: dict[str, int] = {}
-        self.stream("u", u)
-        self.stream("delta", delta)
-        if z is not None:
-            self.stream("z", z)
         self.matrices = {"B": self._matrix(B, groups), "C": self._matrix(C, groups)}
+        for name, tensor in {"u": u, "delta": delta, "z": z}.items():
+            if tensor is not None:
+                self.stream(name, tensor)
         for name, tensor in {"A": A, "D": D, "bias": delta_bias}.items():
             if tensor is not None:
-                self.array(name, tensor.contiguous())
-
-    def stream(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor (batch, L, channels); one that is read is copied where it has another dtype or layout."""
-        ready = tensor.to(self.dtype)
-        ready = ready if ready.stride(2) == 1 else ready.contiguous()
-        self.held.append(ready)
-        self.streams[name] = (self._start(ready), ready.stride(0), self._step(ready))
-
-    def array(self, name: str, tensor: Tensor) -> None:
-        """Add a contiguous tensor of the dtype of the call."""
-        self.held.append(tensor)
-        self.arrays[name] = tensor.data_ptr()
+                self.array(name, tensor)
 
     def partial(self, weights: Tensor) -> Tensor:
         """Room for the sums that the kernel makes of the gradient of B or C."""
         batch, channels, states = self.sizes["batch"], self.sizes["channels"], self.sizes["states"]
         if weights.dim() == 2:
-            return self.held[0].new_zeros(batch, channels, states)
-        return self.held[0].new_zeros(self.sizes["parts"], batch, self.length, self.sizes["groups"], states)
+            return weights.new_zeros(batch, channels, states, dtype=self.dtype)
+        shape = self.sizes["parts"], batch, self.length, self.sizes["groups"], states
+        return weights.new_zeros(shape, dtype=self.dtype)
 
     def whole(self, partial: Tensor, weights: Tensor) -> Tensor:
         """The gradient of B or C, in its shape and dtype."""
@@ -181,15 +203,6 @@ class Call:
         if ready.dim() == 2:
             self.held.append(ready.contiguous())
             return self.held[-1].data_ptr(), 0, 0, 0, 1
-        if ready.shape[2] != groups:  # one of B and C is shared by the other's groups
-            ready = ready.expand(-1, -1, groups, -1)
+        ready = ready.expand(-1, -1, groups, -1)  # one of B and C may have a single group for all of the other's
         ready = ready if ready.stride(3) == 1 or ready.shape[3] == 1 else ready.contiguous()
-        self.held.append(ready)
-        return self._start(ready), ready.stride(0), self._step(ready), ready.stride(2), 0
-
-    def _start(self, tensor: Tensor) -> int:
-        last = (self.length - 1) * tensor.stride(1) * tensor.element_size() if self.reverse else 0
-        return tensor.data_ptr() + last
-
-    def _step(self, tensor: Tensor) -> int:
-        return -tensor.stride(1) if self.reverse else tensor.stride(1)
+        return self.start(ready), ready.stride(0), self.step(ready), ready.stride(2), 0
