@@ -94,8 +94,8 @@ def latent_to_spatial(
     Raises:
         TypeError: not a model of this library.
         ValueError: a model for images; other channels than the model's, a size that is no multiple of the patch, NaN or
-            infinity; a mask for another grid or in a mode that hides nothing; tokens that have no last norm, in mode
-            "pretrained"; an option that does not exist.
+            infinity; a mask for another grid, beside what draws one, or in a mode that hides nothing; tokens without a
+            last norm, in mode "pretrained"; an option that does not exist.
     """
     encoder = _encoder(model)
     mode, reduction = latent_map_defaults(model, mode, reduction)
@@ -104,6 +104,8 @@ def latent_to_spatial(
     _check_input(encoder, data)
     if mode == "finetuned" and not (mask_ratio is None and masking is None and generator is None):
         raise ValueError("mode 'finetuned' hides no patches: leave out mask_ratio, masking and generator")
+    if masking is not None and not (mask_ratio is None and generator is None):
+        raise ValueError("masking says which patches are hidden: leave out mask_ratio and generator, which draw one")
     if isinstance(x, Volume):
         size = [-(n // -p) * p for n, p in zip(x.size, encoder.patch_size, strict=True)]
         padded = extend_rim(x, [n // 2 - m // 2 for n, m in zip(x.size, size, strict=True)], size)

@@ -195,6 +195,17 @@ def test_a_model_in_double_precision_maps_too() -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*ENCODERS, *AUTOENCODERS])
+def test_on_a_gpu_it_is_the_same(name: str) -> None:
+    model, x, scan = small(name), volume(name, grid=(2, 3, 2)), oblique((16, 13, 30))
+    expected = [latent_to_spatial(model, given, **drawn(model, 8)) for given in (x, scan)]
+    found = [latent_to_spatial(model.cuda(), given, **drawn(model, 8)) for given in (x, scan)]
+    assert found[0].device.type == "cuda"
+    torch.testing.assert_close(found[0].cpu(), expected[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[1].data, expected[1].data, atol=1e-4, rtol=1e-4)
+
+
 def test_linear_upsampling_goes_through_the_patch_centres() -> None:
     model = stored_tokens(torch.tensor([[1.0], [3.0]]), (1, 1, 2), num_heads=1)
     found = latent_to_spatial(model, torch.rand(1, 1, 2, 2, 4), reduction="max", upsampling="linear")
@@ -254,6 +265,7 @@ def with_nan(x: Tensor) -> Tensor:
         (torch.rand(1, 1, 8, 8, 8), {}, "0.75 of 1 patches leaves none visible"),
         (torch.rand(1, 1, 8, 8, 16), {"mask_ratio": 1.0}, "must be in [0, 1), got 1.0"),
         (torch.rand(1, 1, 8, 8, 16), {"masking": random_masking(1, 8, 0.5)}, "is for (1, 8) (batch, patches)"),
+        (torch.rand(1, 1, 8, 8, 16), {"masking": random_masking(1, 2, 0.5), "mask_ratio": 0.5}, "leave out mask_ratio"),
         (torch.rand(1, 1, 8, 8, 16), {"mode": "finetuned", "mask_ratio": 0.5}, "hides no patches: leave out"),
         (torch.rand(1, 1, 8, 8, 16), {"mode": "trained"}, "mode must be one of 'pretrained', 'finetuned', got"),
         (torch.rand(1, 1, 8, 8, 16), {"reduction": "mean"}, "reduction must be one of 'max', 'pca', 'norm', got"),
