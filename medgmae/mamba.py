@@ -304,17 +304,22 @@ def advance(
     rope_residual: bool,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Rotate by ``table``, then run a :class:`MambaBlock`; ``recompute`` it in the backward pass if asked.
+    """Rotate by ``table``, then run a :class:`MambaBlock`; ``recompute`` both in the backward pass if asked.
 
     With ``rope_residual`` the stream is turned as well, before every block anew.
     """
+    if residual is not None and (rope_residual or table is None):
+        # A rotation is linear: one of the sum instead of two. And for the backward pass one tensor is kept, not two.
+        hidden, residual = hidden + residual, None
     if recompute and torch.is_grad_enabled():
-        return checkpoint(advance, block, hidden, residual, table, rope_residual, False, use_reentrant=False)
-    if table is not None:
-        if residual is None or not rope_residual:
-            hidden = rotate(hidden, table)
-        else:  # a rotation is linear: one of the sum instead of two
-            hidden, residual = rotate(hidden + residual, table), None
+        return checkpoint(_turn_and_run, block, hidden, residual, table, use_reentrant=False)
+    return _turn_and_run(block, hidden, residual, table)
+
+
+def _turn_and_run(
+    block: nn.Module, hidden: Tensor, residual: Tensor | None, table: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    hidden = hidden if table is None else rotate(hidden, table)
     return block(hidden, residual)  # type: ignore[no-any-return]
 
 
