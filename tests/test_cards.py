@@ -72,6 +72,9 @@ def test_published_weights() -> None:
     assert tangerine.url_hashes() == ("d594de5ec0f59c55a1c20ec9f6ad3bef", None)
     assert weight_card("vit_base_patch16_96.glmae").availability == "page"
     assert weight_card("vit_wide_patch12_96.medgmae").availability == "none"
+    mamba = weight_card("vim_small_patch16_160.mamba_mae")
+    assert mamba.availability == "page"
+    assert mamba.page == weight_card("mae_vim_small_patch16_160.mamba_mae").page
 
 
 def test_list_weights() -> None:

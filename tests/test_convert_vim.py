@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,28 @@ def test_our_own_names_without_a_config() -> None:
     wide = classifier(img_size=(16, 32, 64))
     table = {**CLASSIFIER, "pos_embed": torch.randn(1, 64, 48)}
     refused(wide, table, r"\(2, 4, 8\).*or \(4, 4, 4\).*source_grid")  # ours need not be a cube
+
+
+@pytest.mark.parametrize("tag", medgmae.list_weights("*.mamba_mae"))
+def test_the_published_pretraining_fits_its_cards(tag: str) -> None:
+    patch = re.findall(r"patch\d+", tag)[0]
+    manifest = Path(__file__).parent / f"fixtures/mamba_mae/manifest_mae_3d_vim_small_{patch}.json"
+    with torch.device("meta"):
+        model = medgmae.create_model(tag, pretrained=False)
+        file = {name: torch.empty(shape) for name, shape in json.loads(manifest.read_text())["state_dict"].items()}
+    report = medgmae.load_pretrained(model, file)
+    assert not report.missing
+    assert not report.resized
+    assert sorted(report.adapted) == ([] if tag.startswith("mae_") else ["rope", "scan_order"])
+
+
+@pytest.mark.parametrize("path", ["encoder.scan_order", "decoder.rope_residual"])
+def test_a_setting_that_was_changed_by_hand_is_not_saved_as_another(path: str, tmp_path: Path) -> None:
+    model = autoencoder()
+    owner, name = path.split(".")
+    setattr(getattr(model, owner), name, {"scan_order": "raster", "rope_residual": False}[name])
+    with pytest.raises(WeightsError, match=f"{path} changed"):
+        medgmae.save_pretrained(model, tmp_path / "saved")
 
 
 def test_a_vit_and_a_vim_are_told_apart() -> None:
