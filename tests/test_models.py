@@ -255,9 +255,10 @@ def test_an_autoencoder_compiles_with_its_gradients(name: str) -> None:
         torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-3)
 
 
-def test_inductor_computes_the_same() -> None:
+@pytest.mark.parametrize("name", ["vit_nano_patch8_32", "vim_nano_patch8_32"])
+def test_inductor_computes_the_same(name: str) -> None:
     torch.compiler.reset()
-    model, x = small("vit_nano_patch8_32", depth=1).eval(), volume("vit_nano_patch8_32", grid=OTHER_GRID)
+    model, x = small(name, depth=1).eval(), volume(name, grid=OTHER_GRID)
     with torch.no_grad():
         compiled: Any = torch.compile(model, fullgraph=True)
         torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-4)
