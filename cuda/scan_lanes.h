@@ -47,9 +47,9 @@ inline Vec<float> power_of_two(Vec<float> shifted, Vec<float> r) {
 
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
-// exp(x / kDecayScale), to 2e-7.
+// exp(x / kDecayScale), to 2e-7. At 128, and so above it, exactly infinity.
 inline Vec<float> decay_lanes(Vec<float> x) {
-  x = clamp_lanes(x, -126.0f, 127.0f);
+  x = clamp_lanes(x, -126.0f, 128.0f);
   Vec<float> const shifted = x + kRounding;
   return power_of_two(shifted, x - (shifted - kRounding));
 }

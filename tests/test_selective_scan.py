@@ -31,7 +31,14 @@ both_directions = pytest.mark.parametrize("reverse", [False, True], ids=["forwar
 VALUES, GRADIENTS = 1e-6, 1e-5
 
 
-def check(path: Path, inputs: Inputs, softplus: bool = True, reverse: bool = False, chunk: int = 64) -> None:
+def check(
+    path: Path,
+    inputs: Inputs,
+    softplus: bool = True,
+    reverse: bool = False,
+    chunk: int = 64,
+    values: float = VALUES,
+) -> None:
     """Float64 to rounding, float32 within the stated bounds."""
     grad, grad_state = cotangents(inputs)
     wanted = expected(inputs, grad, grad_state, softplus, reverse)
@@ -41,7 +48,7 @@ def check(path: Path, inputs: Inputs, softplus: bool = True, reverse: bool = Fal
     wanted = expected(single, grad.float(), grad_state.float(), softplus, reverse)
     found = path.run(single, grad.float(), grad_state.float(), softplus, reverse, chunk)
     assert all(tensor.dtype == torch.float32 for tensor in found.named().values())
-    assert_close(found, wanted, VALUES, GRADIENTS)
+    assert_close(found, wanted, values, GRADIENTS)
 
 
 @every_path
@@ -219,7 +226,7 @@ def test_states_that_grow(path: Path) -> None:
     inputs = make(1, 18, 66, 4)
     inputs = inputs._replace(A=-0.1 * inputs.A)
     assert float(textbook(inputs)[1].abs().max()) > 50
-    check(path, inputs)
+    check(path, inputs, values=1e-5)  # so do errors
 
 
 @every_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,16 +93,15 @@ def backward(
         call.array(name, tensor)
     if u.numel():
         call.run(variant, threads)
-    empty = A.new_empty(0)
     return (
         outputs["du"].to(u.dtype),
         outputs["ddelta"].to(u.dtype),
         sums["dA"].sum(0),
         call.whole(sums["dB"], B),
         call.whole(sums["dC"], C),
-        empty if D is None else sums["dD"].sum(0),
-        empty.to(u.dtype) if z is None else outputs["dz"].to(u.dtype),
-        empty.clone() if delta_bias is None else sums["dbias"].sum(0),
+        A.new_empty(0) if D is None else sums["dD"].sum(0),
+        u.new_empty(0) if z is None else outputs["dz"].to(u.dtype),
+        A.new_empty(0) if delta_bias is None else sums["dbias"].sum(0),
     )
 
 
@@ -157,7 +157,7 @@ class Call(Streams):
         chunk: int,
     ) -> None:
         super().__init__(A.dtype, u.shape[1], reverse)
-        groups = max([m.shape[2] for m in (B, C) if m.dim() == 4], default=1)
+        groups = math.lcm(*(m.shape[2] for m in (B, C) if m.dim() == 4))
         self.sizes = {
             "batch": u.shape[0],
             "length": u.shape[1],
@@ -189,7 +189,9 @@ class Call(Streams):
         total = partial.sum(0)
         if weights.dim() == 4:
             total = total.flip(1) if self.reverse else total
-            total = total if weights.shape[2] == total.shape[2] else total.sum(2, keepdim=True)
+            wide, narrow = total.shape[2], weights.shape[2]
+            if wide != narrow:
+                total = total.reshape(*total.shape[:2], narrow, wide // narrow, total.shape[3]).sum(3)
         return total.to(weights.dtype)
 
     def run(self, variant: str, threads: int | None) -> None:
@@ -203,6 +205,9 @@ class Call(Streams):
         if ready.dim() == 2:
             self.held.append(ready.contiguous())
             return self.held[-1].data_ptr(), 0, 0, 0, 1
-        ready = ready.expand(-1, -1, groups, -1)  # one of B and C may have a single group for all of the other's
+        if ready.shape[2] == 1:  # for all groups of the other matrix
+            ready = ready.expand(-1, -1, groups, -1)
+        elif ready.shape[2] != groups:
+            ready = ready.repeat_interleave(groups // ready.shape[2], dim=2)
         ready = ready if ready.stride(3) == 1 or ready.shape[3] == 1 else ready.contiguous()
         return self.start(ready), ready.stride(0), self.step(ready), ready.stride(2), 0
