@@ -235,8 +235,6 @@ def assert_same_bits(got: Results, wanted: Results) -> None:
 
 REFERENCE = Path("reference", reference.forward, reference.backward)
 NATIVE = [
-    Path(name, partial(native.forward, variant=name), partial(native.backward, variant=name))
-    for name in RUNNABLE
-    if hasattr(native, "forward")
+    Path(name, partial(native.forward, variant=name), partial(native.backward, variant=name)) for name in RUNNABLE
 ]
 PATHS = [REFERENCE, *NATIVE]

@@ -40,9 +40,7 @@ class Path(NamedTuple):
 # The attribute of that name is the function.
 module = importlib.import_module("medgmae.ops.causal_conv1d")
 NATIVE = [
-    Path(name, partial(native.forward, variant=name), partial(native.backward, variant=name))
-    for name in RUNNABLE
-    if hasattr(native, "forward")
+    Path(name, partial(native.forward, variant=name), partial(native.backward, variant=name)) for name in RUNNABLE
 ]
 PATHS = [Path("reference", module._reference, module._reference_backward), *NATIVE]
 every_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)

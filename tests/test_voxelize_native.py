@@ -149,10 +149,10 @@ def flush(x: torch.Tensor) -> float:
 @every_path
 def test_floating_point_mode_of_the_caller_is_left_alone(path: Path) -> None:
     """The kernels treat subnormal numbers as zero; what runs after them does not."""
-    smallest = torch.full((8,), 2e-45)
+    smallest = torch.full((8,), 1e-40)
     before = flush(smallest)
     path.gradients(make(dtype=torch.float32), torch.ones(2, 1, 9, 9, 9), (9, 9, 9), "box")
-    assert flush(smallest) == before
+    assert flush(smallest) == before != 0
 
 
 @every_path
