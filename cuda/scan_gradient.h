@@ -1,7 +1,7 @@
 // The selective scan on the CPU, backward. Chunks of time are taken from the last to the first: the states inside a chunk are
 // computed again from the ones kept before it, and the gradient walks back over them.
 //
-//   g = C dy + a' g'    w = g . B    q = g (a h before)        a', g': those of the step after
+//   g = C dy + a' g'    w = g . B    q = (a g) (h before)      a', g': those of the step after
 //   du = D dy + s w     ds = u w + q . A     dA = sum q s     dB = sum over channels of g s u     dC = sum over channels of h dy
 //
 // States go in small groups, and channels in slabs: what a group keeps of a chunk, and its sums for B and C over a slab, stay in
@@ -22,7 +22,7 @@ struct GradientScratch {
   int64_t packed, per_state, per_block, per_group;
   ScanScratch<T> memory;
   ScanScratch<double> sums;
-  T *s, *x, *dy, *y, *w, *q, *constants, *carry, *part_D, *part_bias, *decay, *product, *sum_B, *sum_C;
+  T *s, *x, *dy, *y, *w, *q, *constants, *carry, *part_D, *part_bias, *decay, *state, *sum_B, *sum_C;
   double *dA, *dB, *dC, *dD, *dbias;
 
   GradientScratch(const ScanCall& call, int64_t blocks)
@@ -30,15 +30,15 @@ struct GradientScratch {
         per_state(blocks * call.states * kWide),
         per_block(blocks * kWide),
         per_group(call.chunk * kStateGroup * kWide),
-        memory(6 * packed + 4 * per_state + 2 * per_block + 4 * per_group),
+        memory(6 * packed + 4 * per_state + 2 * per_block + 4 * per_group + kStateGroup * kWide),
         sums(3 * per_state + 2 * per_block) {
     T* next = memory.at;
     T** const by_step[] = {&s, &x, &dy, &y, &w, &q};
     for (T** one : by_step) *one = next, next += packed;
     constants = next, carry = next + 3 * per_state, part_D = carry + per_state, part_bias = part_D + per_block;
     next = part_bias + per_block;
-    T** const by_group[] = {&decay, &product, &sum_B, &sum_C};
-    for (T** one : by_group) *one = next, next += per_group;
+    T** const by_group[] = {&decay, &state, &sum_B, &sum_C};
+    for (T** one : by_group) *one = next, next += per_group + (one == &state) * kStateGroup * kWide;  // and the states before
     dA = sums.at, dB = dA + per_state, dC = dB + per_state, dD = dC + per_state, dbias = dD + per_block;
   }
   bool complete() const { return memory.at != nullptr && sums.at != nullptr; }
@@ -59,95 +59,108 @@ inline void add_lanes(double* total, Vec<T> v) {
   for (int i = 0; i < kLanes<T>; ++i) total[i] += double(v[i]);
 }
 
-// States [n0, n0 + kGroup) of one block; `first`: whether it is the first of its slab, so that sums begin.
-template <class T, int kGroup, bool kConstantB, bool kConstantC>
-inline void gradient_block(const GradientChunk<T>& at, int block, int64_t n0, bool first) {
+// States [n0, n0 + kGroup) of one block; kFirst: of the first block of its slab, with which the sums begin.
+template <class T, int kGroup, bool kConstantB, bool kConstantC, bool kFirst>
+inline void gradient_block(const GradientChunk<T>& at, int block, int64_t n0) {
   constexpr int kWide = kLanes<T>;
   const GradientScratch<T>& my = at.my;
   const ScanPiece<T>& piece = at.piece;
   const ScanCall& call = piece.call;
-  int64_t const state = (int64_t(block) * call.states + n0) * kWide, here = int64_t(block) * call.chunk * kWide;
+  int64_t const constant = (int64_t(block) * call.states + n0) * kWide, here = int64_t(block) * call.chunk * kWide;
+  // Everything that the loops use in variables of their own: a store could change what a reference leads to.
+  int64_t const steps = at.steps, step_B = call.B.step, step_C = call.C.step;
+  const T *const rows_B = kConstantB ? nullptr : piece.row(call.B, at.t0) + n0, *const rows_C = kConstantC ? nullptr : piece.row(call.C, at.t0) + n0;
+  const T *const s = my.s + here, *const x = my.x + here, *const dy = my.dy + here;
+  T *const y = my.y + here, *const w = my.w + here, *const q = my.q + here;
+  T *const decay = my.decay, *const before = my.state, *const after = my.state + kGroup * kWide, *const sum_B = my.sum_B, *const sum_C = my.sum_C;
+  bool const more = n0 > 0;
   Vec<T> A[kGroup], B[kGroup] = {}, C[kGroup] = {}, h[kGroup] = {};
   for (int i = 0; i < kGroup; ++i) {
-    A[i] = load(piece.A + state + i * kWide);
-    if (kConstantB) B[i] = load(piece.B + state + i * kWide);
-    if (kConstantC) C[i] = load(piece.C + state + i * kWide);
+    A[i] = load(piece.A + constant + i * kWide);
+    if (kConstantB) B[i] = load(piece.B + constant + i * kWide);
+    if (kConstantC) C[i] = load(piece.C + constant + i * kWide);
     if (at.before) h[i] = load_part(at.before + (n0 + i) * call.channels + piece.first + block * kWide, piece.lanes(block));
+    store(before + i * kWide, h[i]);
   }
-  for (int t = 0; t < at.steps; ++t) {
-    const T* const rowB = kConstantB ? nullptr : piece.row(call.B, at.t0 + t) + n0;
-    const T* const rowC = kConstantC ? nullptr : piece.row(call.C, at.t0 + t) + n0;
-    Vec<T> const s = load(my.s + here + t * kWide), x = load(my.x + here + t * kWide);
-    Vec<T> y = n0 ? load(my.y + here + t * kWide) : Vec<T>{};
+  for (int64_t t = 0; t < steps; ++t) {
+    Vec<T> const st = load(s + t * kWide), xt = load(x + t * kWide);
+    Vec<T> yt = more ? load(y + t * kWide) : Vec<T>{};
 #pragma GCC unroll 4
     for (int i = 0; i < kGroup; ++i) {
-      if constexpr (!kConstantB) B[i] = splat(rowB[i]);
-      if constexpr (!kConstantC) C[i] = splat(rowC[i]);
-      Vec<T> const a = decay_lanes(s * A[i]), p = a * h[i];
-      h[i] = p + x * B[i];
-      y += h[i] * C[i];
-      store(my.decay + (t * kGroup + i) * kWide, a);
-      store(my.product + (t * kGroup + i) * kWide, p);
+      if constexpr (!kConstantB) B[i] = splat(rows_B[t * step_B + i]);
+      if constexpr (!kConstantC) C[i] = splat(rows_C[t * step_C + i]);
+      Vec<T> const a = decay_lanes(st * A[i]);
+      h[i] = a * h[i] + xt * B[i];
+      yt += h[i] * C[i];
+      store(decay + (t * kGroup + i) * kWide, a);
+      store(after + (t * kGroup + i) * kWide, h[i]);
     }
-    store(my.y + here + t * kWide, y);
+    store(y + t * kWide, yt);
   }
   Vec<T> carry[kGroup], dA[kGroup] = {}, dB[kGroup] = {}, dC[kGroup] = {};
-  for (int i = 0; i < kGroup; ++i) carry[i] = load(my.carry + state + i * kWide);
-  for (int t = at.steps - 1; t >= 0; --t) {
-    const T* const rowB = kConstantB ? nullptr : piece.row(call.B, at.t0 + t) + n0;
-    const T* const rowC = kConstantC ? nullptr : piece.row(call.C, at.t0 + t) + n0;
-    Vec<T> const s = load(my.s + here + t * kWide), x = load(my.x + here + t * kWide), dy = load(my.dy + here + t * kWide);
-    Vec<T> w = n0 ? load(my.w + here + t * kWide) : Vec<T>{}, qA = n0 ? load(my.q + here + t * kWide) : Vec<T>{};
+  for (int i = 0; i < kGroup; ++i) carry[i] = load(my.carry + constant + i * kWide);
+  for (int64_t t = steps - 1; t >= 0; --t) {
+    Vec<T> const st = load(s + t * kWide), xt = load(x + t * kWide), dyt = load(dy + t * kWide);
+    Vec<T> wt = more ? load(w + t * kWide) : Vec<T>{}, qt = more ? load(q + t * kWide) : Vec<T>{};
 #pragma GCC unroll 4
     for (int i = 0; i < kGroup; ++i) {
-      if constexpr (!kConstantB) B[i] = splat(rowB[i]);
-      if constexpr (!kConstantC) C[i] = splat(rowC[i]);
+      if constexpr (!kConstantB) B[i] = splat(rows_B[t * step_B + i]);
+      if constexpr (!kConstantC) C[i] = splat(rows_C[t * step_C + i]);
       int64_t const k = (t * kGroup + i) * kWide;
-      Vec<T> const p = load(my.product + k), g = carry[i] + C[i] * dy, q = g * p, h_dy = (p + x * B[i]) * dy;
-      carry[i] = g * load(my.decay + k);
-      w += g * B[i];
-      qA += q * A[i];
-      dA[i] += q * s;
-      if constexpr (kConstantB) dB[i] += g * x;
-      else store(my.sum_B + k, first ? g * x : load(my.sum_B + k) + g * x);
-      if constexpr (kConstantC) dC[i] += h_dy;
-      else store(my.sum_C + k, first ? h_dy : load(my.sum_C + k) + h_dy);
+      Vec<T> const g = carry[i] + C[i] * dyt, to_C = h[i] * dyt;
+      carry[i] = g * load(decay + k);
+      h[i] = load(before + k);  // the state before step t
+      Vec<T> const back = carry[i] * h[i];
+      wt += g * B[i];
+      qt += back * A[i];
+      dA[i] += back * st;
+      if constexpr (kConstantB) dB[i] += g * xt;
+      else store(sum_B + k, kFirst ? g * xt : load(sum_B + k) + g * xt);
+      if constexpr (kConstantC) dC[i] += to_C;
+      else store(sum_C + k, kFirst ? to_C : load(sum_C + k) + to_C);
     }
-    store(my.w + here + t * kWide, w);
-    store(my.q + here + t * kWide, qA);
+    store(w + t * kWide, wt);
+    store(q + t * kWide, qt);
   }
   for (int i = 0; i < kGroup; ++i) {
-    store(my.carry + state + i * kWide, carry[i]);
-    add_lanes<T>(my.dA + state + i * kWide, dA[i]);
-    if (kConstantB) add_lanes<T>(my.dB + state + i * kWide, dB[i]);
-    if (kConstantC) add_lanes<T>(my.dC + state + i * kWide, dC[i]);
+    store(my.carry + constant + i * kWide, carry[i]);
+    add_lanes<T>(my.dA + constant + i * kWide, dA[i]);
+    if (kConstantB) add_lanes<T>(my.dB + constant + i * kWide, dB[i]);
+    if (kConstantC) add_lanes<T>(my.dC + constant + i * kWide, dC[i]);
   }
 }
 
 // Sums over the lanes of vectors [step][state of the group]: to[step * apart + state].
 template <class T, int kGroup>
 inline void gradient_sums(const T* vectors, int steps, T* to, int64_t apart) {
-  constexpr int kWide = kLanes<T>;
+  constexpr int kWide = kLanes<T>, kRun = kGroup < kWide ? kGroup : kWide;  // powers of two: a run never ends inside a vector
   for (int first = 0; first < steps * kGroup; first += kWide) {
     int const left = steps * kGroup - first, count = left < kWide ? left : kWide;
-    Vec<T> v[kWide] = {};
-    for (int i = 0; i < count; ++i) v[i] = load(vectors + (first + i) * kWide);
+    Vec<T> v[kWide];
+    for (int i = 0; i < kWide; ++i) v[i] = i < count ? load(vectors + (first + i) * kWide) : Vec<T>{};
     sums<T>(v);
-    for (int i = 0; i < count; ++i) to[(first + i) / kGroup * apart + (first + i) % kGroup] = v[0][i];
+    T lanes[kWide];
+    store(lanes, v[0]);
+    for (int i = 0; i < count; i += kRun) memcpy(to + (first + i) / kGroup * apart + (first + i) % kGroup, lanes + i, kRun * sizeof(T));
   }
+}
+
+// One block, by the form of B and C.
+template <class T, int kGroup, bool kFirst>
+inline void gradient_any_block(const GradientChunk<T>& at, int block, int64_t n0) {
+  const ScanCall& call = at.piece.call;
+  if (call.B.constant && call.C.constant) return gradient_block<T, kGroup, true, true, kFirst>(at, block, n0);
+  if (call.B.constant) return gradient_block<T, kGroup, true, false, kFirst>(at, block, n0);
+  if (call.C.constant) return gradient_block<T, kGroup, false, true, kFirst>(at, block, n0);
+  gradient_block<T, kGroup, false, false, kFirst>(at, block, n0);
 }
 
 // A group of states of a slab: blocks [begin, end), whose partial sums of B and C have the number `part`.
 template <class T, int kGroup>
 inline void gradient_group(const GradientChunk<T>& at, int begin, int end, int64_t part, int64_t n0) {
   const ScanCall& call = at.piece.call;
-  for (int k = begin; k < end; ++k) {
-    bool const first = k == begin;
-    if (call.B.constant && call.C.constant) gradient_block<T, kGroup, true, true>(at, k, n0, first);
-    else if (call.B.constant) gradient_block<T, kGroup, true, false>(at, k, n0, first);
-    else if (call.C.constant) gradient_block<T, kGroup, false, true>(at, k, n0, first);
-    else gradient_block<T, kGroup, false, false>(at, k, n0, first);
-  }
+  gradient_any_block<T, kGroup, true>(at, begin, n0);
+  for (int k = begin + 1; k < end; ++k) gradient_any_block<T, kGroup, false>(at, k, n0);
   int64_t const apart = call.groups * call.states;
   int64_t const row = (((part * call.batch + at.piece.b) * call.length + at.t0) * call.groups + at.piece.group) * call.states + n0;
   if (!call.B.constant) gradient_sums<T, kGroup>(at.my.sum_B, at.steps, static_cast<T*>(call.dB) + row, apart);

@@ -14,7 +14,7 @@ from medgmae.ops._native import _C, DTYPE_CODES
 Kernel = Callable[..., Any]
 
 SLAB = 64  # kScanSlab of cuda/scan.h: channels of a group over which the kernel sums the gradients of B and C
-CHUNK = 32
+CHUNK = 64
 LONGEST = 64  # most steps per chunk of a backward: it holds a chunk of all its channels
 
 
@@ -140,7 +140,7 @@ class Streams:
 
 
 class Call(Streams):
-    """The arguments of one scan."""
+    """The arguments of one scan. ``streams``: dtype of what is a stream, or B and C by time; that of A if None."""
 
     def __init__(
         self,
@@ -155,8 +155,10 @@ class Call(Streams):
         softplus: bool,
         reverse: bool,
         chunk: int,
+        streams: torch.dtype | None = None,
     ) -> None:
-        super().__init__(A.dtype, u.shape[1], reverse)
+        super().__init__(streams or A.dtype, u.shape[1], reverse)
+        self.wide = A.dtype  # what is computed in
         groups = math.lcm(*(m.shape[2] for m in (B, C) if m.dim() == 4))
         self.sizes = {
             "batch": u.shape[0],
@@ -178,11 +180,14 @@ class Call(Streams):
 
     def partial(self, weights: Tensor) -> Tensor:
         """Room for the sums that the kernel makes of the gradient of B or C."""
+        return weights.new_zeros(self.partial_shape(weights), dtype=self.wide)
+
+    def partial_shape(self, weights: Tensor) -> tuple[int, ...]:
+        """Of :meth:`partial`: for each sample if constant, else for each slab of channels."""
         batch, channels, states = self.sizes["batch"], self.sizes["channels"], self.sizes["states"]
         if weights.dim() == 2:
-            return weights.new_zeros(batch, channels, states, dtype=self.dtype)
-        shape = self.sizes["parts"], batch, self.length, self.sizes["groups"], states
-        return weights.new_zeros(shape, dtype=self.dtype)
+            return batch, channels, states
+        return self.sizes["parts"], batch, self.length, self.sizes["groups"], states
 
     def whole(self, partial: Tensor, weights: Tensor) -> Tensor:
         """The gradient of B or C, in its shape and dtype."""
@@ -197,14 +202,14 @@ class Call(Streams):
     def run(self, variant: str, threads: int | None) -> None:
         """Call the kernel."""
         assert _C is not None
-        code, threads = DTYPE_CODES[self.dtype], threads or torch.get_num_threads()
+        code, threads = DTYPE_CODES[self.wide], threads or torch.get_num_threads()
         _C.selective_scan(code, self.sizes, self.streams, self.matrices, self.arrays, threads, variant)
 
     def _matrix(self, weights: Tensor, groups: int) -> tuple[int, int, int, int, int]:
-        ready = weights.to(self.dtype)
-        if ready.dim() == 2:
-            self.held.append(ready.contiguous())
+        if weights.dim() == 2:
+            self.held.append(weights.to(self.wide).contiguous())
             return self.held[-1].data_ptr(), 0, 0, 0, 1
+        ready = weights.to(self.dtype)
         if ready.shape[2] == 1:  # for all groups of the other matrix
             ready = ready.expand(-1, -1, groups, -1)
         elif ready.shape[2] != groups:

@@ -15,7 +15,7 @@ from medgmae.ops import _scan_native as native
 from medgmae.ops import _scan_reference as reference
 
 # Steps between the states that a forward keeps for its backward.
-CHUNK = 32
+CHUNK = 64
 
 _ARGUMENTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool softplus, "
