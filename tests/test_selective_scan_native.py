@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from sequences import (
     Inputs,
     Path,
     Results,
+    arguments,
     assert_close,
     assert_same_bits,
     cotangents,
@@ -248,6 +248,5 @@ def test_a_backward_from_states_that_lie_too_far_apart(path: Path) -> None:
 
 def test_an_unknown_instruction_set_is_refused() -> None:
     inputs = make(dtype=torch.float32)
-    arguments = importlib.import_module("sequences").arguments(inputs)
     with pytest.raises(ValueError, match="mmx"):
-        native.forward(*arguments, True, False, 64, variant="mmx")
+        native.forward(*arguments(inputs), True, False, 64, variant="mmx")
