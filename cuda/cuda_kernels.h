@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.h"
+#include "half.h"
 
 namespace medgmae {
 namespace cuda {
@@ -22,6 +23,11 @@ Status axpy(DType dtype, int64_t n, double a, const void* x, void* y, void* stre
 int64_t voxelize_workspace(const VoxelizeCall& call);
 // Renders, or computes gradients if call.grad is set. Every address is on the device.
 Status voxelize(DType dtype, const VoxelizeCall& call, void* workspace, void* stream);
+
+// Bytes of device memory that a scan needs on the current device.
+Status selective_scan_workspace(DType dtype, const ScanCall& call, int64_t* bytes);
+// Scans, or computes gradients if call.grad is there. Every address is on the device.
+Status selective_scan(DType dtype, StreamType type, const ScanCall& call, void* workspace, void* stream);
 
 }  // namespace cuda
 }  // namespace medgmae

@@ -10,6 +10,9 @@
 
 #include "banded.h"
 #include "bind_scan.h"
+#ifdef MEDGMAE_CUDA_ARCHITECTURES
+#include "bind_scan_cuda.h"
+#endif
 #include "common.h"
 #include "cuda_kernels.h"
 #include "voxelize.h"
@@ -273,5 +276,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("voxelize_cuda", &medgmae::voxelize_cuda, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a,
              "patch"_a, "origin"_a, "step"_a, "support"_a, "widths"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a,
              "voxelize on the current CUDA device; the workspace, like every address, is on the device.");
+  module.def("selective_scan_cuda_workspace", &medgmae::selective_scan_cuda_workspace, "dtype"_a, "sizes"_a, "streams"_a,
+             "matrices"_a, "arrays"_a, "Bytes of device memory that selective_scan_cuda needs.");
+  module.def("selective_scan_cuda", &medgmae::selective_scan_cuda, "dtype"_a, "sizes"_a, "streams"_a, "matrices"_a, "arrays"_a,
+             "stream_type"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a, "selective_scan on the current CUDA device.");
 #endif
 }

@@ -49,6 +49,6 @@ struct ScanCall {
 constexpr int kScanSlab = 64;
 static inline int64_t scan_slabs(const ScanCall& call) { return (call.channels / call.groups + kScanSlab - 1) / kScanSlab; }
 
-static MEDGMAE_HD int64_t scan_chunks(const ScanCall& call) { return (call.length + call.chunk - 1) / call.chunk; }
+MEDGMAE_HD int64_t scan_chunks(const ScanCall& call) { return (call.length + call.chunk - 1) / call.chunk; }
 
 }  // namespace medgmae

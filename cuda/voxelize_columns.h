@@ -6,33 +6,14 @@
 // its type, or its exponent its digits, a column's quadratic is found in double and every voxel has its own exponential.
 #pragma once
 
+#include "block_math.h"
 #include "voxelize.h"
-
-#ifdef __CUDACC__
-#define MEDGMAE_DEVICE static __device__ __forceinline__
-#else
-#define MEDGMAE_DEVICE static inline
-#endif
 
 namespace medgmae {
 
 constexpr int kRun = 8;  // steps of the recurrence before a column starts anew: step(y, x) is only good to 2 ulp
 constexpr double kSafe = 60, kPrecise = 120;      // limits on sums of exponents, natural logarithm
 constexpr double kLog2E = 1.4426950408889634074;  // exponents are powers of two from here on
-
-#ifndef MEDGMAE_POWER_OF_TWO
-// 2^x; results below the least normal number are 0.
-MEDGMAE_DEVICE float power_of_two(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return exp2f(x);
-#endif
-}
-#endif
-MEDGMAE_DEVICE double power_of_two(double x) { return exp2(x); }
 
 template <class T>
 MEDGMAE_DEVICE T clamped(T value, T low, T high) {

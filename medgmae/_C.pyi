@@ -70,3 +70,21 @@ def causal_conv1d(
     threads: int,
     variant: str = "",
 ) -> None: ...
+def selective_scan_cuda_workspace(
+    dtype: int,
+    sizes: dict[str, int],
+    streams: dict[str, tuple[int, int, int]],
+    matrices: dict[str, tuple[int, int, int, int, int]],
+    arrays: dict[str, int],
+) -> int: ...
+def selective_scan_cuda(
+    dtype: int,
+    sizes: dict[str, int],
+    streams: dict[str, tuple[int, int, int]],
+    matrices: dict[str, tuple[int, int, int, int, int]],
+    arrays: dict[str, int],
+    stream_type: int,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> None: ...

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medgmae.ops import _scan_cuda as cuda
 from medgmae.ops import _scan_native as native
 from medgmae.ops import _scan_reference as reference
 
@@ -231,7 +232,7 @@ def _mapped(op: Any) -> Any:
 
 _LIBRARY.impl("selective_scan", reference.forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("selective_scan_backward", reference.backward, "CompositeExplicitAutograd")
-for _device, _forward, _gradient in native.kernels():
+for _device, _forward, _gradient in (*native.kernels(), *cuda.kernels()):
     _LIBRARY.impl("selective_scan", _forward, _device)
     _LIBRARY.impl("selective_scan_backward", _gradient, _device)
 torch.library.register_fake("medgmae::selective_scan", _fake, lib=_LIBRARY)

@@ -1,27 +1,8 @@
 // The programs of the CUDA renderer on the host: every block in turn, and in it every phase, thread after thread. Built as a
 // shared library by tests/test_voxelize_blocks.py. The arithmetic is that of the device but for its exponential, which is
 // made as wrong as the device's may be.
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "wrong_power.h"
 
-namespace medgmae {
-
-// 2^x off by up to 2 units in the last place, and 0 for subnormal results: what ex2.approx.ftz guarantees.
-static inline float power_of_two(float x) {
-  float y = exp2f(x);
-  if (y < 1.1754944e-38f || isinf(y)) return isinf(y) ? y : 0.0f;
-  uint32_t bits;
-  memcpy(&bits, &y, sizeof(bits));
-  bits = (bits & ~uint32_t(3)) + 2;
-  memcpy(&y, &bits, sizeof(y));
-  return y;
-}
-
-}  // namespace medgmae
-
-#define MEDGMAE_POWER_OF_TWO
 #include "../../cuda/voxelize_moments.h"
 
 namespace medgmae {

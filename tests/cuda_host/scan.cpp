@@ -1,0 +1,97 @@
+// The programs of the CUDA scan and convolution on the host: every block in turn, and in it every phase, thread after thread.
+// Built as a shared library by tests/test_scan_blocks.py. The arithmetic is that of the device but for its exponential, which
+// is made as wrong as the device's may be.
+#include "wrong_power.h"
+
+#include "../../cuda/scan_gradient_blocks.h"
+#include "scan_host.h"
+
+namespace medgmae {
+namespace {
+
+// A block whose threads run one after the other, backwards in every second phase: a phase must not depend on their order.
+template <class Shared, class State>
+struct HostBlock {
+  using Lane = State;
+  Shared* shared;
+  State* states;
+  int threads;
+  bool backwards = false;
+  template <class Phase>
+  void lanes(Phase phase) {
+    for (int i = 0; i < threads; ++i) {
+      int const t = backwards ? threads - 1 - i : i;
+      phase(t, states[t]);
+    }
+    backwards = !backwards;
+  }
+  template <class Phase>
+  void each(Phase phase) {
+    lanes(phase);
+  }
+  void meet() {}
+  template <int kCount, class Values>
+  void fold(int mask, Values values) {
+    for (int t = 0; t < threads; ++t) {
+      if (t & mask) continue;
+      auto *low = values(states[t]), *high = values(states[t | mask]);
+      constexpr int half = kCount > 1 ? kCount / 2 : 0;
+      for (int i = 0; i < (kCount + 1) / 2; ++i) {
+        auto const first = low[i] + high[i], second = high[half + i] + low[half + i];
+        low[i] = first, high[i] = second;
+      }
+    }
+  }
+};
+
+// Runs the program once for each block, on memory that holds no number to begin with.
+struct OnHost {
+  template <class T, class Shared, class State, class Program>
+  void blocks(int64_t count, Program program) {
+    constexpr int threads = kScanThreads<T>;
+    for (int index = 0; index < count; ++index) {
+      auto* const shared = static_cast<Shared*>(aligned_alloc(64, (sizeof(Shared) + 63) / 64 * 64));
+      auto* const states = static_cast<State*>(aligned_alloc(64, sizeof(State) * threads));
+      memset(static_cast<void*>(shared), 0xff, sizeof(Shared));
+      memset(static_cast<void*>(states), 0xff, sizeof(State) * threads);
+      HostBlock<Shared, State> block = {shared, states, threads};
+      program(index, block);
+      free(shared), free(states);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace medgmae
+
+extern "C" int64_t medgmae_scan_call_size() { return sizeof(medgmae::ScanCall); }
+
+// Runs a call as a device with so many multiprocessors would. False for types that have no kernel, or without enough memory.
+extern "C" bool medgmae_scan(int dtype, int stream_type, const void* scan_call, int multiprocessors) {
+  using namespace medgmae;
+  ScanCall const& call = *static_cast<const ScanCall*>(scan_call);
+  bool done = false;
+  dispatch(DType(dtype), [&](auto zero) {
+    using T = decltype(zero);
+    int64_t const bytes = divide_scan_workspace<T>(call, call.grad.at != nullptr, multiprocessors, nullptr).bytes;
+    void* const workspace = malloc(size_t(bytes > 0 ? bytes : 1));
+    if (workspace == nullptr) return;
+    memset(workspace, 0xff, size_t(bytes));
+    ScanWork const work = divide_scan_workspace<T>(call, call.grad.at != nullptr, multiprocessors, workspace);
+    done = dispatch_streams<T>(StreamType(stream_type), [&](auto number) { run_scan<T, decltype(number)>(call, work, OnHost()); });
+    free(workspace);
+  });
+  return done;
+}
+
+extern "C" void medgmae_widen(int stream_type, int64_t n, const uint16_t* from, float* to) {
+  medgmae::dispatch_streams<float>(medgmae::StreamType(stream_type), [&](auto number) {
+    for (int64_t i = 0; i < n; ++i) memcpy(&number, from + i, 2), to[i] = medgmae::widen(number);
+  });
+}
+
+extern "C" void medgmae_narrow(int stream_type, int64_t n, const float* from, uint16_t* to) {
+  medgmae::dispatch_streams<float>(medgmae::StreamType(stream_type), [&](auto number) {
+    for (int64_t i = 0; i < n; ++i) medgmae::narrow(from[i], &number), memcpy(to + i, &number, 2);
+  });
+}

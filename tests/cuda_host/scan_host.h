@@ -1,0 +1,50 @@
+// The launches of cuda/scan.cu in their order, for any way of running a block.
+#pragma once
+
+#include "../../cuda/scan_gradient_blocks.h"
+
+namespace medgmae {
+namespace {
+
+template <class T, class IO, bool kConstant, class Run>
+void run_piece(const ScanCall& call, const ScanWork& work, Run run) {
+  using Shared = ScanShared<T, kForwardWide>;
+  using Lane = ScanLane<T, kForwardWide>;
+  int64_t const wide = scan_blocks(call, work, kBlockChannels<T, kForwardWide>);
+  int64_t const narrow = scan_blocks(call, work, kBlockChannels<T, kBackwardWide>);
+  int64_t const states = call.batch * kPieceStates * call.channels;
+  if (call.grad.at == nullptr) {
+    if (work.spans > 1) {
+      run.template blocks<T, Shared, Lane>(wide, [&](int i, auto& b) { scan_local<T, IO, kConstant, false>(call, work, i, b); });
+      for (int64_t i = 0; i < states + 5; ++i) combine_one<T, false>(call, work, i);
+    }
+    run.template blocks<T, Shared, Lane>(wide, [&](int i, auto& b) { scan_outputs<T, IO, kConstant>(call, work, i, b); });
+    return;
+  }
+  if (work.spans > 1) {
+    run.template blocks<T, Shared, Lane>(wide, [&](int i, auto& b) { scan_local<T, IO, kConstant, true>(call, work, i, b); });
+    for (int64_t i = 0; i < states + 5; ++i) combine_one<T, true>(call, work, i);
+  }
+  run.template blocks<T, GradientShared<T>, GradientLane<T>>(
+      narrow, [&](int i, auto& b) { scan_gradients<T, IO, kConstant>(call, work, i, b); });
+}
+
+template <class T, class IO, class Run>
+void run_scan(const ScanCall& call, ScanWork work, Run run) {
+  do {
+    if (call.B.constant || call.C.constant) {
+      run_piece<T, IO, true>(call, work, run);
+    } else {
+      run_piece<T, IO, false>(call, work, run);
+    }
+    work.first_state += kPieceStates;
+  } while (work.first_state < call.states);
+  int64_t numbers = 0;
+  for (int64_t count : work.counts) numbers += count;
+  if (work.spans != 1) {
+    for (int64_t i = 0; i < numbers + 5; ++i) sum_one<T>(work, i);
+  }
+}
+
+}  // namespace
+}  // namespace medgmae

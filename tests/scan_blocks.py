@@ -1,0 +1,90 @@
+"""The CUDA scan's thread blocks, run on the host one thread after the other, behind the operator's argument lists."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path as FilePath
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from medgmae.ops import _scan_cuda as cuda
+
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+FLAGS = ["-std=c++17", "-O2", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+
+
+class Stream(ctypes.Structure):
+    """ScanStream of cuda/scan.h."""
+
+    _fields_ = [("at", ctypes.c_void_p), ("batch", ctypes.c_int64), ("step", ctypes.c_int64)]
+
+
+class Matrix(ctypes.Structure):
+    """ScanMatrix of cuda/scan.h."""
+
+    _fields_ = [*Stream._fields_, ("of_group", ctypes.c_int64), ("constant", ctypes.c_bool)]
+
+
+class ScanCall(ctypes.Structure):
+    """ScanCall of cuda/scan.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "states", "groups", "chunk")),
+        ("softplus", ctypes.c_bool),
+        *((name, Stream) for name in ("u", "delta", "z")),
+        *((name, Matrix) for name in ("B", "C")),
+        *((name, ctypes.c_void_p) for name in ("A", "D", "bias", "kept")),
+        *((name, Stream) for name in ("out", "grad", "du", "ddelta", "dz")),
+        *((name, ctypes.c_void_p) for name in ("grad_state", "dA", "dD", "dbias", "dB", "dC")),
+        ("parts", ctypes.c_int64),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    with tempfile.TemporaryDirectory() as folder:
+        target, source = FilePath(folder, "scan.so"), FilePath(__file__).parent / "cuda_host/scan.cpp"
+        subprocess.run([COMPILER, *FLAGS, str(source), "-o", str(target)], check=True)
+        loaded = ctypes.CDLL(str(target))
+    loaded.medgmae_scan.restype = ctypes.c_bool
+    loaded.medgmae_scan_call_size.restype = ctypes.c_int64
+    assert loaded.medgmae_scan_call_size() == ctypes.sizeof(ScanCall)
+    return loaded
+
+
+def launch(call: Any, multiprocessors: int) -> None:
+    """What ``cuda.launch`` does, on the host."""
+    fields = {name: Stream(*value) for name, value in call.streams.items()}
+    fields |= {name: Matrix(*value) for name, value in call.matrices.items()}
+    structure = ScanCall(**call.sizes, **fields, **call.arrays)
+    codes = {torch.float32: 0, torch.float64: 1}[call.wide], cuda.STREAM_CODES[call.dtype]
+    assert library().medgmae_scan(*codes, ctypes.byref(structure), multiprocessors)
+
+
+@contextmanager
+def on_host(multiprocessors: int) -> Iterator[None]:
+    """Have the Python side of the CUDA kernels run the blocks here, as a device of so many multiprocessors would."""
+    with mock.patch.object(cuda, "launch", functools.partial(launch, multiprocessors=multiprocessors)):
+        yield
+
+
+def forward(*arguments: Any, multiprocessors: int = 1) -> Any:
+    with on_host(multiprocessors):
+        return cuda.forward(*arguments)
+
+
+def backward(*arguments: Any, multiprocessors: int = 1) -> Any:
+    with on_host(multiprocessors):
+        return cuda.backward(*arguments)
