@@ -1,17 +1,12 @@
 // Drives the CPU renderer of one instruction set over random and hostile calls. Every buffer is an allocation of its exact
 // size, so that AddressSanitizer sees one element too far; run.sh compiles it together with cuda/cpu_kernels.cpp.
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <limits>
-#include <memory>
-#include <random>
-#include <vector>
 
 #include "../../cuda/banded.h"
 #include "../../cuda/voxelize.h"
+#include "hostile.h"
 
 namespace medgmae {
 namespace MEDGMAE_VARIANT {
@@ -23,27 +18,7 @@ namespace {
 
 using medgmae::DType;
 using medgmae::VoxelizeCall;
-using Random = std::mt19937_64;
-
-int pick(Random& random, int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
-
-double real(Random& random, double low, double high) { return std::uniform_real_distribution<double>(low, high)(random); }
-
-// Mostly ordinary numbers, now and then one that should hurt.
-double hostile(Random& random, double ordinary, int one_in) {
-  static const double bad[] = {0.0,    -0.0,  1e-300, 1e300, -1e300, 1e-38, 3.4e38, 1e-20, 1e20, -1.0, 2147483648.0, 1e10,
-                               INFINITY, -INFINITY, NAN};
-  return pick(random, 1, one_in) == 1 ? bad[pick(random, 0, int(sizeof(bad) / sizeof(*bad)) - 1)] : ordinary;
-}
-
-template <class T>
-struct Buffers {
-  std::vector<std::unique_ptr<T[]>> owned;
-  T* make(int64_t n) {
-    owned.emplace_back(new T[size_t(n)]);
-    return owned.back().get();
-  }
-};
+using namespace hostile_input;
 
 template <class T>
 struct Case {
@@ -52,11 +27,6 @@ struct Case {
   std::unique_ptr<int64_t[]> index;
   int64_t voxels = 0, all = 0;
 };
-
-template <class T>
-void fill(Random& random, T* to, int64_t n, double low, double high, int one_in) {
-  for (int64_t i = 0; i < n; ++i) to[i] = T(hostile(random, real(random, low, high), one_in));
-}
 
 template <class T>
 void describe(Random& random, Case<T>* c) {

@@ -16,8 +16,11 @@ for variant in generic avx2 avx512; do
         avx2) has avx2 && has fma || continue; extra=(-mavx2 -mfma) ;;
         avx512) has avx512f && has fma || continue; extra=(-mavx512f -mfma) ;;
     esac
-    "${CXX:-g++}" "${flags[@]}" "${extra[@]}" -DMEDGMAE_VARIANT=$variant \
-        cuda/cpu_kernels.cpp tests/sanitize/driver.cpp -o "$folder/$variant"
-    echo -n "$variant: "
-    "$folder/$variant" "$cases" "$first"
+    build=("${CXX:-g++}" "${flags[@]}" "${extra[@]}" -DMEDGMAE_VARIANT=$variant)
+    "${build[@]}" -c cuda/cpu_kernels.cpp -o "$folder/kernels.o"
+    for driver in driver driver_sequences; do
+        "${build[@]}" "$folder/kernels.o" tests/sanitize/$driver.cpp -o "$folder/$driver"
+        echo -n "$variant: "
+        "$folder/$driver" "$cases" "$first"
+    done
 done
