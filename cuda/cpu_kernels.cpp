@@ -3,7 +3,7 @@
 #include "banded.h"
 #include "common.h"
 #include "conv_cpu.h"
-#include "scan_gradient.h"
+#include "scan_split.h"
 #include "voxelize_strips.h"
 
 namespace medgmae {
@@ -32,7 +32,7 @@ bool voxelize(DType dtype, const VoxelizeCall& call, int threads, bool* enough_m
 bool scan(DType dtype, const ScanCall& call, int threads, bool* enough_memory) {
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    *enough_memory = call.grad.at == nullptr ? scan_forward<T>(call, threads) : scan_gradient<T>(call, threads);
+    *enough_memory = scan_any<T>(call, threads);
   });
 }
 

@@ -73,15 +73,6 @@ struct ScanPiece {
     }
   }
 
-  // Asks for what is needed later: the next tile's inputs of step t and, of step t itself, what the outputs take.
-  void prefetch(int block, int64_t t) const {
-    int64_t const at = first + int64_t(block) * kWide, later = t + kTileSteps < call.length ? t + kTileSteps : call.length - 1;
-    __builtin_prefetch(element<T>(call.delta, b, later, at));
-    __builtin_prefetch(element<T>(call.u, b, later, at));
-    if (call.z.at) __builtin_prefetch(element<T>(call.z, b, t, at));
-    __builtin_prefetch(element<T>(call.out, b, t, at), 1);
-  }
-
   // Row of B or C for step t.
   const T* row(const ScanMatrix& m, int64_t t) const { return static_cast<const T*>(m.at) + b * m.batch + t * m.step + group * m.of_group; }
 };
@@ -107,7 +98,6 @@ inline void scan_block(const ScanPiece<T>& piece, int block, int64_t t0, int ste
   for (int t = 0; t < steps; ++t) {
     const T* const rowB = kConstantB ? nullptr : piece.row(piece.call.B, t0 + t);
     const T* const rowC = kConstantC ? nullptr : piece.row(piece.call.C, t0 + t);
-    piece.prefetch(block, t0 + t);
     Vec<T> const dt = load(d + t * kWide), xt = load(x + t * kWide);
     Vec<T> y2[2] = {};  // two sums, so that an addition need not wait for the one before
 #pragma GCC unroll 16
@@ -190,7 +180,7 @@ inline void keep_states(const ScanPiece<T>& piece, int64_t c, const T* state) {
   }
 }
 
-// Scans steps [begin, end) of a piece from `state`, which it changes; both lie on the borders of chunks, or at the end.
+// Scans steps [begin, end) of a piece from `state`, which it changes.
 template <class T>
 inline void scan_piece(const ScanPiece<T>& piece, int64_t begin, int64_t end, T* state, T* d, T* x) {
   constexpr int kWide = kLanes<T>;

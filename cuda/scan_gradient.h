@@ -19,7 +19,7 @@ constexpr int kStateGroup = 4;
 template <class T>
 struct GradientScratch {
   static constexpr int kWide = kLanes<T>;
-  int64_t packed, per_state, per_block, per_group;
+  int64_t packed, per_state, per_block, per_group, sums_count;
   ScanScratch<T> memory;
   ScanScratch<double> sums;
   T *s, *x, *dy, *y, *w, *q, *constants, *carry, *part_D, *part_bias, *decay, *state, *sum_B, *sum_C;
@@ -30,8 +30,9 @@ struct GradientScratch {
         per_state(blocks * call.states * kWide),
         per_block(blocks * kWide),
         per_group(call.chunk * kStateGroup * kWide),
+        sums_count(3 * per_state + 2 * per_block),
         memory(6 * packed + 4 * per_state + 2 * per_block + 4 * per_group + kStateGroup * kWide),
-        sums(3 * per_state + 2 * per_block) {
+        sums(sums_count) {
     T* next = memory.at;
     T** const by_step[] = {&s, &x, &dy, &y, &w, &q};
     for (T** one : by_step) *one = next, next += packed;
@@ -242,61 +243,90 @@ inline void gradient_totals(const ScanPiece<T>& piece, const GradientScratch<T>&
   }
 }
 
-// All chunks of a piece, whose first slab has the number `slab` in its group.
+// What the states of a piece get from behind the last step: nothing, or the gradient of the last state.
 template <class T>
-inline void gradient_piece(const ScanPiece<T>& piece, GradientScratch<T>& my, int64_t slab) {
-  constexpr int kWide = kLanes<T>, kSlabBlocks = kScanSlab / kWide;
+inline void gradient_start(const ScanPiece<T>& piece, T* carry) {
+  constexpr int kWide = kLanes<T>;
   const ScanCall& call = piece.call;
-  memset(my.sums.at, 0, size_t(3 * my.per_state + 2 * my.per_block) * sizeof(double));
   const T* const later = call.grad_state ? static_cast<const T*>(call.grad_state) + piece.b * call.states * call.channels : nullptr;
   for (int64_t i = 0; i < int64_t(piece.blocks) * call.states; ++i) {
     int const block = int(i / call.states);
     const T* const from = later + i % call.states * call.channels + piece.first + block * kWide;
-    store(my.carry + i * kWide, later ? load_part(from, piece.lanes(block)) : Vec<T>{});
+    store(carry + i * kWide, later ? load_part(from, piece.lanes(block)) : Vec<T>{});
   }
-  for (int64_t c = scan_chunks(call) - 1; c >= 0; --c) {
-    int64_t const t0 = c * call.chunk, left = call.length - t0;
-    int64_t const kept = (piece.b * scan_chunks(call) + c - 1) * call.states * call.channels;
-    GradientChunk<T> const at = {piece, my, t0, int(left < call.chunk ? left : call.chunk),
-                                 c ? static_cast<const T*>(call.kept) + kept : nullptr};
+}
+
+// Chunk c of a piece.
+template <class T>
+inline GradientChunk<T> gradient_chunk(const ScanPiece<T>& piece, GradientScratch<T>& my, int64_t c) {
+  const ScanCall& call = piece.call;
+  int64_t const left = call.length - c * call.chunk, kept = (piece.b * scan_chunks(call) + c - 1) * call.states * call.channels;
+  const T* const before = c ? static_cast<const T*>(call.kept) + kept : nullptr;
+  return {piece, my, c * call.chunk, int(left < call.chunk ? left : call.chunk), before};
+}
+
+// Chunks [first, end) of a piece, from the last to the first, whose first slab has the number `slab` in its group. Takes what
+// comes from behind them in my.carry, adds its sums over time to my.sums.
+template <class T>
+inline void gradient_piece(const ScanPiece<T>& piece, GradientScratch<T>& my, int64_t slab, int64_t first, int64_t end) {
+  constexpr int kSlabBlocks = kScanSlab / kLanes<T>;
+  int64_t const states = piece.call.states;
+  for (int64_t c = end - 1; c >= first; --c) {
+    GradientChunk<T> const at = gradient_chunk(piece, my, c);
     gradient_inputs(at);
-    for (int begin = 0; begin < piece.blocks; begin += kSlabBlocks) {
-      int const end = begin + kSlabBlocks < piece.blocks ? begin + kSlabBlocks : piece.blocks;
+    for (int k = 0; k < piece.blocks; k += kSlabBlocks) {
+      int const behind = k + kSlabBlocks < piece.blocks ? k + kSlabBlocks : piece.blocks;
       int64_t n = 0;
-      for (; n + kStateGroup <= call.states; n += kStateGroup) gradient_group<T, kStateGroup>(at, begin, end, slab + begin / kSlabBlocks, n);
-      for (; n < call.states; ++n) gradient_group<T, 1>(at, begin, end, slab + begin / kSlabBlocks, n);
+      for (; n + kStateGroup <= states; n += kStateGroup) gradient_group<T, kStateGroup>(at, k, behind, slab + k / kSlabBlocks, n);
+      for (; n < states; ++n) gradient_group<T, 1>(at, k, behind, slab + k / kSlabBlocks, n);
     }
     gradient_outputs(at);
   }
-  gradient_totals(piece, my);
 }
+
+// Slabs of all batch entries and groups, numbered through.
+template <class T>
+struct ScanSlabs {
+  static constexpr int kBlocks = kScanSlab / kLanes<T>;
+  const ScanCall& call;
+  ScanBlocks all;
+  int64_t per_group, total;
+  explicit ScanSlabs(const ScanCall& call)
+      : call(call), all(call, kLanes<T>), per_group(scan_slabs(call)), total(call.batch * call.groups * per_group) {}
+
+  // Slabs [begin, end), all of one group.
+  ScanPiece<T> piece(int64_t begin, int64_t end, T* constants) const {
+    int64_t const first = begin % per_group * kBlocks, left = all.per_group - first, blocks = (end - begin) * kBlocks;
+    return ScanPiece<T>(call, all, begin / per_group * all.per_group + first, int(blocks < left ? blocks : left), constants);
+  }
+};
 
 // Every thread takes a run of slabs; what a slab gives does not depend on the threads.
 template <class T>
 bool scan_gradient(const ScanCall& call, int threads) {
-  constexpr int kWide = kLanes<T>;
-  ScanBlocks const all(call, kWide);
-  int64_t const slabs = scan_slabs(call), total = call.batch * call.groups * slabs, most = kPieceBlocks * kWide / kScanSlab;
+  ScanSlabs<T> const slabs(call);
+  int64_t const most = kPieceBlocks / ScanSlabs<T>::kBlocks;
   bool enough_memory = true;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int part = 0; part < threads; ++part) {
     FlushSubnormals flush;
-    int64_t const begin = total * part / threads, end = total * (part + 1) / threads;
+    int64_t const begin = slabs.total * part / threads, end = slabs.total * (part + 1) / threads;
     if (begin == end) continue;
-    GradientScratch<T> my(call, kPieceBlocks < all.per_group ? kPieceBlocks : all.per_group);
+    GradientScratch<T> my(call, kPieceBlocks < slabs.all.per_group ? kPieceBlocks : slabs.all.per_group);
     if (!my.complete()) {
 #pragma omp atomic write
       enough_memory = false;
       continue;
     }
     for (int64_t slab = begin, next; slab < end; slab = next) {
-      next = (slab / slabs + 1) * slabs;
+      next = (slab / slabs.per_group + 1) * slabs.per_group;
       next = next < end ? next : end;
       next = next < slab + most ? next : slab + most;
-      int64_t const first = slab % slabs * (kScanSlab / kWide), left = all.per_group - first;
-      int64_t const blocks = (next - slab) * (kScanSlab / kWide);
-      ScanPiece<T> const piece(call, all, slab / slabs * all.per_group + first, int(blocks < left ? blocks : left), my.constants);
-      gradient_piece(piece, my, slab % slabs);
+      ScanPiece<T> const piece = slabs.piece(slab, next, my.constants);
+      gradient_start(piece, my.carry);
+      memset(my.sums.at, 0, size_t(my.sums_count) * sizeof(double));
+      gradient_piece(piece, my, slab % slabs.per_group, 0, scan_chunks(call));
+      gradient_totals(piece, my);
     }
   }
   return enough_memory;
