@@ -20,6 +20,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace py = pybind11;
 
@@ -153,6 +156,18 @@ void banded(int64_t stack, int64_t rows_in, int64_t rows_out, int64_t length, in
   kernels.banded(call, threads);
 }
 
+// Asks for large pages under memory that is about to be written for the first time: a large tensor comes as address space, and
+// most of the time of writing it goes into the fault of every small page.
+void prefer_large_pages(uintptr_t address, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t(1) << 21;
+  uintptr_t const begin = (address + kPage - 1) / kPage * kPage, end = (address + uintptr_t(bytes)) / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: nothing depends on it
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
 // Runs one kernel of the table on a call without the GIL.
 template <class Call>
 void run_kernel(bool (*CpuKernels::*kernel)(DType, const Call&, int, bool*), int dtype, const Call& call, int threads,
@@ -264,6 +279,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("banded", &medgmae::banded, "stack"_a, "rows_in"_a, "rows_out"_a, "length"_a, "taps"_a, "first"_a, "weights"_a,
              "input"_a, "out"_a, "add"_a, "threads"_a, "variant"_a = "",
              "Multiplies a stack of float32 matrices by a banded matrix from the left, on the CPU.");
+  module.def("prefer_large_pages", &medgmae::prefer_large_pages, "address"_a, "bytes"_a, "Advises the system, where it takes advice.");
   module.def("selective_scan", &medgmae::selective_scan, "dtype"_a, "sizes"_a, "streams"_a, "matrices"_a, "arrays"_a, "threads"_a,
              "variant"_a = "", "Runs a selective scan on the CPU, or its backward if there is a stream 'grad'.");
   module.def("causal_conv1d", &medgmae::causal_conv1d, "dtype"_a, "sizes"_a, "streams"_a, "arrays"_a, "threads"_a, "variant"_a = "",
@@ -280,5 +296,7 @@ PYBIND11_MODULE(_C, module) {
              "matrices"_a, "arrays"_a, "Bytes of device memory that selective_scan_cuda needs.");
   module.def("selective_scan_cuda", &medgmae::selective_scan_cuda, "dtype"_a, "sizes"_a, "streams"_a, "matrices"_a, "arrays"_a,
              "stream_type"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a, "selective_scan on the current CUDA device.");
+  module.def("causal_conv1d_cuda", &medgmae::causal_conv1d_cuda, "dtype"_a, "sizes"_a, "streams"_a, "arrays"_a, "stream_type"_a,
+             "stream"_a, "causal_conv1d on the current CUDA device.");
 #endif
 }

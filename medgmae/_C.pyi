@@ -53,6 +53,7 @@ def banded(
     threads: int,
     variant: str = "",
 ) -> None: ...
+def prefer_large_pages(address: int, bytes: int) -> None: ...
 def selective_scan(
     dtype: int,
     sizes: dict[str, int],
@@ -86,5 +87,13 @@ def selective_scan_cuda(
     stream_type: int,
     workspace: int,
     workspace_bytes: int,
+    stream: int,
+) -> None: ...
+def causal_conv1d_cuda(
+    dtype: int,
+    sizes: dict[str, int],
+    streams: dict[str, tuple[int, int, int]],
+    arrays: dict[str, int],
+    stream_type: int,
     stream: int,
 ) -> None: ...

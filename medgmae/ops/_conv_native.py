@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medgmae.ops._native import _C, DTYPE_CODES
-from medgmae.ops._scan_native import Kernel, Streams
+from medgmae.ops._scan_native import Kernel, Streams, room
 
 SEGMENT = 256  # kConvSegment of cuda/conv.h: steps over which the kernel sums the gradients of weight and bias
 
@@ -30,7 +30,7 @@ def forward(
     threads: int | None = None,
 ) -> Tensor:
     """See ``medgmae::causal_conv1d``. Options as for the scan."""
-    out = weight.new_empty(x.shape)
+    out = room(x, weight.dtype)
     call = _call(x, weight, bias, reverse)
     call.stream("out", out)
     if out.numel():
@@ -51,7 +51,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``medgmae::causal_conv1d_backward``. Options as for the scan."""
     width, segments = weight.shape[1], -(-x.shape[1] // SEGMENT)
-    dx, sums = weight.new_empty(x.shape), weight.new_zeros(x.shape[0], segments, width + 1, x.shape[2])
+    dx, sums = room(x, weight.dtype), weight.new_zeros(x.shape[0], segments, width + 1, x.shape[2])
     call = _call(x, weight, bias, reverse)
     call.stream("grad", grad)
     call.stream("dx", dx)

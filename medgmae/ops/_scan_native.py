@@ -15,6 +15,7 @@ Kernel = Callable[..., Any]
 
 SLAB = 64  # kScanSlab of cuda/scan.h: channels of a group over which the kernel sums the gradients of B and C
 CHUNK = 64
+LARGE = 8 << 20  # bytes of an output from which on large pages are worth asking for
 LONGEST = 64  # most steps per chunk of a backward: it holds a chunk of all its channels
 
 
@@ -44,7 +45,7 @@ def forward(
 
     ``variant``: CPU instruction set, "" for the best; ``threads``: torch's number if None.
     """
-    out = u.new_empty(u.shape, dtype=A.dtype)
+    out = room(u, A.dtype)
     kept = A.new_empty(u.shape[0], -(-u.shape[1] // chunk), A.shape[1], A.shape[0])
     call = Call(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, chunk)
     call.stream("out", out)
@@ -83,7 +84,7 @@ def backward(
     if grad_state is not None:
         call.array("grad_state", grad_state)
     streams = {"du": u, "ddelta": delta} if z is None else {"du": u, "ddelta": delta, "dz": z}
-    outputs = {name: A.new_empty(u.shape) for name in streams}
+    outputs = {name: room(u, A.dtype) for name in streams}
     for name, tensor in outputs.items():
         call.stream(name, tensor)
     batch, channels, states_count = u.shape[0], *A.shape
@@ -103,6 +104,15 @@ def backward(
         u.new_empty(0) if z is None else outputs["dz"].to(u.dtype),
         A.new_empty(0) if delta_bias is None else sums["dbias"].sum(0),
     )
+
+
+def room(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A dense tensor for a kernel to write, of the shape and on the device of another."""
+    assert _C is not None
+    tensor = like.new_empty(like.shape, dtype=dtype)
+    if tensor.nbytes >= LARGE:
+        _C.prefer_large_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 class Streams:
