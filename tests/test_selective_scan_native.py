@@ -58,8 +58,7 @@ def test_error_at_the_width_of_the_published_models(path: Path, reverse: bool) -
     [
         ((1, 200, 150, 16), ("time", "time")),
         ((3, 37, 70, 5), ("time", "constant")),
-        ((1, 16, 1200, 16), ("time", "time")),  # one vector of channels, so that threads could only share the time
-        ((1, 1, 700, 3), ("constant", "constant")),
+        ((1, 1, 200, 3), ("constant", "constant")),
         ((2, 96, 65, 4), (3, 2)),
     ],
     ids=str,
@@ -70,6 +69,48 @@ def test_bits_do_not_depend_on_the_threads(path: Path, shape: Any, forms: Any, d
     first = threaded(path, 1).run(inputs, grad, grad_state)
     for threads in (2, 3, 1, 7):
         assert_same_bits(threaded(path, threads).run(inputs, grad, grad_state), first)
+
+
+@every_path
+@both_directions
+@pytest.mark.parametrize(
+    ("shape", "forms"),
+    [
+        ((1, 16, 1200, 16), ("time", "time")),
+        ((2, 5, 700, 3), ("constant", 5)),
+        ((1, 70, 1100, 5), ("time", "constant")),
+    ],
+    ids=str,
+)
+def test_many_threads_share_the_time_of_few_channels(path: Path, shape: Any, forms: Any, reverse: bool) -> None:
+    """Segments of time are scanned at once and joined: the same bits with the same threads, the same numbers anyway."""
+    inputs = make(*shape, forms=forms)
+    grad, grad_state = cotangents(inputs)
+    wanted = REFERENCE.run(inputs, grad, grad_state, reverse=reverse)
+    single = inputs.to(torch.float32)
+    exact = REFERENCE.run(single.to(torch.float64), grad.float().double(), grad_state.float().double(), reverse=reverse)
+    for threads in (2, 3, 8):
+        many = threaded(path, threads)
+        assert_close(many.run(inputs, grad, grad_state, reverse=reverse), wanted, 1e-12, 1e-11)
+        found = many.run(single, grad.float(), grad_state.float(), reverse=reverse)
+        assert_close(found, exact, 1e-6, 1e-5)
+        assert_same_bits(many.run(single, grad.float(), grad_state.float(), reverse=reverse), found)
+
+
+@every_path
+def test_a_bad_number_stays_in_its_channel_with_many_threads(path: Path) -> None:
+    inputs = make(2, 21, 1100, 3, torch.float32)
+    grad, grad_state = cotangents(inputs)
+    many = threaded(path, 8)
+    good = many.run(inputs, grad, grad_state)
+    inputs.u[1, 4, 600] = math.nan
+    found = many.run(inputs, grad, grad_state)
+    assert torch.equal(found.out[0], good.out[0])
+    assert torch.equal(found.out[1, :4], good.out[1, :4])
+    assert torch.equal(found.out[1, 5:], good.out[1, 5:])
+    assert torch.equal(found.out[1, 4, :600], good.out[1, 4, :600])
+    assert found.out[1, 4, 600:].isnan().all()
+    assert torch.equal(found.gradients["u"][1, 5:], good.gradients["u"][1, 5:])
 
 
 def test_public_functions_use_the_kernels_and_torchs_threads() -> None:

@@ -96,7 +96,7 @@ void compare(const Case<T>& c, const std::vector<unsigned char>& one, const std:
     memcpy(&a, &one[i], sizeof(T)), memcpy(&b, &other[i], sizeof(T));
     bool const same = memcmp(&a, &b, sizeof(T)) == 0 || (isnan(a) && isnan(b));
     if (same && (isfinite(a) || c.one_in < (1 << 30))) continue;
-    fprintf(stderr, "%s, seed %llu, %zu bytes, value %zu of %zu: %.17g with 1 thread, %.17g with 3\n", what,
+    fprintf(stderr, "%s, seed %llu, %zu bytes, value %zu of %zu: %.17g, then %.17g\n", what,
             static_cast<unsigned long long>(seed), sizeof(T), i / sizeof(T), one.size() / sizeof(T), double(a), double(b));
     exit(3);
   }
@@ -107,6 +107,7 @@ Case<T> random_case(Random& random, int64_t most_channels) {
   Case<T> c = {random, pick(random, 0, 2) ? 1 << 30 : 20, pick(random, 0, 1) == 1, pick(random, 0, 3), 0, 0, {}, {}};
   c.length = pick(random, 0, 3) ? pick(random, 0, 40) : pick(random, 60, 300);
   c.channels = pick(random, 0, 3) ? pick(random, 0, 40) : pick(random, 60, int(most_channels));
+  if (pick(random, 0, 7) == 0) c.length = pick(random, 512, 1500), c.channels = pick(random, 0, 20);
   return c;
 }
 
@@ -146,8 +147,10 @@ void run_scan(uint64_t seed) {
       return scan(kDType<T>, call, threads, enough) && *enough && scan(kDType<T>, back, threads, enough);
     };
   };
-  std::vector<unsigned char> const one = results(c, 0x7f, run(1));
-  if (c.batch && c.length && D) compare(c, one, results(c, 0x11, run(3)), seed, "scan");
+  // Long scans of few channels are split among many threads, which changes the rounding.
+  bool const split = c.length >= 512;
+  std::vector<unsigned char> const one = results(c, 0x7f, run(split ? 6 : 1));
+  if (c.batch && c.length && D) compare(c, one, results(c, 0x11, run(split ? 6 : 3)), seed, "scan");
 }
 
 template <class T>
