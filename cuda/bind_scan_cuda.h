@@ -34,5 +34,11 @@ void selective_scan_cuda(int dtype, const ScanSizes& sizes, const ScanStreams& s
                                                       reinterpret_cast<void*>(stream)));
 }
 
+void causal_conv1d_cuda(int dtype, const ScanSizes& sizes, const ScanStreams& streams, const ScanArrays& arrays, int stream_type,
+                        uintptr_t stream) {
+  ConvCall const call = conv_call(sizes, streams, arrays);
+  check_status("causal_conv1d", cuda::causal_conv1d(DType(dtype), StreamType(stream_type), call, reinterpret_cast<void*>(stream)));
+}
+
 }  // namespace
 }  // namespace medgmae

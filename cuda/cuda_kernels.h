@@ -5,6 +5,10 @@
 #include "half.h"
 
 namespace medgmae {
+
+struct ConvCall;
+struct ScanCall;
+
 namespace cuda {
 
 // The result of a call into CUDA: empty if it went well, else the error's name and text.
@@ -28,6 +32,8 @@ Status voxelize(DType dtype, const VoxelizeCall& call, void* workspace, void* st
 Status selective_scan_workspace(DType dtype, const ScanCall& call, int64_t* bytes);
 // Scans, or computes gradients if call.grad is there. Every address is on the device.
 Status selective_scan(DType dtype, StreamType type, const ScanCall& call, void* workspace, void* stream);
+// Convolves, or computes gradients if call.grad is there; its `sums` are per strip of kConvStrip steps (conv_blocks.h).
+Status causal_conv1d(DType dtype, StreamType type, const ConvCall& call, void* stream);
 
 }  // namespace cuda
 }  // namespace medgmae

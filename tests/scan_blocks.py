@@ -1,4 +1,4 @@
-"""The CUDA scan's thread blocks, run on the host one thread after the other, behind the operator's argument lists."""
+"""CUDA's scan and convolution run on the host, one thread after the other, behind the operators' argument lists."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
+from medgmae.ops import _conv_cuda as conv_cuda
 from medgmae.ops import _scan_cuda as cuda
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
@@ -50,6 +51,19 @@ class ScanCall(ctypes.Structure):
     ]
 
 
+class ConvCall(ctypes.Structure):
+    """ConvCall of cuda/conv.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "width")),
+        ("silu", ctypes.c_bool),
+        *((name, Stream) for name in ("x", "out")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, Stream) for name in ("grad", "dx")),
+        ("sums", ctypes.c_void_p),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     if COMPILER is None:
@@ -58,9 +72,11 @@ def library() -> ctypes.CDLL:
         target, source = FilePath(folder, "scan.so"), FilePath(__file__).parent / "cuda_host/scan.cpp"
         subprocess.run([COMPILER, *FLAGS, str(source), "-o", str(target)], check=True)
         loaded = ctypes.CDLL(str(target))
-    loaded.medgmae_scan.restype = ctypes.c_bool
-    loaded.medgmae_scan_call_size.restype = ctypes.c_int64
-    assert loaded.medgmae_scan_call_size() == ctypes.sizeof(ScanCall)
+    for name, structure in {"scan": ScanCall, "conv": ConvCall}.items():
+        getattr(loaded, f"medgmae_{name}").restype = ctypes.c_bool
+        size = getattr(loaded, f"medgmae_{name}_call_size")
+        size.restype = ctypes.c_int64
+        assert size() == ctypes.sizeof(structure)
     return loaded
 
 
@@ -71,6 +87,14 @@ def launch(call: Any, multiprocessors: int) -> None:
     structure = ScanCall(**call.sizes, **fields, **call.arrays)
     codes = {torch.float32: 0, torch.float64: 1}[call.wide], cuda.STREAM_CODES[call.dtype]
     assert library().medgmae_scan(*codes, ctypes.byref(structure), multiprocessors)
+
+
+def launch_conv(call: Any, wide: torch.dtype, sizes: dict[str, int]) -> None:
+    """What ``conv_cuda.launch`` does, on the host."""
+    fields = {name: Stream(*value) for name, value in call.streams.items()}
+    structure = ConvCall(**sizes, **fields, **call.arrays)
+    codes = {torch.float32: 0, torch.float64: 1}[wide], cuda.STREAM_CODES[call.dtype]
+    assert library().medgmae_conv(*codes, ctypes.byref(structure))
 
 
 @contextmanager
@@ -88,3 +112,13 @@ def forward(*arguments: Any, multiprocessors: int = 1) -> Any:
 def backward(*arguments: Any, multiprocessors: int = 1) -> Any:
     with on_host(multiprocessors):
         return cuda.backward(*arguments)
+
+
+def convolve(*arguments: Any) -> Any:
+    with mock.patch.object(conv_cuda, "launch", launch_conv):
+        return conv_cuda.forward(*arguments)
+
+
+def differentiate(*arguments: Any) -> Any:
+    with mock.patch.object(conv_cuda, "launch", launch_conv):
+        return conv_cuda.backward(*arguments)

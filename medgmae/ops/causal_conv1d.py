@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medgmae.ops import _conv_cuda as cuda
 from medgmae.ops import _conv_native as native
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse"
@@ -147,7 +148,7 @@ def _mapped(op: Any) -> Any:
 
 _LIBRARY.impl("causal_conv1d", _reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("causal_conv1d_backward", _reference_backward, "CompositeExplicitAutograd")
-for _device, _forward, _gradient in native.kernels():
+for _device, _forward, _gradient in (*native.kernels(), *cuda.kernels()):
     _LIBRARY.impl("causal_conv1d", _forward, _device)
     _LIBRARY.impl("causal_conv1d_backward", _gradient, _device)
 torch.library.register_fake("medgmae::causal_conv1d", _fake, lib=_LIBRARY)

@@ -3,6 +3,7 @@
 // is made as wrong as the device's may be.
 #include "wrong_power.h"
 
+#include "../../cuda/conv_blocks.h"
 #include "../../cuda/scan_gradient_blocks.h"
 #include "scan_host.h"
 
@@ -94,4 +95,18 @@ extern "C" void medgmae_narrow(int stream_type, int64_t n, const float* from, ui
   medgmae::dispatch_streams<float>(medgmae::StreamType(stream_type), [&](auto number) {
     for (int64_t i = 0; i < n; ++i) medgmae::narrow(from[i], &number), memcpy(to + i, &number, 2);
   });
+}
+
+extern "C" int64_t medgmae_conv_call_size() { return sizeof(medgmae::ConvCall); }
+
+// Runs a convolution or its backward. False for types that have no kernel.
+extern "C" bool medgmae_conv(int dtype, int stream_type, const void* conv_call) {
+  using namespace medgmae;
+  ConvCall const& call = *static_cast<const ConvCall*>(conv_call);
+  bool done = false;
+  dispatch(DType(dtype), [&](auto zero) {
+    using T = decltype(zero);
+    done = dispatch_streams<T>(StreamType(stream_type), [&](auto number) { run_conv<T, decltype(number)>(call); });
+  });
+  return done;
 }

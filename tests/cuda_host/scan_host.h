@@ -1,6 +1,7 @@
-// The launches of cuda/scan.cu in their order, for any way of running a block.
+// The launches of cuda/scan.cu and cuda/conv.cu in their order, for any way of running a block.
 #pragma once
 
+#include "../../cuda/conv_blocks.h"
 #include "../../cuda/scan_gradient_blocks.h"
 
 namespace medgmae {
@@ -43,6 +44,26 @@ void run_scan(const ScanCall& call, ScanWork work, Run run) {
   for (int64_t count : work.counts) numbers += count;
   if (work.spans != 1) {
     for (int64_t i = 0; i < numbers + 5; ++i) sum_one<T>(work, i);
+  }
+}
+
+template <class T, class IO, int kWidth>
+void run_conv_of(const ConvCall& call) {
+  for (int64_t i = 0; i < conv_items(call) + 5; ++i) {
+    if (call.grad.at == nullptr) {
+      convolve_one<T, IO, kWidth>(call, i);
+    } else {
+      differentiate_one<T, IO, kWidth>(call, i);
+    }
+  }
+}
+
+template <class T, class IO>
+void run_conv(const ConvCall& call) {
+  if (call.width == kConvWidth) {
+    run_conv_of<T, IO, kConvWidth>(call);
+  } else {
+    run_conv_of<T, IO, 0>(call);
   }
 }
 
