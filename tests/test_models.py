@@ -30,13 +30,11 @@ from medgmae.masking import Masking
 
 NAMES = medgmae.list_models()
 ENCODERS = [name for name in NAMES if not hasattr(full_size(name), "decoder")]
-VITS = [name for name in ENCODERS if attends(full_size(name))]
 AUTOENCODERS = [name for name in NAMES if hasattr(full_size(name), "decoder")]
 OTHER_GRID = (1, 3, 2)
 
 every = pytest.mark.parametrize("name", NAMES)
 every_encoder = pytest.mark.parametrize("name", ENCODERS)
-every_vit = pytest.mark.parametrize("name", VITS)
 every_autoencoder = pytest.mark.parametrize("name", AUTOENCODERS)
 
 
@@ -363,30 +361,9 @@ def test_drop_path_acts_in_training_only(name: str) -> None:
     assert torch.equal(run(model, x), run(plain, x))
 
 
-@every_vit
-@pytest.mark.parametrize("pool", ["cls", "avg", "cat"])
-def test_pooling(name: str, pool: str) -> None:
-    model, x = small(name, pool=pool).eval(), volume(name)
-    tokens = model.forward_features(x)
-    cls, mean = tokens[:, 0], tokens[:, 1:].mean(1)
-    pooled = {"cls": cls, "avg": mean, "cat": torch.cat([cls, mean], 1)}[pool]
-    assert model.num_features == pooled.shape[1]
-    torch.testing.assert_close(model(x), model.fc_norm(pooled))
-    assert isinstance(model.fc_norm, nn.Identity) == (pool == "cls")
-
-
-@every_vit
-def test_without_class_token(name: str) -> None:
-    model, x = small(name, class_token=False, pool="avg", fc_norm=False), volume(name)
-    assert model.forward_features(x).shape[1] == model.pos_embed.shape[1]
-    torch.testing.assert_close(model(x), model.forward_features(x).mean(1))
-    with pytest.raises(ValueError, match="needs a class token"):
-        small(name, class_token=False)
-
-
 @every_encoder
 def test_resetting_the_classifier_keeps_the_features(name: str, tmp_path: Path) -> None:
-    head = {"head_hidden": (6,)} if name in VITS else {}
+    head = {"head_hidden": (6,)} if attends(full_size(name)) else {}
     model, x = small(name, num_classes=3, pool="avg", **head).double().eval(), volume(name).double()
     features = model.forward_head(model.forward_features(x), pre_logits=True)
     model.reset_classifier(7)

@@ -1,0 +1,40 @@
+"""ViT's own options. What every model must do is tested in test_models.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import attends, encoder_of, full_size, small, volume
+from torch import nn
+
+import medgmae
+
+NAMES = medgmae.list_models("vit*")
+
+every_vit = pytest.mark.parametrize("name", NAMES)
+
+
+def test_these_are_transformers() -> None:
+    assert len(NAMES) >= 14
+    assert all(attends(encoder_of(full_size(name))) for name in NAMES)
+
+
+@every_vit
+@pytest.mark.parametrize("pool", ["cls", "avg", "cat"])
+def test_pooling(name: str, pool: str) -> None:
+    model, x = small(name, pool=pool).eval(), volume(name)
+    tokens = model.forward_features(x)
+    cls, mean = tokens[:, 0], tokens[:, 1:].mean(1)
+    pooled = {"cls": cls, "avg": mean, "cat": torch.cat([cls, mean], 1)}[pool]
+    assert model.num_features == pooled.shape[1]
+    torch.testing.assert_close(model(x), model.fc_norm(pooled))
+    assert isinstance(model.fc_norm, nn.Identity) == (pool == "cls")
+
+
+@every_vit
+def test_without_class_token(name: str) -> None:
+    model, x = small(name, class_token=False, pool="avg", fc_norm=False), volume(name)
+    assert model.forward_features(x).shape[1] == model.pos_embed.shape[1]
+    torch.testing.assert_close(model(x), model.forward_features(x).mean(1))
+    with pytest.raises(ValueError, match="needs a class token"):
+        small(name, class_token=False)
