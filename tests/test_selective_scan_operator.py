@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -370,3 +371,11 @@ def test_as_users_of_mamba_ssm_call_it() -> None:
     exact, last = expected(Inputs(u, delta, A, B, C, D, z, bias), torch.zeros_like(u), None, True, False)[:2]
     assert error(out, exact) <= 1e-6
     assert error(state, last) <= 1e-6
+
+
+def test_the_example_in_the_docs_runs() -> None:
+    text = (Path(__file__).parent.parent / "docs/scan.md").read_text()
+    names: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert names["y"].shape == (1, 768, 1000)
+    assert names["y"].isfinite().all()
