@@ -134,13 +134,12 @@ def _scans_in(folder: Path, contrasts: Sequence[str] | None) -> list[Path]:
 
 def _is_case(folder: Path, contrasts: Sequence[str]) -> bool:
     """Whether a folder holds one case, perhaps with a contrast missing or doubled: reading it then says which."""
-    from medgmae import VolumeError
-    from medgmae.data import find_contrasts
+    import medgmae
 
     found = 0
     for name in contrasts:
-        with contextlib.suppress(VolumeError):
-            found += len(find_contrasts(folder, [name]))
+        with contextlib.suppress(medgmae.VolumeError):
+            found += len(medgmae.data.find_contrasts(folder, [name]))
     return found >= min(2, len(contrasts))
 
 
