@@ -1,10 +1,10 @@
-"""What compute-sanitizer watches: every kernel of the renderer once, on small and on odd volumes."""
+"""What compute-sanitizer watches: every kernel once, on small and on odd volumes and sequences."""
 
 from __future__ import annotations
 
 import torch
 
-from medgmae.ops import native_info, voxelize
+from medgmae.ops import causal_conv1d, native_info, selective_scan, voxelize
 
 
 def run(dtype: torch.dtype, count: int, size: tuple[int, int, int], support: str | float | None, scale: float) -> None:
@@ -21,6 +21,23 @@ def run(dtype: torch.dtype, count: int, size: tuple[int, int, int], support: str
     voxelize(*inputs, size, support=support, patches=patches, patch_size=patch).sum().backward()
 
 
+def scan(dtype: torch.dtype, shape: tuple[int, int, int], states: int, groups: int, reverse: bool) -> None:
+    """A convolution and a scan (batch, channels, length) of its result, forward and backward; no groups: constant B."""
+    random = torch.Generator().manual_seed(states)
+    batch, channels, length = shape
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=random).to("cuda", dtype).requires_grad_()
+
+    u, delta, z = (normal(batch, length, channels).transpose(1, 2) for _ in range(3))
+    A, weight, bias = -normal(channels, states).float().exp(), normal(channels, 4).float(), normal(channels).float()
+    B = normal(batch, length, groups, states).permute(0, 2, 3, 1) if groups else normal(channels, states)
+    C = normal(batch, length, states).transpose(1, 2)
+    x = causal_conv1d(u, weight, bias, "silu", reverse)
+    out, state = selective_scan(x, delta, A, B, C, bias, z, bias, True, reverse, return_last_state=True)
+    (out.float().sum() + state.sum()).backward()
+
+
 def main() -> None:
     """All cases."""
     if not (native_info().get("cuda") or {}).get("devices"):
@@ -30,6 +47,11 @@ def main() -> None:
             run(dtype, 7, (9, 17, 19), support, 0.1)
             run(dtype, 1, (1, 1, 33), support, 0.01)
     run(torch.float32, 5000, (33, 16, 40), "box", 0.02)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        scan(dtype, (2, 70, 150), 16, 1, False)
+        scan(dtype, (1, 33, 67), 5, 3, True)
+        scan(dtype, (1, 3, 1), 17, 0, False)
+    scan(torch.float32, (1, 16, 3000), 16, 1, True)
     torch.cuda.synchronize()
 
 
