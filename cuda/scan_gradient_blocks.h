@@ -181,7 +181,10 @@ MEDGMAE_DEVICE void walk_back(const ScanCall& call, Block& block) {
     block.lanes([&](int t, Lane& own) { step_back<T, kConstant>(call, shared, t, k, &own); });
     block.template fold<4>(1, [](Lane& own) { return own.part; });
     block.template fold<2>(2, [](Lane& own) { return own.part; });
-    block.lanes([&](int t, Lane& own) { ((t & 2) == 0 ? shared.w : shared.qA)[k][t / 4].v[t & 1] = own.part[0]; });
+    block.lanes([&](int t, Lane& own) {
+      auto& one = (t & 2) == 0 ? shared.w[k][t / 4] : shared.qA[k][t / 4];
+      one.v[t & 1] = own.part[0];
+    });
     sum_over_channels<1>(k, block);
   }
 }
