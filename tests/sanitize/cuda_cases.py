@@ -38,26 +38,6 @@ def scan(dtype: torch.dtype, shape: tuple[int, int, int], states: int, groups: i
     (out.float().sum() + state.sum()).backward()
 
 
-def scan(stream: torch.dtype, batch: int, channels: int, length: int, states: int, constant: bool) -> None:
-    """Forward and backward of one random case, behind a convolution; short and long enough for time to be cut."""
-    random = torch.Generator().manual_seed(length)
-
-    def normal(*shape: int, dtype: torch.dtype = stream) -> torch.Tensor:
-        values = torch.randn(*shape, generator=random, dtype=torch.float64)
-        return values.to("cuda", dtype).requires_grad_()
-
-    wide = torch.float64 if stream == torch.float64 else torch.float32
-    x, z, steps = (normal(batch, length, channels) for _ in range(3))
-    rows = [normal(channels, states, dtype=wide) if constant else normal(batch, length, states).mT for _ in range(2)]
-    A, D, bias = -normal(channels, states, dtype=wide).exp(), normal(channels, dtype=wide), normal(channels, dtype=wide)
-    for reverse, width in ((False, 4), (True, 3)):
-        u = causal_conv1d(x.mT, normal(channels, width, dtype=wide), bias, "silu", reverse)
-        out, state = selective_scan(u, steps.mT, A, *rows, D, z.mT, bias, True, reverse, True)
-        (out.float().square().mean() + state.square().mean()).backward()
-        with torch.no_grad():
-            selective_scan(u, steps.mT, A, *rows, reverse=reverse)
-
-
 def main() -> None:
     """All cases."""
     if not (native_info().get("cuda") or {}).get("devices"):
@@ -67,10 +47,6 @@ def main() -> None:
             run(dtype, 7, (9, 17, 19), support, 0.1)
             run(dtype, 1, (1, 1, 33), support, 0.01)
     run(torch.float32, 5000, (33, 16, 40), "box", 0.02)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        scan(dtype, 2, 7, 1, 1, False)
-        scan(dtype, 1, 133, 203, 16, False)
-        scan(dtype, 3, 65, 75, 19, True)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         scan(dtype, (2, 70, 150), 16, 1, False)
         scan(dtype, (1, 33, 67), 5, 3, True)
