@@ -232,6 +232,32 @@ def mixers(threads: int | None, options: argparse.Namespace) -> list[dict[str, A
     return rows
 
 
+def scaling(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Ours with every number of threads, in turns."""
+
+    def with_threads(threads: int, run: Way) -> Way:
+        def call() -> Any:
+            torch.set_num_threads(threads)
+            return run()
+
+        return call
+
+    rows = []
+    for length in options.lengths:
+        for both in (False, True):
+            run = scan_ways(length, options.device, both)["ours"]
+            ways = {f"{threads}": with_threads(threads, run) for threads in options.threads}
+            times = take_turns(ways, 2 * options.rounds, options.device, lambda *_: None)
+            one = times[str(options.threads[0])]
+            faster = {
+                n: statistics.median(a / b for a, b in zip(one, found, strict=True)) for n, found in times.items()
+            }
+            row = {"length": length, "kind": "both" if both else "forward", "faster": faster}
+            rows.append(row | {"ms": {name: 1e3 * statistics.median(found) for name, found in times.items()}})
+            print(f"threads, L={length}, {row['kind']}: {faster}", flush=True)
+    return rows
+
+
 def print_row(row: dict[str, Any], title: str) -> None:
     """One case as a line, the others below."""
     share = f", {row['percent_of_floor']:.0f} % of the floor" if "percent_of_floor" in row else ""
@@ -266,6 +292,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         report["scan"] += scans(threads, peaks, options)
         report["convolution"] += convolutions(threads, peaks, options)
         report["mixer"] += mixers(threads, options)
+    report["scaling"] = [] if cuda else scaling(options)
     report["bitwise"] = repeatable(options)
     report["accuracy"] = [accuracy(length, options.device) for length in options.lengths]
     report["memory"] = [] if cuda else [memory(length, both, name) for length, both, name in memory_cases(options)]
@@ -286,7 +313,6 @@ def memory_cases(options: argparse.Namespace) -> list[tuple[int, bool, str]]:
 def goals(report: dict[str, Any]) -> dict[str, Any]:
     """The figures that were promised."""
     found: dict[str, Any] = {}
-    times = {(row["length"], row["kind"], row["threads"]): row["ms"] for row in report["scan"]}
     for row in report["scan"]:
         where = f"{row['threads']} thread(s)" if row["threads"] else "GPU"
         title = f"L={row['length']}, {row['kind']}, {where}"
@@ -299,9 +325,10 @@ def goals(report: dict[str, Any]) -> dict[str, Any]:
             found[f"multiple of the memory floor, {title}, goal 3"] = row["ms"] / row["memory_ms"]
         if MAMBA in row["others"]:
             found[f"times faster than mamba-ssm, {title}, goal 1"] = row["others"][MAMBA]["times_slower"]
-        if row["threads"] == 2 and (row["length"], row["kind"], 1) in times:
-            one = times[row["length"], row["kind"], 1]
-            found[f"two threads over one, L={row['length']}, {row['kind']}, goal 1.8"] = one / row["ms"]
+    for row in report["scaling"]:
+        for threads, faster in row["faster"].items():
+            if threads == "2":
+                found[f"two threads over one, L={row['length']}, {row['kind']}, goal 1.8"] = faster
     for row in report["accuracy"]:
         found[f"largest error, L={row['length']}, goal 1e-6"] = max(row["ours"].values())
     for row in report["memory"]:

@@ -39,6 +39,9 @@ def table(path: Path) -> None:
         mixer = [[m["length"], m["threads"], m["kind"], f"{m['ms']:.2f}", f"{m['scans_percent']:.0f} %"]
                  for m in report["mixer"]]  # fmt: skip
         lines(["L", "threads", "what", "mixer, ms", "of it scans"], mixer)
+        threads = [[r["length"], r["kind"], n, f"{r['ms'][n]:.2f}", f"{r['faster'][n]:.2f} ×"]
+                   for r in report["scaling"] for n in r["ms"]]  # fmt: skip
+        lines(["L", "what", "threads", "ours, ms", "over the first"], threads)
         names = list(report["accuracy"][0]["ours"])
         errors = [[row["length"], who, *(f"{row[who][name]:.1e}" for name in names)]
                   for row in report["accuracy"] for who in row if who != "length"]  # fmt: skip
