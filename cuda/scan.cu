@@ -38,11 +38,16 @@ struct DeviceBlock {
 
 __device__ __forceinline__ int64_t item() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
-// Blocks of a kernel that a multiprocessor holds at once: as many as scan_span() counts on, in double fewer.
+// Blocks of a kernel that a multiprocessor should hold at once, for which it gives up registers; in the general kernels fewer.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr int kBackwardFew = __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 1000 ? 3 : __CUDA_ARCH__ == 750 ? 1 : 2;  // shared memory
+#else
+constexpr int kBackwardFew = kBackwardBlocks;
+#endif
 template <class T, bool kConstant>
 constexpr int kForwardRoom = sizeof(T) == 4 && !kConstant ? kForwardBlocks : 4;
 template <class T, bool kConstant>
-constexpr int kBackwardRoom = sizeof(T) == 4 && !kConstant ? kBackwardBlocks : 2;
+constexpr int kBackwardRoom = sizeof(T) == 4 && !kConstant ? kBackwardFew : 1;
 
 template <class T, class IO, bool kConstant, bool kBack>
 __global__ void __launch_bounds__(kScanThreads<T>, kForwardRoom<T, kConstant>) local_kernel(const ScanCall call, const ScanWork work) {
@@ -134,39 +139,50 @@ cudaError_t launch(const ScanCall& call, const ScanWork& work, cudaStream_t stre
   return run.error;
 }
 
-// The number of multiprocessors of the current device; asking does not wait for it.
-cudaError_t multiprocessors(int* count) {
-  int device = 0;
-  cudaError_t const error = cudaGetDevice(&device);
-  return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+// Blocks that the current device holds at once; asking does not wait for it.
+template <class T>
+cudaError_t find_room(bool backward, int64_t* room) {
+  int device = 0, multiprocessors = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  int const system = 1024;  // of each block
+  int const needed = system + int(backward ? sizeof(GradientShared<T>) : sizeof(ScanShared<T, kForwardWide>));
+  int const most = backward ? kBackwardBlocks : kForwardBlocks, fitting = bytes / needed;
+  *room = int64_t(multiprocessors) * (fitting < most ? fitting : most);
+  return error;
 }
 
 }  // namespace
 
 Status selective_scan_workspace(DType dtype, const ScanCall& call, int64_t* bytes) {
-  int count = 0;
-  cudaError_t const error = multiprocessors(&count);
-  if (error != cudaSuccess) return status(error);
+  bool const backward = call.grad.at != nullptr;
+  cudaError_t error = cudaSuccess;
   bool const known = dispatch(dtype, [&](auto zero) {
-    *bytes = divide_scan_workspace<decltype(zero)>(call, call.grad.at != nullptr, count, nullptr).bytes;
+    using T = decltype(zero);
+    int64_t room = 0;
+    error = find_room<T>(backward, &room);
+    *bytes = divide_scan_workspace<T>(call, backward, room, nullptr).bytes;
   });
-  return status(known ? cudaSuccess : cudaErrorInvalidValue);
+  return status(known ? error : cudaErrorInvalidValue);
 }
 
 Status selective_scan(DType dtype, StreamType type, const ScanCall& call, void* workspace, void* stream) {
-  int count = 0;
-  cudaError_t error = multiprocessors(&count);
-  if (error != cudaSuccess) return status(error);
-  if (!scan_is_small(call) || (call.grad.at != nullptr && call.chunk > kLongestChunk)) return status(cudaErrorInvalidValue);
+  bool const backward = call.grad.at != nullptr;
+  if (!scan_is_small(call) || (backward && call.chunk > kLongestChunk)) return status(cudaErrorInvalidValue);
   bool known = false;
+  cudaError_t error = cudaSuccess;
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    ScanWork const work = divide_scan_workspace<T>(call, call.grad.at != nullptr, count, workspace);
+    int64_t room = 0;
+    error = find_room<T>(backward, &room);
+    if (error != cudaSuccess) return;
+    ScanWork const work = divide_scan_workspace<T>(call, backward, room, workspace);
     known = dispatch_streams<T>(type, [&](auto number) {
       error = launch<T, decltype(number)>(call, work, static_cast<cudaStream_t>(stream));
     });
   });
-  return status(known ? error : cudaErrorInvalidValue);
+  return status(known || error != cudaSuccess ? error : cudaErrorInvalidValue);
 }
 
 }  // namespace cuda

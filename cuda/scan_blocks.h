@@ -156,7 +156,7 @@ MEDGMAE_DEVICE void load_local(const ScanCall& call, const ScanPlace& p, const S
   T const bias = t < p.channels ? parameter<T>(call.bias, channel) : T(0);
   const IO *u = column<IO>(driving, p.b, tile.start, channel), *delta = column<IO>(call.delta, p.b, tile.start, channel);
   const IO* z = column<IO>(call.z, p.b, tile.start, channel);
-#pragma unroll 4
+#pragma unroll(sizeof(T) == 4 ? 4 : 1)
   for (int k = 0; k < kTile; ++k) {
     bool const inside = k < count;
     T const in = inside ? T(widen(*u)) : T(0), gate = inside && gated ? T(widen(*z)) : T(0);
@@ -193,7 +193,7 @@ MEDGMAE_DEVICE void scan_local(const ScanCall& call, const ScanWork& work, int i
       load_matrix<T, IO>(call, work, p, tile, m, t, shared.B);
     });
     block.each([&](int t, Lane& own) {
-#pragma unroll 2
+#pragma unroll(sizeof(T) == 4 ? 2 : 1)
       for (int i = 0; i < kTile; ++i) {
         int const k = kBack ? kTile - 1 - i : i;
         Pack<T, 4> const s = shared.s[k][t / 4], in = shared.in[k][t / 4], row = shared.B[k][t % 4];
@@ -254,7 +254,7 @@ template <class T, bool kConstant, class Block>
 MEDGMAE_DEVICE void walk_forward(const ScanCall& call, Block& block) {
   using Lane = ScanLane<T, kForwardWide>;
   ScanShared<T, kForwardWide>& shared = *block.shared;
-#pragma unroll 2
+#pragma unroll(sizeof(T) == 4 ? 2 : 1)
   for (int k = 0; k < kTile; ++k) {
     block.lanes([&](int t, Lane& own) {
       Pack<T, 4> const s = shared.s[k][t / 4], in = shared.in[k][t / 4], b = shared.B[k][t % 4], c = shared.C[k][t % 4];
@@ -284,7 +284,7 @@ MEDGMAE_DEVICE void finish_outputs(const ScanCall& call, const ScanWork& work, c
   T const skip = t < p.channels ? parameter<T>(call.D, channel) : T(0);
   IO* out = column<IO>(call.out, p.b, tile.start, channel);
   T* total = static_cast<T*>(work.totals) + (p.b * call.length + tile.start) * call.channels + channel;
-#pragma unroll 4
+#pragma unroll(sizeof(T) == 4 ? 4 : 1)
   for (int k = 0; k < kTile; ++k) {
     if (k < count) {
       T const y = shared.y[k][t / 4].v[t % 4] + (first ? T(0) : *total);

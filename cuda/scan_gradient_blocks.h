@@ -15,6 +15,10 @@
 namespace medgmae {
 
 constexpr int kChunkTiles = kLongestChunk / kTile;
+// Steps whose code is written out: all, so that their states stay in registers; one in the general kernels, which are few and
+// small instead of fast.
+template <class T, bool kConstant>
+constexpr int kWritten = sizeof(T) == 4 && !kConstant ? kTile : 1;
 template <class T>
 constexpr int kScanWarps = kScanThreads<T> / 32;
 
@@ -133,7 +137,7 @@ template <class T, bool kConstant, bool kAll, class Block>
 MEDGMAE_DEVICE void walk_states(const ScanCall& call, Block& block) {
   using Lane = GradientLane<T>;
   GradientShared<T>& shared = *block.shared;
-#pragma unroll(kAll ? kTile : 2)
+#pragma unroll(kAll ? kWritten<T, kConstant> : 1)
   for (int k = 0; k < kTile; ++k) {
     block.lanes([&](int t, Lane& own) { step_forward<T, kConstant, kAll>(call, shared, t, k, &own); });
     if constexpr (kAll) {
@@ -175,7 +179,7 @@ template <class T, bool kConstant, class Block>
 MEDGMAE_DEVICE void walk_back(const ScanCall& call, Block& block) {
   using Lane = GradientLane<T>;
   GradientShared<T>& shared = *block.shared;
-#pragma unroll
+#pragma unroll(kWritten<T, kConstant>)
   for (int i = 0; i < kTile; ++i) {
     int const k = kTile - 1 - i;
     block.lanes([&](int t, Lane& own) { step_back<T, kConstant>(call, shared, t, k, &own); });

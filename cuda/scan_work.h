@@ -10,7 +10,7 @@ constexpr int kTile = 8;          // steps of a tile
 constexpr int kPieceStates = 16;  // states of a launch
 constexpr int kForwardWide = 4;   // channels of a thread
 constexpr int kBackwardWide = 2;
-constexpr int kForwardBlocks = 5;  // that a multiprocessor holds at once in float32
+constexpr int kForwardBlocks = 5;  // that a multiprocessor holds at once, in float32 and with shared memory enough
 constexpr int kBackwardBlocks = 4;
 constexpr int kLongestChunk = 64;  // that the backward takes
 constexpr int kLeastSpan = 2 * kTile;
@@ -47,13 +47,12 @@ inline int64_t scan_blocks(const ScanCall& call, const ScanWork& work, int block
   return call.batch * work.spans * call.groups * channel_blocks(call, block_channels);
 }
 
-// Steps of a span, such that all blocks find room on the device at once. Cutting time up costs a forward about as much again,
+// Steps of a span, such that all blocks are among the `room` that the device holds at once. Cutting time up costs a forward about as much again,
 // a backward a quarter.
 template <class T>
-int64_t scan_span(const ScanCall& call, bool backward, int multiprocessors) {
+int64_t scan_span(const ScanCall& call, bool backward, int64_t room) {
   int const block_channels = backward ? kBlockChannels<T, kBackwardWide> : kBlockChannels<T, kForwardWide>;
   int64_t const whole = call.batch * call.groups * channel_blocks(call, block_channels);
-  int64_t const room = int64_t(multiprocessors) * (backward ? kBackwardBlocks : kForwardBlocks);
   int64_t const wanted = whole > 0 ? room / whole : 1, unit = backward ? call.chunk : kTile;
   if (wanted < (backward ? 2 : 3)) return call.length;
   int64_t const steps = (call.length + wanted - 1) / wanted, least = steps > kLeastSpan ? steps : kLeastSpan;
@@ -68,7 +67,7 @@ inline bool scan_is_small(const ScanCall& call) {
 
 // How the workspace at `base` is divided; .bytes says how large it must be.
 template <class T>
-ScanWork divide_scan_workspace(const ScanCall& call, bool backward, int multiprocessors, void* base) {
+ScanWork divide_scan_workspace(const ScanCall& call, bool backward, int64_t room, void* base) {
   ScanWork work = {};
   auto take = [&](int64_t count) -> void* {
     int64_t const at = work.bytes;
@@ -76,7 +75,7 @@ ScanWork divide_scan_workspace(const ScanCall& call, bool backward, int multipro
     return static_cast<char*>(base) + at;
   };
   work.group_channels = call.channels / call.groups;
-  work.span_steps = scan_span<T>(call, backward, multiprocessors);
+  work.span_steps = scan_span<T>(call, backward, room);
   work.spans = work.span_steps > 0 ? (call.length + work.span_steps - 1) / work.span_steps : 0;
   int64_t const rows = call.batch * work.spans * call.channels, all = call.batch * call.channels;
   if (work.spans > 1) work.ends = take(rows * kPieceStates), work.sums = take(rows);

@@ -80,13 +80,13 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def launch(call: Any, multiprocessors: int) -> None:
+def launch(call: Any, room: int) -> None:
     """What ``cuda.launch`` does, on the host."""
     fields = {name: Stream(*value) for name, value in call.streams.items()}
     fields |= {name: Matrix(*value) for name, value in call.matrices.items()}
     structure = ScanCall(**call.sizes, **fields, **call.arrays)
     codes = {torch.float32: 0, torch.float64: 1}[call.wide], cuda.STREAM_CODES[call.dtype]
-    assert library().medgmae_scan(*codes, ctypes.byref(structure), multiprocessors)
+    assert library().medgmae_scan(*codes, ctypes.byref(structure), ctypes.c_int64(room))
 
 
 def launch_conv(call: Any, wide: torch.dtype, sizes: dict[str, int]) -> None:
@@ -98,19 +98,19 @@ def launch_conv(call: Any, wide: torch.dtype, sizes: dict[str, int]) -> None:
 
 
 @contextmanager
-def on_host(multiprocessors: int) -> Iterator[None]:
-    """Have the Python side of the CUDA kernels run the blocks here, as a device of so many multiprocessors would."""
-    with mock.patch.object(cuda, "launch", functools.partial(launch, multiprocessors=multiprocessors)):
+def on_host(room: int) -> Iterator[None]:
+    """Have the Python side of the CUDA kernels run the blocks here, as a device with room for so many blocks would."""
+    with mock.patch.object(cuda, "launch", functools.partial(launch, room=room)):
         yield
 
 
-def forward(*arguments: Any, multiprocessors: int = 1) -> Any:
-    with on_host(multiprocessors):
+def forward(*arguments: Any, room: int = 1) -> Any:
+    with on_host(room):
         return cuda.forward(*arguments)
 
 
-def backward(*arguments: Any, multiprocessors: int = 1) -> Any:
-    with on_host(multiprocessors):
+def backward(*arguments: Any, room: int = 1) -> Any:
+    with on_host(room):
         return cuda.backward(*arguments)
 
 

@@ -232,26 +232,14 @@ def mae_vim_small_patch32_160(**overrides: Any) -> MaskedAutoencoder:
 
 
 @register_model
-def mae_vim_base_patch8_160(**overrides: Any) -> MaskedAutoencoder:
-    """MAE with Vim-B/8 on 160³ of four MR contrasts, decoder 512 wide: 3D Mamba MAE base."""
-    return _mae(overrides, 160, 8, BASE, DEC512, 4)
-
-
-@register_model
 def mae_vim_base_patch16_160(**overrides: Any) -> MaskedAutoencoder:
-    """MAE with Vim-B/16 on 160³ of four MR contrasts, decoder 512 wide."""
+    """MAE with Vim-B/16 on 160³ of four MR contrasts, decoder 512 wide: 3D Mamba MAE base."""
     return _mae(overrides, 160, 16, BASE, DEC512, 4)
 
 
 @register_model
-def mae_vim_large_patch8_160(**overrides: Any) -> MaskedAutoencoder:
-    """MAE with Vim-L/8 on 160³ of four MR contrasts, decoder 512 wide: 3D Mamba MAE large."""
-    return _mae(overrides, 160, 8, LARGE, DEC512, 4)
-
-
-@register_model
 def mae_vim_large_patch16_160(**overrides: Any) -> MaskedAutoencoder:
-    """MAE with Vim-L/16 on 160³ of four MR contrasts, decoder 512 wide."""
+    """MAE with Vim-L/16 on 160³ of four MR contrasts, decoder 512 wide: 3D Mamba MAE large."""
     return _mae(overrides, 160, 16, LARGE, DEC512, 4)
 
 

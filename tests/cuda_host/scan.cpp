@@ -67,18 +67,18 @@ struct OnHost {
 
 extern "C" int64_t medgmae_scan_call_size() { return sizeof(medgmae::ScanCall); }
 
-// Runs a call as a device with so many multiprocessors would. False for types that have no kernel, or without enough memory.
-extern "C" bool medgmae_scan(int dtype, int stream_type, const void* scan_call, int multiprocessors) {
+// Runs a call as a device with room for so many blocks would. False for types that have no kernel, or without enough memory.
+extern "C" bool medgmae_scan(int dtype, int stream_type, const void* scan_call, int64_t room) {
   using namespace medgmae;
   ScanCall const& call = *static_cast<const ScanCall*>(scan_call);
   bool done = false;
   dispatch(DType(dtype), [&](auto zero) {
     using T = decltype(zero);
-    int64_t const bytes = divide_scan_workspace<T>(call, call.grad.at != nullptr, multiprocessors, nullptr).bytes;
+    int64_t const bytes = divide_scan_workspace<T>(call, call.grad.at != nullptr, room, nullptr).bytes;
     void* const workspace = malloc(size_t(bytes > 0 ? bytes : 1));
     if (workspace == nullptr) return;
     memset(workspace, 0xff, size_t(bytes));
-    ScanWork const work = divide_scan_workspace<T>(call, call.grad.at != nullptr, multiprocessors, workspace);
+    ScanWork const work = divide_scan_workspace<T>(call, call.grad.at != nullptr, room, workspace);
     done = dispatch_streams<T>(StreamType(stream_type), [&](auto number) { run_scan<T, decltype(number)>(call, work, OnHost()); });
     free(workspace);
   });

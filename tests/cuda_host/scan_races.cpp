@@ -135,9 +135,9 @@ void run(unsigned seed) {
       call.dB = buffers.take<T>(call.B.constant ? rows * call.states : slabs * call.batch * call.length * row);
       call.dC = buffers.take<T>(call.C.constant ? rows * call.states : slabs * call.batch * call.length * row);
     }
-    int const multiprocessors = pick(0, 3);
-    void* const workspace = buffers.take<char>(divide_scan_workspace<T>(call, backward, multiprocessors, nullptr).bytes);
-    run_scan<T, T>(call, divide_scan_workspace<T>(call, backward, multiprocessors, workspace), InThreads());
+    int const room = pick(0, 12);
+    void* const workspace = buffers.take<char>(divide_scan_workspace<T>(call, backward, room, nullptr).bytes);
+    run_scan<T, T>(call, divide_scan_workspace<T>(call, backward, room, workspace), InThreads());
   }
 }
 
