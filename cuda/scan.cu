@@ -40,7 +40,7 @@ __device__ __forceinline__ int64_t item() { return int64_t(blockIdx.x) * blockDi
 
 // Blocks of a kernel that a multiprocessor should hold at once, for which it gives up registers; in the general kernels fewer.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-constexpr int kBackwardFew = __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 1000 ? 3 : __CUDA_ARCH__ == 750 ? 1 : 2;  // shared memory
+constexpr int kBackwardFew = __CUDA_ARCH__ == 800 ? 3 : __CUDA_ARCH__ == 750 ? 1 : 2;  // for shared memory, or registers
 #else
 constexpr int kBackwardFew = kBackwardBlocks;
 #endif
