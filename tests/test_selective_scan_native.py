@@ -77,7 +77,7 @@ def test_bits_do_not_depend_on_the_threads(path: Path, shape: Any, forms: Any, d
     ("shape", "forms"),
     [
         ((1, 16, 1200, 16), ("time", "time")),
-        ((2, 5, 700, 3), ("constant", 5)),
+        ((2, 6, 700, 3), ("constant", 2)),
         ((1, 70, 1100, 5), ("time", "constant")),
     ],
     ids=str,
@@ -85,6 +85,8 @@ def test_bits_do_not_depend_on_the_threads(path: Path, shape: Any, forms: Any, d
 def test_many_threads_share_the_time_of_few_channels(path: Path, shape: Any, forms: Any, reverse: bool) -> None:
     """Segments of time are scanned at once and joined: the same bits with the same threads, the same numbers anyway."""
     inputs = make(*shape, forms=forms)
+    # Some states remember across segments.
+    inputs = inputs._replace(A=inputs.A * torch.logspace(-4, 0, shape[3], dtype=torch.float64))
     grad, grad_state = cotangents(inputs)
     wanted = REFERENCE.run(inputs, grad, grad_state, reverse=reverse)
     single = inputs.to(torch.float32)
@@ -93,7 +95,7 @@ def test_many_threads_share_the_time_of_few_channels(path: Path, shape: Any, for
         many = threaded(path, threads)
         assert_close(many.run(inputs, grad, grad_state, reverse=reverse), wanted, 1e-12, 1e-11)
         found = many.run(single, grad.float(), grad_state.float(), reverse=reverse)
-        assert_close(found, exact, 1e-6, 1e-5)
+        assert_close(found, exact, 2e-6, 1e-5)  # a float32 that is added to 1200 times; the reference is no better
         assert_same_bits(many.run(single, grad.float(), grad_state.float(), reverse=reverse), found)
 
 
