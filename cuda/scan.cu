@@ -12,16 +12,21 @@ struct DeviceBlock {
   using Lane = State;
   Shared* shared;
   State state;
+  int thread;
   template <class Phase>
   __device__ __forceinline__ void lanes(Phase phase) {
-    phase(int(threadIdx.x), state);
+    phase(thread, state);
   }
   template <class Phase>
   __device__ __forceinline__ void each(Phase phase) {
-    phase(int(threadIdx.x), state);
-    __syncthreads();
+    phase(thread, state);
+    meet();
   }
-  __device__ __forceinline__ void meet() { __syncthreads(); }
+  // The number of the thread is read anew, so that nothing that is made of it occupies a register from phase to phase.
+  __device__ __forceinline__ void meet() {
+    __syncthreads();
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  }
   // Of kCount numbers each lane keeps the sums of the lower half, or where its number has the bit, of the upper half.
   template <int kCount, class Values>
   __device__ __forceinline__ void fold(int mask, Values values) {
@@ -52,7 +57,7 @@ constexpr int kBackwardRoom = sizeof(T) == 4 && !kConstant ? kBackwardFew : 1;
 template <class T, class IO, bool kConstant, bool kBack>
 __global__ void __launch_bounds__(kScanThreads<T>, kForwardRoom<T, kConstant>) local_kernel(const ScanCall call, const ScanWork work) {
   __shared__ ScanShared<T, kForwardWide> shared;
-  DeviceBlock<ScanShared<T, kForwardWide>, ScanLane<T, kForwardWide>> block = {&shared, {}};
+  DeviceBlock<ScanShared<T, kForwardWide>, ScanLane<T, kForwardWide>> block = {&shared, {}, int(threadIdx.x)};
   scan_local<T, IO, kConstant, kBack>(call, work, int(blockIdx.x), block);
 }
 
@@ -64,14 +69,14 @@ __global__ void combine_kernel(const ScanCall call, const ScanWork work) {
 template <class T, class IO, bool kConstant>
 __global__ void __launch_bounds__(kScanThreads<T>, kForwardRoom<T, kConstant>) output_kernel(const ScanCall call, const ScanWork work) {
   __shared__ ScanShared<T, kForwardWide> shared;
-  DeviceBlock<ScanShared<T, kForwardWide>, ScanLane<T, kForwardWide>> block = {&shared, {}};
+  DeviceBlock<ScanShared<T, kForwardWide>, ScanLane<T, kForwardWide>> block = {&shared, {}, int(threadIdx.x)};
   scan_outputs<T, IO, kConstant>(call, work, int(blockIdx.x), block);
 }
 
 template <class T, class IO, bool kConstant>
 __global__ void __launch_bounds__(kScanThreads<T>, kBackwardRoom<T, kConstant>) gradient_kernel(const ScanCall call, const ScanWork work) {
   __shared__ GradientShared<T> shared;
-  DeviceBlock<GradientShared<T>, GradientLane<T>> block = {&shared, {}};
+  DeviceBlock<GradientShared<T>, GradientLane<T>> block = {&shared, {}, int(threadIdx.x)};
   scan_gradients<T, IO, kConstant>(call, work, int(blockIdx.x), block);
 }
 

@@ -28,6 +28,22 @@ struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Pack {
   T v[kCount];
 };
 
+// A number of a stream, if it is there.
+template <class T, class IO>
+MEDGMAE_DEVICE T read(const IO* at, bool there) {
+  IO number = {};
+  if (there) number = *at;
+  return T(widen(number));
+}
+
+// The size of a step, 0 where there is none. Not by a branch around the load: those of several steps are to be on their way at once.
+template <class T, class IO>
+MEDGMAE_DEVICE T step_size(const ScanCall& call, const IO* delta, T bias, bool there) {
+  T const number = read<T>(delta, there), nothing = call.softplus ? T(-1000) : T(0), x = there ? number + bias : nothing;
+  T const smooth = softplus(x);
+  return call.softplus ? smooth : x;
+}
+
 // A channel of a stream, from one step on.
 template <class IO>
 MEDGMAE_DEVICE IO* column(const ScanStream& s, int b, int step, int channel) {
@@ -100,20 +116,30 @@ MEDGMAE_DEVICE void clear_states(T (*states)[4]) {
   }
 }
 
-// A tile of B or C, which all channels of the block share; zero where there is none.
-template <class T, class IO>
-MEDGMAE_DEVICE void load_matrix(const ScanCall& call, const ScanWork& work, const ScanPlace& p, const ScanTile& tile,
-                                const ScanMatrix& m, int t, Pack<T, 4> (*to)[4]) {
-  constexpr int rows = kScanThreads<T> / kPieceStates;
-  int const n = t % kPieceStates, first = t / kPieceStates, states = int(call.states - work.first_state);
-  int const count = m.constant || n >= states ? 0 : tile.stop - tile.start;
-  const IO* at = static_cast<const IO*>(m.at) + p.b * m.batch + (tile.start + first) * m.step + p.group * m.of_group + work.first_state + n;
+// A thread's part of a tile of B or C, which all channels of the block share; zero where there is none.
+template <class T>
+struct MatrixShare {
+  static constexpr int kRows = kScanThreads<T> / kPieceStates, kCount = (kTile + kRows - 1) / kRows;
+  T numbers[kCount];
+  MEDGMAE_MEMBER void store(int t, Pack<T, 4> (*to)[4]) const {
+    int const n = t % kPieceStates, row = t / kPieceStates;
 #pragma unroll
-  for (int row = first; row < first + kTile; row += rows) {
-    if (row >= kTile) break;
-    to[row][n / 4].v[n % 4] = row < count ? T(widen(*at)) : T(0);
-    at += rows * m.step;
+    for (int i = 0; i < kCount; ++i) to[row + i * kRows][n / 4].v[n % 4] = numbers[i];
   }
+};
+static_assert(kTile % MatrixShare<float>::kRows == 0 && kTile % MatrixShare<double>::kRows == 0, "a tile is whole rows of threads");
+
+template <class T, class IO>
+MEDGMAE_DEVICE MatrixShare<T> read_matrix(const ScanCall& call, const ScanWork& work, const ScanPlace& p, const ScanTile& tile,
+                                          const ScanMatrix& m, int t) {
+  using Share = MatrixShare<T>;
+  int const n = t % kPieceStates, row = t / kPieceStates;
+  int const count = m.constant || work.first_state + n >= call.states ? 0 : tile.stop - tile.start;
+  const IO* at = static_cast<const IO*>(m.at) + p.b * m.batch + (tile.start + row) * m.step + p.group * m.of_group + work.first_state + n;
+  Share share;
+#pragma unroll
+  for (int i = 0; i < Share::kCount; ++i) share.numbers[i] = read<T>(at + i * Share::kRows * m.step, row + i * Share::kRows < count);
+  return share;
 }
 
 // Where a state of a span, or of the end of a chunk, is: (batch, rows, width, channels).
@@ -158,9 +184,8 @@ MEDGMAE_DEVICE void load_local(const ScanCall& call, const ScanPlace& p, const S
   const IO* z = column<IO>(call.z, p.b, tile.start, channel);
 #pragma unroll(sizeof(T) == 4 ? 4 : 1)
   for (int k = 0; k < kTile; ++k) {
-    bool const inside = k < count;
-    T const in = inside ? T(widen(*u)) : T(0), gate = inside && gated ? T(widen(*z)) : T(0);
-    T const x = inside ? T(widen(*delta)) + bias : T(0), s = !inside ? T(0) : call.softplus ? softplus(x) : x;
+    T const in = read<T>(u, k < count), gate = kGated ? read<T>(z, gated && k < count) : T(0);
+    T const s = step_size(call, delta, bias, k < count);
     T const open = gated ? gate * sigmoid(gate) : T(1);
     shared->s[k][t / 4].v[t % 4] = s;
     shared->in[k][t / 4].v[t % 4] = in * (kBack ? open : s);
@@ -189,8 +214,9 @@ MEDGMAE_DEVICE void scan_local(const ScanCall& call, const ScanWork& work, int i
     int const from = kBack ? p.stop - done - kTile : p.start + done;
     ScanTile const tile = {from < p.start ? p.start : from, kBack ? p.stop - done : from + kTile < p.stop ? from + kTile : p.stop};
     block.each([&](int t, Lane& own) {
+      MatrixShare<T> const row = read_matrix<T, IO>(call, work, p, tile, m, t);
       load_local<T, IO, kBack, kBack>(call, p, tile, t, &shared, &own);
-      load_matrix<T, IO>(call, work, p, tile, m, t, shared.B);
+      row.store(t, shared.B);
     });
     block.each([&](int t, Lane& own) {
 #pragma unroll(sizeof(T) == 4 ? 2 : 1)
@@ -284,15 +310,20 @@ MEDGMAE_DEVICE void finish_outputs(const ScanCall& call, const ScanWork& work, c
   T const skip = t < p.channels ? parameter<T>(call.D, channel) : T(0);
   IO* out = column<IO>(call.out, p.b, tile.start, channel);
   T* total = static_cast<T*>(work.totals) + (p.b * call.length + tile.start) * call.channels + channel;
+  if (first && last) {
 #pragma unroll(sizeof(T) == 4 ? 4 : 1)
-  for (int k = 0; k < kTile; ++k) {
-    if (k < count) {
-      T const y = shared.y[k][t / 4].v[t % 4] + (first ? T(0) : *total);
-      if (last) {
-        narrow((y + skip * shared.u[k][t / 4].v[t % 4]) * shared.gate[k][t / 4].v[t % 4], out);
-      } else {
-        *total = y;
-      }
+    for (int k = 0; k < kTile; ++k) {
+      if (k < count) narrow((shared.y[k][t / 4].v[t % 4] + skip * shared.u[k][t / 4].v[t % 4]) * shared.gate[k][t / 4].v[t % 4], out);
+      out += call.out.step;
+    }
+    return;
+  }
+  for (int k = 0; k < count; ++k) {
+    T const y = shared.y[k][t / 4].v[t % 4] + (first ? T(0) : *total);
+    if (last) {
+      narrow((y + skip * shared.u[k][t / 4].v[t % 4]) * shared.gate[k][t / 4].v[t % 4], out);
+    } else {
+      *total = y;
     }
     out += call.out.step, total += call.channels;
   }
@@ -315,9 +346,9 @@ MEDGMAE_DEVICE void scan_outputs(const ScanCall& call, const ScanWork& work, int
     int const end = p.stop < chunk_stop ? p.stop : chunk_stop;
     ScanTile const tile = {start, end - start < kTile ? end : start + kTile};
     block.each([&](int t, Lane& own) {
+      MatrixShare<T> const B = read_matrix<T, IO>(call, work, p, tile, call.B, t), C = read_matrix<T, IO>(call, work, p, tile, call.C, t);
       load_local<T, IO, false, true>(call, p, tile, t, &shared, &own);
-      load_matrix<T, IO>(call, work, p, tile, call.B, t, shared.B);
-      load_matrix<T, IO>(call, work, p, tile, call.C, t, shared.C);
+      B.store(t, shared.B), C.store(t, shared.C);
     });
     walk_forward<T, kConstant>(call, block);
     block.lanes([&](int t, Lane&) { finish_outputs<T, IO>(call, work, p, tile, t, shared); });

@@ -10,80 +10,14 @@
 //   ds = u w + q . A                  dA = sum over time of q s          g[t-1] = C[t-1] dy[t-1] + a[t] g[t]
 #pragma once
 
-#include "scan_blocks.h"
+#include "scan_gradient_tokens.h"
 
 namespace medgmae {
 
-constexpr int kChunkTiles = kLongestChunk / kTile;
 // Steps whose code is written out: all, so that their states stay in registers; one in the general kernels, which are few and
 // small instead of fast.
 template <class T, bool kConstant>
 constexpr int kWritten = sizeof(T) == 4 && !kConstant ? kTile : 1;
-template <class T>
-constexpr int kScanWarps = kScanThreads<T> / 32;
-
-// What every thread has of its channels.
-template <class T>
-struct GradientLane {
-  T A[kBackwardWide][4];               // times log2(e)
-  T B[kBackwardWide][4], C[kBackwardWide][4];  // where constant
-  T h[kBackwardWide][4], carry[kBackwardWide][4];
-  T dA[kBackwardWide][4], dB[kBackwardWide][4], dC[kBackwardWide][4];
-  T decayed[kTile][kBackwardWide][4];  // p of every step of the tile
-  T part[4], of_states[4];             // to be added up over states, and over channels
-};
-
-template <class T>
-struct GradientShared {
-  ScanPlace place;  // here because registers are short
-  static constexpr int kGroups = kScanThreads<T> / 4;
-  using Row = Pack<T, kBackwardWide>[kGroups];
-  Row s[kTile], in[kTile], dy[kTile];
-  Row y[kTile], w[kTile], qA[kTile];
-  Pack<T, 4> B[kTile][4], C[kTile][4];
-  Pack<T, 4> starts[kChunkTiles - 1][kBackwardWide][kScanThreads<T>];  // states before each tile of the chunk but the first
-  T sums[kScanWarps<T>][kTile][2][kPieceStates];                       // dC and dB, each over the channels of a warp
-  T dD[kScanThreads<T>], dbias[kScanThreads<T>];                       // of the steps that a thread loads
-};
-
-// What of the tile a thread loads and finishes: one channel, every so many steps.
-template <class T>
-struct GradientShare {
-  static constexpr int kWidth = kBlockChannels<T, kBackwardWide>, kRows = kScanThreads<T> / kWidth;
-  int group, side, row, channel, step, count;
-  MEDGMAE_MEMBER GradientShare(const ScanPlace& p, const ScanTile& tile, int t)
-      : group(t % kWidth / kBackwardWide),
-        side(t % kBackwardWide),
-        row(t / kWidth),
-        channel(p.first + t % kWidth),
-        step(tile.start + row),
-        count(t % kWidth < p.channels ? tile.stop - tile.start : 0) {}
-};
-
-// Loads a tile's steps and drives and, unless it is for the states alone, what the way back needs.
-template <class T, class IO, bool kAll>
-MEDGMAE_DEVICE void load_gradient_tile(const ScanCall& call, const ScanPlace& p, const ScanTile& tile, int t, GradientShared<T>* shared) {
-  using Share = GradientShare<T>;
-  Share const mine(p, tile, t);
-  bool const gated = kAll && call.z.at != nullptr;
-  T const bias = mine.count > 0 ? parameter<T>(call.bias, mine.channel) : T(0);
-  const IO *u = column<IO>(call.u, p.b, mine.step, mine.channel), *delta = column<IO>(call.delta, p.b, mine.step, mine.channel);
-  const IO *z = column<IO>(call.z, p.b, mine.step, mine.channel), *grad = column<IO>(call.grad, p.b, mine.step, mine.channel);
-#pragma unroll
-  for (int k = 0; k < kTile; k += Share::kRows) {
-    int const row = mine.row + k;
-    bool const inside = row < mine.count;
-    T const in = inside ? T(widen(*u)) : T(0), x = inside ? T(widen(*delta)) + bias : T(0);
-    T const s = !inside ? T(0) : call.softplus ? softplus(x) : x;
-    shared->s[row][mine.group].v[mine.side] = s;
-    shared->in[row][mine.group].v[mine.side] = s * in;
-    u += Share::kRows * call.u.step, delta += Share::kRows * call.delta.step;
-    if (!kAll) continue;
-    T const gate = inside && gated ? T(widen(*z)) : T(0), dy = inside ? T(widen(*grad)) : T(0);
-    shared->dy[row][mine.group].v[mine.side] = gated ? dy * (gate * sigmoid(gate)) : dy;
-    z += Share::kRows * call.z.step, grad += Share::kRows * call.grad.step;
-  }
-}
 
 // Adds own.of_states, four of them, over the channels of a warp; kWhich: 0 for dC, 1 for dB.
 template <int kWhich, class Block>
@@ -193,62 +127,6 @@ MEDGMAE_DEVICE void walk_back(const ScanCall& call, Block& block) {
   }
 }
 
-// What a token and channel receives, once the sums over all states are there: y, w and q . A in powers of two.
-template <class T, class IO>
-MEDGMAE_DEVICE void finish_token(const ScanCall& call, const ScanPlace& p, int step, int channel, int t, T s, T dy, const T* sums,
-                                 GradientShared<T>* shared) {
-  T const skip = parameter<T>(call.D, channel), u = T(widen(*column<const IO>(call.u, p.b, step, channel)));
-  T ddelta = u * sums[1] + sums[2] * T(kLog2);
-  if (call.softplus) {
-    T const x = T(widen(*column<const IO>(call.delta, p.b, step, channel))) + parameter<T>(call.bias, channel);
-    ddelta = x > T(20) ? ddelta : ddelta * sigmoid(x);
-  }
-  narrow(skip * dy + s * sums[1], column<IO>(call.du, p.b, step, channel));
-  narrow(ddelta, column<IO>(call.ddelta, p.b, step, channel));
-  shared->dD[t] += dy * u, shared->dbias[t] += ddelta;
-  if (call.z.at == nullptr) return;
-  T const z = T(widen(*column<const IO>(call.z, p.b, step, channel))), open = sigmoid(z);
-  T const grad = T(widen(*column<const IO>(call.grad, p.b, step, channel)));
-  narrow(grad * (sums[0] + skip * u) * (open * (1 + z * (1 - open))), column<IO>(call.dz, p.b, step, channel));
-}
-
-template <class T, class IO>
-MEDGMAE_DEVICE void finish_gradient(const ScanCall& call, const ScanWork& work, const ScanPlace& p, const ScanTile& tile, int t,
-                                    GradientShared<T>* shared) {
-  using Share = GradientShare<T>;
-  Share const mine(p, tile, t);
-  int64_t const all = call.batch * call.length * call.channels;
-  T* total = static_cast<T*>(work.totals) + (p.b * call.length + mine.step) * call.channels + mine.channel;
-  for (int k = 0; mine.row + k < mine.count; k += Share::kRows) {
-    int const row = mine.row + k;
-    T sums[3] = {shared->y[row][mine.group].v[mine.side], shared->w[row][mine.group].v[mine.side], shared->qA[row][mine.group].v[mine.side]};
-    if (work.first_state > 0) sums[0] += total[0], sums[1] += total[all], sums[2] += total[2 * all];
-    if (work.first_state + kPieceStates < call.states) {
-      total[0] = sums[0], total[all] = sums[1], total[2 * all] = sums[2];
-    } else {
-      T const s = shared->s[row][mine.group].v[mine.side], dy = shared->dy[row][mine.group].v[mine.side];
-      finish_token<T, IO>(call, p, mine.step + k, mine.channel, t, s, dy, sums, shared);
-    }
-    total += Share::kRows * call.channels;
-  }
-}
-
-// Adds the warps' sums over channels to one for the block.
-template <class T>
-MEDGMAE_DEVICE void finish_matrices(const ScanCall& call, const ScanWork& work, const ScanPlace& p, const ScanTile& tile, int t,
-                                    const GradientShared<T>& shared) {
-  constexpr int rows = kScanThreads<T> / (2 * kPieceStates);
-  int const n = t % kPieceStates, which = t / kPieceStates % 2, state = int(work.first_state) + n;
-  if (state >= call.states || (which == 0 ? call.C : call.B).constant) return;
-  for (int row = t / (2 * kPieceStates); row < tile.stop - tile.start; row += rows) {
-    T sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < kScanWarps<T>; ++warp) sum += shared.sums[warp][row][which][n];
-    int64_t const step = (int64_t(p.slab) * call.batch + p.b) * call.length + tile.start + row;
-    static_cast<T*>(which == 0 ? call.dC : call.dB)[(step * call.groups + p.group) * call.states + state] = sum;
-  }
-}
-
 // The state before the chunk that begins at `start`.
 template <class T>
 MEDGMAE_DEVICE void load_kept(const ScanCall& call, const ScanWork& work, const ScanPlace& p, int start, int t, GradientLane<T>* own) {
@@ -313,8 +191,9 @@ MEDGMAE_DEVICE void find_starts(const ScanCall& call, const ScanWork& work, cons
   for (int i = 0; start + (i + 1) * kTile < stop; ++i) {
     ScanTile const tile = {start + i * kTile, start + (i + 1) * kTile};
     block.each([&](int t, Lane&) {
+      MatrixShare<T> const B = read_matrix<T, IO>(call, work, p, tile, call.B, t);
       load_gradient_tile<T, IO, false>(call, p, tile, t, &shared);
-      load_matrix<T, IO>(call, work, p, tile, call.B, t, shared.B);
+      B.store(t, shared.B);
     });
     walk_states<T, kConstant, false>(call, block);
     block.each([&](int t, Lane& own) {
@@ -334,9 +213,9 @@ MEDGMAE_DEVICE void differentiate_tile(const ScanCall& call, const ScanWork& wor
   using Lane = GradientLane<T>;
   GradientShared<T>& shared = *block.shared;
   block.each([&](int t, Lane& own) {
+    MatrixShare<T> const B = read_matrix<T, IO>(call, work, p, tile, call.B, t), C = read_matrix<T, IO>(call, work, p, tile, call.C, t);
     load_gradient_tile<T, IO, true>(call, p, tile, t, &shared);
-    load_matrix<T, IO>(call, work, p, tile, call.B, t, shared.B);
-    load_matrix<T, IO>(call, work, p, tile, call.C, t, shared.C);
+    B.store(t, shared.B), C.store(t, shared.C);
     if (i == 0) return load_kept<T>(call, work, p, start, t, &own);
 #pragma unroll
     for (int w = 0; w < kBackwardWide; ++w) {
