@@ -29,13 +29,14 @@ constexpr T kDecayScale = T(1);
 template <>
 constexpr float kDecayScale<float> = 1.44269504088896341f;
 
-// 2^n (1 + r q(r)) for shifted = 1.5 * 2^23 + n and |r| <= 1/2: a minimax polynomial, to 1e-7, exact at r = 0.
+// 2^n (1 + r q(r)) for shifted = 1.5 * 2^23 + n and |r| <= 1/2, to 1.4e-7. Of the polynomials it is the one with the least error
+// over sqrt|r|, because slow decays, with small r, are multiplied most often.
 inline Vec<float> power_of_two(Vec<float> shifted, Vec<float> r) {
-  Vec<float> p = splat(1.326472731307149e-3f);
-  p = p * r + 9.671512991189957e-3f;
-  p = p * r + 5.550733581185341e-2f;
-  p = p * r + 2.4022242426872253e-1f;
-  p = p * r + 6.931470036506653e-1f;
+  Vec<float> p = splat(1.3266379246488214e-3f);
+  p = p * r + 9.668998420238495e-3f;
+  p = p * r + 5.550699681043625e-2f;
+  p = p * r + 2.4022294580936432e-1f;
+  p = p * r + 6.931470632553101e-1f;
   p = p * r + 1.0f;
   Mask<float> power, bits;
   memcpy(&power, &shifted, sizeof(power));  // n is in its low bits
