@@ -47,7 +47,7 @@ MEDGMAE_DEVICE T step_size(const ScanCall& call, const IO* delta, T bias, bool t
 // A channel of a stream, from one step on.
 template <class IO>
 MEDGMAE_DEVICE IO* column(const ScanStream& s, int b, int step, int channel) {
-  return static_cast<IO*>(s.at) + b * s.batch + step * s.step + channel;
+  return static_cast<IO*>(s.at) + b * s.batch + int64_t(step) * int(s.step) + channel;
 }
 
 template <class T>
@@ -135,10 +135,11 @@ MEDGMAE_DEVICE MatrixShare<T> read_matrix(const ScanCall& call, const ScanWork& 
   using Share = MatrixShare<T>;
   int const n = t % kPieceStates, row = t / kPieceStates;
   int const count = m.constant || work.first_state + n >= call.states ? 0 : tile.stop - tile.start;
-  const IO* at = static_cast<const IO*>(m.at) + p.b * m.batch + (tile.start + row) * m.step + p.group * m.of_group + work.first_state + n;
+  const IO* const at = static_cast<const IO*>(m.at) + (p.b * m.batch + p.group * m.of_group + work.first_state) +
+                       (int64_t(tile.start + row) * int(m.step) + n);
   Share share;
 #pragma unroll
-  for (int i = 0; i < Share::kCount; ++i) share.numbers[i] = read<T>(at + i * Share::kRows * m.step, row + i * Share::kRows < count);
+  for (int i = 0; i < Share::kCount; ++i) share.numbers[i] = read<T>(at + int64_t(i * Share::kRows) * int(m.step), row + i * Share::kRows < count);
   return share;
 }
 
@@ -190,7 +191,7 @@ MEDGMAE_DEVICE void load_local(const ScanCall& call, const ScanPlace& p, const S
     shared->s[k][t / 4].v[t % 4] = s;
     shared->in[k][t / 4].v[t % 4] = in * (kBack ? open : s);
     own->sum += s;
-    u += driving.step, delta += call.delta.step, z += call.z.step;
+    u += int(driving.step), delta += int(call.delta.step), z += int(call.z.step);
     if (!kGated || kBack) continue;
     shared->u[k][t / 4].v[t % 4] = in;
     shared->gate[k][t / 4].v[t % 4] = open;
@@ -314,7 +315,7 @@ MEDGMAE_DEVICE void finish_outputs(const ScanCall& call, const ScanWork& work, c
 #pragma unroll(sizeof(T) == 4 ? 4 : 1)
     for (int k = 0; k < kTile; ++k) {
       if (k < count) narrow((shared.y[k][t / 4].v[t % 4] + skip * shared.u[k][t / 4].v[t % 4]) * shared.gate[k][t / 4].v[t % 4], out);
-      out += call.out.step;
+      out += int(call.out.step);
     }
     return;
   }

@@ -27,8 +27,7 @@ MEDGMAE_DEVICE void sum_over_channels(int k, Block& block) {
   block.template fold<2>(8, [](Lane& own) { return own.of_states; });
   block.template fold<1>(16, [](Lane& own) { return own.of_states; });
   block.lanes([&](int t, Lane& own) {
-    int const n = (t >> 2 & 1) * 2 + (t >> 3 & 1);  // which of the four the folds have left here
-    if ((t & 16) == 0) block.shared->sums[t / 32][k][kWhich][t % 4 * 4 + n] = own.of_states[0];
+    if ((t & 16) == 0) block.shared->sums[k][kWhich][t >> 5][t & 15] = own.of_states[0];
   });
 }
 

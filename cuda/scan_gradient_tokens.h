@@ -30,7 +30,7 @@ struct GradientShared {
   Row y[kTile], w[kTile], qA[kTile];
   Pack<T, 4> B[kTile][4], C[kTile][4];
   Pack<T, 4> starts[kChunkTiles - 1][kBackwardWide][kScanThreads<T>];  // states before each tile of the chunk but the first
-  T sums[kScanWarps<T>][kTile][2][kPieceStates];                       // dC and dB, each over the channels of a warp
+  T sums[kTile][2][kScanWarps<T>][kPieceStates];                       // dC and dB, each over the channels of a warp; by lane
   T dD[kScanThreads<T>], dbias[kScanThreads<T>];                       // of the steps that a thread loads
 };
 
@@ -64,11 +64,11 @@ MEDGMAE_DEVICE void load_gradient_tile(const ScanCall& call, const ScanPlace& p,
     T const in = read<T>(u, inside), s = step_size(call, delta, bias, inside);
     shared->s[row][mine.group].v[mine.side] = s;
     shared->in[row][mine.group].v[mine.side] = s * in;
-    u += Share::kRows * call.u.step, delta += Share::kRows * call.delta.step;
+    u += Share::kRows * int(call.u.step), delta += Share::kRows * int(call.delta.step);
     if (!kAll) continue;
     T const gate = read<T>(z, gated && inside), dy = read<T>(grad, inside);
     shared->dy[row][mine.group].v[mine.side] = dy * (gated ? gate * sigmoid(gate) : T(1));
-    z += Share::kRows * call.z.step, grad += Share::kRows * call.grad.step;
+    z += Share::kRows * int(call.z.step), grad += Share::kRows * int(call.grad.step);
   }
 }
 
@@ -89,7 +89,8 @@ MEDGMAE_DEVICE void write_tokens(const ScanCall& call, const ScanPlace& p, const
     bool const inside = mine.row + i * rows < mine.count;
     u[i] = read<T>(of_u, inside), x[i] = read<T>(of_delta, inside) + bias;
     z[i] = read<T>(of_z, inside && gated), grad[i] = read<T>(of_grad, inside && gated);
-    of_u += rows * call.u.step, of_delta += rows * call.delta.step, of_z += rows * call.z.step, of_grad += rows * call.grad.step;
+    of_u += rows * int(call.u.step), of_delta += rows * int(call.delta.step);
+    of_z += rows * int(call.z.step), of_grad += rows * int(call.grad.step);
   }
   IO *du = column<IO>(call.du, p.b, step, channel), *ddelta = column<IO>(call.ddelta, p.b, step, channel);
   IO* dz = column<IO>(call.dz, p.b, step, channel);
@@ -106,7 +107,7 @@ MEDGMAE_DEVICE void write_tokens(const ScanCall& call, const ScanPlace& p, const
     narrow(ds, ddelta);
     if (gated) narrow(grad[i] * y * (open * (1 + z[i] * (1 - open))), dz);
     dD += dy * u[i], dbias += ds;
-    du += rows * call.du.step, ddelta += rows * call.ddelta.step, dz += rows * call.dz.step;
+    du += rows * int(call.du.step), ddelta += rows * int(call.ddelta.step), dz += rows * int(call.dz.step);
   }
   shared->dD[t] += dD, shared->dbias[t] += dbias;
 }
@@ -143,14 +144,18 @@ template <class T>
 MEDGMAE_DEVICE void finish_matrices(const ScanCall& call, const ScanWork& work, const ScanPlace& p, const ScanTile& tile, int t,
                                     const GradientShared<T>& shared) {
   constexpr int rows = kScanThreads<T> / (2 * kPieceStates);
-  int const n = t % kPieceStates, which = t / kPieceStates % 2, state = int(work.first_state) + n;
+  int const n = t % kPieceStates, which = t / kPieceStates % 2, first = t / (2 * kPieceStates), state = int(work.first_state) + n;
   if (state >= call.states || (which == 0 ? call.C : call.B).constant) return;
-  for (int row = t / (2 * kPieceStates); row < tile.stop - tile.start; row += rows) {
+  int64_t const token = (int64_t(p.slab) * call.batch + p.b) * call.length + tile.start + first;
+  int const lane = n / 4 + n / 2 % 2 * 4 + n % 2 * 8;  // where the folds of sum_over_channels() leave this state
+  T* const to = static_cast<T*>(which == 0 ? call.dC : call.dB) + (token * call.groups + p.group) * call.states + state;
+#pragma unroll
+  for (int i = 0; i < kTile / rows; ++i) {
+    if (first + i * rows >= tile.stop - tile.start) break;
     T sum = 0;
 #pragma unroll
-    for (int warp = 0; warp < kScanWarps<T>; ++warp) sum += shared.sums[warp][row][which][n];
-    int64_t const step = (int64_t(p.slab) * call.batch + p.b) * call.length + tile.start + row;
-    static_cast<T*>(which == 0 ? call.dC : call.dB)[(step * call.groups + p.group) * call.states + state] = sum;
+    for (int warp = 0; warp < kScanWarps<T>; ++warp) sum += shared.sums[first + i * rows][which][warp][lane];
+    to[i * rows * call.groups * call.states] = sum;
   }
 }
 

@@ -1,4 +1,10 @@
 // How a selective scan is divided among the thread blocks of CUDA: blocks of channels, spans of time, tiles of steps.
+//
+// Cost. What bounds the kernels is the issue of instructions, not memory. Counted in the machine code for sm_90, float32, a warp
+// takes for one step of 32 channels and 16 states: 131 instructions in the local pass (155 backward), 215 in the outputs (20 of
+// them exponentials or reciprocals, of which a scheduler starts one in 8 cycles), and for 16 channels: 396 in the gradients. With
+// 132 x 4 schedulers at 1.755 GHz (H100) and batch 1, 768 channels, 16,000 steps that is 143 us forward and 392 us backward if
+// every cycle issues one, against 66 us and 115 us to move 197 and 344 MB at 3 TB/s.
 #pragma once
 
 #include "block_math.h"
@@ -59,9 +65,14 @@ int64_t scan_span(const ScanCall& call, bool backward, int64_t room) {
   return (least + unit - 1) / unit * unit;
 }
 
-// Whether every step, channel and block has a number that is an int.
+// Whether every step, channel and distance between tokens has a number that is an int.
 inline bool scan_is_small(const ScanCall& call) {
   int64_t const most = INT32_MAX - kLongestChunk;
+  int64_t const steps[] = {call.u.step,    call.delta.step, call.z.step,      call.out.step, call.grad.step,
+                           call.du.step,   call.ddelta.step, call.dz.step,    call.B.step,   call.C.step};
+  for (int64_t step : steps) {
+    if (step > most / kTile || step < -most / kTile) return false;
+  }
   return call.batch < most && call.length < most && call.channels < most && call.states < most && call.chunk < most;
 }
 
