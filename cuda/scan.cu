@@ -26,6 +26,7 @@ struct DeviceBlock {
   __device__ __forceinline__ void meet() {
     __syncthreads();
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    __builtin_assume(thread >= 0 && thread < 128);
   }
   // Of kCount numbers each lane keeps the sums of the lower half, or where its number has the bit, of the upper half.
   template <int kCount, class Values>
@@ -102,6 +103,12 @@ struct Launcher {
     kernel<<<unsigned(blocks), threads, 0, stream>>>(call, work);
     error = cudaGetLastError();
   }
+  // Rather than first cache: as many blocks as fit are to be there at once.
+  void prefer_shared_memory(Kernel kernel) {
+    if (error != cudaSuccess) return;
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   void items(Kernel kernel, int64_t items, int threads) { blocks(kernel, (items + threads - 1) / threads, threads); }
 };
 
@@ -119,6 +126,7 @@ void launch_piece(const ScanCall& call, Launcher* run) {
     if (split) run->blocks(local_kernel<T, IO, kConstant, true>, wide, kScanThreads<T>);
     if (split) run->items(combine_kernel<T, true>, states, 64);
     int64_t const narrow = scan_blocks(call, run->work, kBlockChannels<T, kBackwardWide>);
+    run->prefer_shared_memory(gradient_kernel<T, IO, kConstant>);
     run->blocks(gradient_kernel<T, IO, kConstant>, narrow, kScanThreads<T>);
   }
 }

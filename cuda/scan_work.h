@@ -1,9 +1,9 @@
 // How a selective scan is divided among the thread blocks of CUDA: blocks of channels, spans of time, tiles of steps.
 //
 // Cost. What bounds the kernels is the issue of instructions, not memory. Counted in the machine code for sm_90, float32, a warp
-// takes for one step of 32 channels and 16 states: 131 instructions in the local pass (155 backward), 215 in the outputs (20 of
-// them exponentials or reciprocals, of which a scheduler starts one in 8 cycles), and for 16 channels: 396 in the gradients. With
-// 132 x 4 schedulers at 1.755 GHz (H100) and batch 1, 768 channels, 16,000 steps that is 143 us forward and 392 us backward if
+// takes for one step of 32 channels and 16 states: 130 instructions in the local pass (155 backward), 214 in the outputs (20 of
+// them exponentials or reciprocals, of which a scheduler starts one in 8 cycles), and for 16 channels: 390 in the gradients. With
+// 132 x 4 schedulers at 1.755 GHz (H100) and batch 1, 768 channels, 16,000 steps that is 143 us forward and 387 us backward if
 // every cycle issues one, against 66 us and 115 us to move 197 and 344 MB at 3 TB/s.
 #pragma once
 
