@@ -93,13 +93,16 @@ def test_more_batches_than_a_grid_is_deep() -> None:
 
 @pytest.mark.parametrize("length", [1000, 5000])
 def test_the_published_models(length: int) -> None:
-    """768 channels, 16 states, decays and steps as at the start of training."""
+    """768 channels, 16 states, decays and steps as at the start of training.
+
+    The hardware's exponential may be wrong by 2 units in the last place, which slow decays collect.
+    """
     inputs = make(1, 768, length, 16, torch.float32)
     bias = torch.linspace(-6.9, -2.25, 768)
     inputs = inputs._replace(A=-torch.arange(1.0, 17).repeat(768, 1), delta_bias=bias)
     grad, _ = cotangents(inputs)
     wanted = REFERENCE.run(inputs.to(torch.float64), grad.double())
-    assert_close(run(inputs, grad), wanted, 1e-6, 2e-6)
+    assert_close(run(inputs, grad), wanted, 4e-6, 5e-6)
 
 
 @pytest.mark.parametrize("decay", [-1e-6, -1.0, -87.5, -1e4, -1e30], ids=str)

@@ -374,7 +374,7 @@ def test_as_users_of_mamba_ssm_call_it() -> None:
 
 
 def test_the_example_in_the_docs_runs() -> None:
-    text = (Path(__file__).parent.parent / "docs/scan.md").read_text()
+    text = (Path(__file__).parent.parent / "docs/scan.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     exec(text.split("```python\n")[1].split("```")[0], names)
     assert names["y"].shape == (1, 768, 1000)
