@@ -57,9 +57,17 @@ _PUBLIC = {
     "GaussianRenderer": "medgmae.rendering",
 }
 
+# Modules that a program may use as attributes, without an import of their own.
+_MODULES = ("data", "evaluation", "ops", "training", "visualize")
+
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from medgmae import data as data
+    from medgmae import evaluation as evaluation
+    from medgmae import ops as ops
+    from medgmae import training as training
+    from medgmae import visualize as visualize
     from medgmae.data import Volume as Volume
     from medgmae.data import VolumeError as VolumeError
     from medgmae.data import create_transform as create_transform
@@ -109,6 +117,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"medgmae.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'medgmae' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
@@ -117,4 +127,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_MODULES, *_PUBLIC})

@@ -218,3 +218,8 @@ def test_heavy_libraries_load_when_used(code: str) -> None:
     loaded = loaded_after(code)
     assert "medgmae" in loaded
     assert not loaded & {"SimpleITK", "huggingface_hub", "matplotlib", "monai", "sklearn", "timm", "torchvision"}
+
+
+@pytest.mark.parametrize("module", ["data", "evaluation", "ops", "training", "visualize"])
+def test_modules_are_there_without_an_import_of_their_own(module: str) -> None:
+    assert "medgmae" in loaded_after(f"import medgmae\nassert medgmae.{module}.__name__ == 'medgmae.{module}'")
