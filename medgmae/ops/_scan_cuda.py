@@ -39,15 +39,8 @@ def forward(
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """See ``medgmae::selective_scan``."""
-    dtype = _streams(u, A, B, C)
-    out = u.new_empty(u.shape, dtype=dtype)
-    kept = A.new_empty(u.shape[0], -(-u.shape[1] // chunk), A.shape[1], A.shape[0])
-    call = Call(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, chunk, dtype)
-    call.stream("out", out)
-    call.array("kept", kept)
-    if out.numel():
-        launch(call)
-    return out.to(u.dtype), kept
+    call = Call(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, chunk, _streams(u, A, B, C))
+    return call.forward(lambda: launch(call))
 
 
 def backward(
@@ -67,38 +60,11 @@ def backward(
     chunk: int,
 ) -> tuple[Tensor, ...]:
     """See ``medgmae::selective_scan_backward``."""
-    dtype = _streams(u, A, B, C)
     if chunk > LONGEST:
         chunk, states = CHUNK, forward(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, CHUNK)[1]
-    call = Call(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, chunk, dtype)
-    block = BLOCK_BYTES // A.element_size()
-    call.sizes["parts"] = -(-(u.shape[2] // call.sizes["groups"]) // block) or 1
-    call.stream("grad", grad)
-    call.array("kept", states)
-    if grad_state is not None:
-        call.array("grad_state", grad_state)
-    outputs = {name: u.new_empty(u.shape, dtype=dtype) for name in ("du", "ddelta", "dz")}
-    for name, tensor in outputs.items():
-        call.stream(name, tensor)
-    batch, channels = u.shape[0], u.shape[2]
-    shapes = {"dA": (batch, *A.shape), "dD": (batch, channels), "dbias": (batch, channels)}
-    shapes |= {"dB": call.partial_shape(B), "dC": call.partial_shape(C)}
-    # The kernels write every number, if there is anything to do.
-    sums = {name: A.new_empty(s) if u.numel() else A.new_zeros(s) for name, s in shapes.items()}
-    for name, tensor in sums.items():
-        call.array(name, tensor)
-    if u.numel():
-        launch(call)
-    return (
-        outputs["du"].to(u.dtype),
-        outputs["ddelta"].to(u.dtype),
-        sums["dA"].sum(0),
-        call.whole(sums["dB"], B),
-        call.whole(sums["dC"], C),
-        A.new_empty(0) if D is None else sums["dD"].sum(0),
-        u.new_empty(0) if z is None else outputs["dz"].to(u.dtype),
-        A.new_empty(0) if delta_bias is None else sums["dbias"].sum(0),
-    )
+    streams, slab = _streams(u, A, B, C), BLOCK_BYTES // A.element_size()
+    call = Call(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, chunk, streams, slab)
+    return call.backward(grad, grad_state, states, lambda: launch(call))
 
 
 def launch(call: Call) -> None:

@@ -45,14 +45,8 @@ def forward(
 
     ``variant``: CPU instruction set, "" for the best; ``threads``: torch's number if None.
     """
-    out = room(u, A.dtype)
-    kept = A.new_empty(u.shape[0], -(-u.shape[1] // chunk), A.shape[1], A.shape[0])
     call = Call(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, chunk)
-    call.stream("out", out)
-    call.array("kept", kept)
-    if out.numel():
-        call.run(variant, threads)
-    return out.to(u.dtype), kept
+    return call.forward(lambda: _run(call, variant, threads))
 
 
 def backward(
@@ -79,38 +73,20 @@ def backward(
         rest = (u, delta, A, B, C, D, z, delta_bias, softplus, reverse)
         chunk, states = CHUNK, forward(*rest, CHUNK, variant=variant, threads=threads)[1]
     call = Call(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, chunk)
-    call.stream("grad", grad)
-    call.array("kept", states)
-    if grad_state is not None:
-        call.array("grad_state", grad_state)
-    streams = {"du": u, "ddelta": delta} if z is None else {"du": u, "ddelta": delta, "dz": z}
-    outputs = {name: room(u, A.dtype) for name in streams}
-    for name, tensor in outputs.items():
-        call.stream(name, tensor)
-    batch, channels, states_count = u.shape[0], *A.shape
-    sums = {"dA": A.new_zeros(batch, channels, states_count), "dD": A.new_zeros(batch, channels)}
-    sums |= {"dbias": A.new_zeros(batch, channels), "dB": call.partial(B), "dC": call.partial(C)}
-    for name, tensor in sums.items():
-        call.array(name, tensor)
-    if u.numel():
-        call.run(variant, threads)
-    return (
-        outputs["du"].to(u.dtype),
-        outputs["ddelta"].to(u.dtype),
-        sums["dA"].sum(0),
-        call.whole(sums["dB"], B),
-        call.whole(sums["dC"], C),
-        A.new_empty(0) if D is None else sums["dD"].sum(0),
-        u.new_empty(0) if z is None else outputs["dz"].to(u.dtype),
-        A.new_empty(0) if delta_bias is None else sums["dbias"].sum(0),
-    )
+    return call.backward(grad, grad_state, states, lambda: _run(call, variant, threads))
+
+
+def _run(call: Call, variant: str, threads: int | None) -> None:
+    assert _C is not None
+    code, threads = DTYPE_CODES[call.wide], threads or torch.get_num_threads()
+    _C.selective_scan(code, call.sizes, call.streams, call.matrices, call.arrays, threads, variant)
 
 
 def room(like: Tensor, dtype: torch.dtype) -> Tensor:
     """A dense tensor for a kernel to write, of the shape and on the device of another."""
     assert _C is not None
     tensor = like.new_empty(like.shape, dtype=dtype)
-    if tensor.nbytes >= LARGE:
+    if tensor.nbytes >= LARGE and tensor.device.type == "cpu":
         _C.prefer_large_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
@@ -150,7 +126,11 @@ class Streams:
 
 
 class Call(Streams):
-    """The arguments of one scan. ``streams``: dtype of what is a stream, or B and C by time; that of A if None."""
+    """The arguments of one scan, and what it gives.
+
+    ``streams``: dtype of what is a stream, or B and C by time; that of A if None. ``slab``: channels of a group over
+    which the kernel sums the gradients of B and C.
+    """
 
     def __init__(
         self,
@@ -166,8 +146,10 @@ class Call(Streams):
         reverse: bool,
         chunk: int,
         streams: torch.dtype | None = None,
+        slab: int = SLAB,
     ) -> None:
         super().__init__(streams or A.dtype, u.shape[1], reverse)
+        self.inputs = u, A, B, C, D, z, delta_bias
         self.wide = A.dtype  # what is computed in
         groups = math.lcm(*(m.shape[2] for m in (B, C) if m.dim() == 4))
         self.sizes = {
@@ -177,7 +159,7 @@ class Call(Streams):
             "states": A.shape[1],
             "groups": groups,
             "chunk": chunk,
-            "parts": -(-(u.shape[2] // groups) // SLAB) or 1,
+            "parts": -(-(u.shape[2] // groups) // slab) or 1,
             "softplus": softplus,
         }
         self.matrices = {"B": self._matrix(B, groups), "C": self._matrix(C, groups)}
@@ -188,18 +170,57 @@ class Call(Streams):
             if tensor is not None:
                 self.array(name, tensor)
 
-    def partial(self, weights: Tensor) -> Tensor:
-        """Room for the sums that the kernel makes of the gradient of B or C."""
-        return weights.new_zeros(self.partial_shape(weights), dtype=self.wide)
+    def forward(self, run: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """The result and the kept states; ``run`` calls the kernel."""
+        u, A = self.inputs[:2]
+        out = room(u, self.dtype)
+        kept = A.new_empty(u.shape[0], -(-self.length // self.sizes["chunk"]), A.shape[1], A.shape[0])
+        self.stream("out", out)
+        self.array("kept", kept)
+        if out.numel():
+            run()
+        return out.to(u.dtype), kept
 
-    def partial_shape(self, weights: Tensor) -> tuple[int, ...]:
-        """Of :meth:`partial`: for each sample if constant, else for each slab of channels."""
+    def backward(
+        self, grad: Tensor, grad_state: Tensor | None, states: Tensor, run: Callable[[], None]
+    ) -> tuple[Tensor, ...]:
+        """The gradients of the operator's tensors, in order; ``run`` calls the kernel."""
+        u, A, B, C, D, z, delta_bias = self.inputs
+        self.stream("grad", grad)
+        self.array("kept", states)
+        if grad_state is not None:
+            self.array("grad_state", grad_state)
+        outputs = {name: room(u, self.dtype) for name in ("du", "ddelta", *(("dz",) if z is not None else ()))}
+        for name, tensor in outputs.items():
+            self.stream(name, tensor)
+        batch, channels = u.shape[0], u.shape[2]
+        shapes = {"dA": (batch, *A.shape), "dD": (batch, channels), "dbias": (batch, channels)}
+        shapes |= {"dB": self._partial(B), "dC": self._partial(C)}
+        # The kernels write every number, if there is anything to do.
+        sums = {name: A.new_empty(s) if u.numel() else A.new_zeros(s) for name, s in shapes.items()}
+        for name, tensor in sums.items():
+            self.array(name, tensor)
+        if u.numel():
+            run()
+        return (
+            outputs["du"].to(u.dtype),
+            outputs["ddelta"].to(u.dtype),
+            sums["dA"].sum(0),
+            self._whole(sums["dB"], B),
+            self._whole(sums["dC"], C),
+            A.new_empty(0) if D is None else sums["dD"].sum(0),
+            u.new_empty(0) if z is None else outputs["dz"].to(u.dtype),
+            A.new_empty(0) if delta_bias is None else sums["dbias"].sum(0),
+        )
+
+    def _partial(self, weights: Tensor) -> tuple[int, ...]:
+        """Shape of the kernel's sums of the gradient of B or C: by sample if constant, else by slab of channels."""
         batch, channels, states = self.sizes["batch"], self.sizes["channels"], self.sizes["states"]
         if weights.dim() == 2:
             return batch, channels, states
         return self.sizes["parts"], batch, self.length, self.sizes["groups"], states
 
-    def whole(self, partial: Tensor, weights: Tensor) -> Tensor:
+    def _whole(self, partial: Tensor, weights: Tensor) -> Tensor:
         """The gradient of B or C, in its shape and dtype."""
         total = partial.sum(0)
         if weights.dim() == 4:
@@ -208,12 +229,6 @@ class Call(Streams):
             if wide != narrow:
                 total = total.reshape(*total.shape[:2], narrow, wide // narrow, total.shape[3]).sum(3)
         return total.to(weights.dtype)
-
-    def run(self, variant: str, threads: int | None) -> None:
-        """Call the kernel."""
-        assert _C is not None
-        code, threads = DTYPE_CODES[self.wide], threads or torch.get_num_threads()
-        _C.selective_scan(code, self.sizes, self.streams, self.matrices, self.arrays, threads, variant)
 
     def _matrix(self, weights: Tensor, groups: int) -> tuple[int, int, int, int, int]:
         if weights.dim() == 2:
