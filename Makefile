@@ -35,7 +35,7 @@ sanitize:
 setup: $(READY)
 
 # uv installs several times faster than pip: the one on PATH, else one fetched into the environment, else pip.
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard cuda/*)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard cuda/* cuda/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "medgmae needs Python 3.10 or newer; make PYTHON=python3.11")'
 	@set -e; \
 	if uv --version >/dev/null 2>&1; then \

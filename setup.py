@@ -63,7 +63,7 @@ def cuda_architectures(nvcc: Path) -> list[str]:
 
 
 class BuildNative(build_ext):
-    """Compiles cuda/cpu_kernels.cpp once per CPU variant and cuda/*.cu with nvcc, then links all with the bindings."""
+    """Compiles cuda/cpu_kernels.cpp once per CPU variant and all .cu files with nvcc, then links them with the bindings."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         """Build one extension; a compiler error ends with what can be switched off."""
@@ -98,7 +98,7 @@ class BuildNative(build_ext):
         flags = ["-O3", "-std=c++17", "-cudart", "static", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-g0"]
         flags += ["-Xfatbin", "-compress-all"]  # a fifth of the size
         objects = []
-        for source in sorted(Path("cuda").glob("*.cu")):
+        for source in sorted(Path("cuda").rglob("*.cu")):
             objects.append(str(Path(self.build_temp, "cuda", source.stem + "_cuda.o")))
             Path(objects[-1]).parent.mkdir(parents=True, exist_ok=True)
             self.spawn([str(home / "bin/nvcc"), "-c", str(source), "-o", objects[-1], *flags, *code])
@@ -119,7 +119,7 @@ def native_modules() -> list[Pybind11Extension]:
         "medgmae._C",
         ["cuda/module.cpp"],
         cxx_std=17,
-        depends=[str(path) for path in sorted(Path("cuda").iterdir())],
+        depends=[str(path) for path in sorted(Path("cuda").rglob("*")) if path.is_file()],
         extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", *openmp],
         # The static CUDA runtime must not answer for the one that torch loads.
         extra_link_args=[*openmp, *(["-Wl,--exclude-libs,ALL", "-s"] if sys.platform == "linux" else [])],

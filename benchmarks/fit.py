@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch_renderer import ReferenceRenderer, SliceLoopRenderer
 
 from medgmae import GaussianRenderer, Volume, create_transform
-from medgmae.fitting import Rates, _Fit
+from medgmae.gaussians.fitting import Rates, _Fit
 
 HERE = Path(__file__).parent
 CASES: dict[str, tuple[float, int]] = {"small": (4.0, 500), "demo": (1.5, 20_000)}

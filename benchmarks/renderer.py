@@ -37,8 +37,9 @@ from renderer_checks import SCALES, SIZE, accuracy, gaussians, memory
 from renderer_rivals import rivals
 from torch import Tensor
 
-from medgmae.ops import _voxelize_levels, native_info, voxelize
-from medgmae.ops import _voxelize_reference as reference
+from medgmae.ops import native_info, voxelize
+from medgmae.ops.voxel import levels as _voxelize_levels
+from medgmae.ops.voxel import reference
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results/renderer.json"

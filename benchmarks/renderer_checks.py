@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medgmae.ops import _voxelize_reference as reference
 from medgmae.ops import voxelize
+from medgmae.ops.voxel import reference
 
 HERE = Path(__file__).parent
 SIZE = (96, 96, 96)

@@ -21,8 +21,8 @@ import torch
 from renderer_checks import gaussians
 from torch import Tensor
 
-from medgmae.ops import _voxelize_reference as reference
 from medgmae.ops import native_info, voxelize
+from medgmae.ops.voxel import reference
 
 CASES = [(4, 512, 96, 0.05), (4, 512, 96, 0.1), (4, 512, 96, 0.2), (1, 65536, 256, 0.01)]
 GOALS_MS = {(512, 0.05): 0.12, (512, 0.1): 0.12, (512, 0.2): 0.30, (65536, 0.01): 1.0}

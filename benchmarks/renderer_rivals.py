@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medgmae.ops import _voxelize_reference as reference
+from medgmae.ops.voxel import reference
 
 LOWEST_EXPONENT = -80.0
 Rival = Callable[[Sequence[Tensor], tuple[int, int, int], "Tensor | None"], Tensor]

@@ -44,7 +44,7 @@ from scan_rivals import MAMBA, OWN_REFERENCE, Rival, rivals
 from torch import Tensor
 from torch.nn import functional as F
 
-from medgmae.mamba import BidirectionalMamba
+from medgmae.layers.mamba import BidirectionalMamba
 from medgmae.ops import causal_conv1d
 
 RESULT = Path(__file__).parent / "results/scan.json"

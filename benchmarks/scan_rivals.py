@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from medgmae.ops import _scan_reference as reference
+from medgmae.ops.scan import reference
 
 PIECE = 64  # steps of the parallel-prefix scan that are in memory at a time
 MAMBA = "mamba-ssm"

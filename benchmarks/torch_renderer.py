@@ -10,8 +10,8 @@ from renderer_rivals import boxes
 from torch import Tensor, nn
 
 from medgmae import Gaussians, patchify
-from medgmae.layers import take_tokens
-from medgmae.ops import _voxelize_reference as reference
+from medgmae.layers.patches import take_tokens
+from medgmae.ops.voxel import reference
 
 
 class _SliceLoop(torch.autograd.Function):

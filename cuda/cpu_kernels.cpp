@@ -1,10 +1,10 @@
 // CPU kernels. setup.py compiles this file once for each instruction set, with MEDGMAE_VARIANT naming it.
 #include "axpy.h"
-#include "banded.h"
+#include "voxel/banded.h"
 #include "common.h"
-#include "conv_cpu.h"
-#include "scan_split.h"
-#include "voxelize_strips.h"
+#include "conv/cpu.h"
+#include "scan/split.h"
+#include "voxel/strips.h"
 
 namespace medgmae {
 namespace {

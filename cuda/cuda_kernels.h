@@ -32,7 +32,7 @@ Status voxelize(DType dtype, const VoxelizeCall& call, void* workspace, void* st
 Status selective_scan_workspace(DType dtype, const ScanCall& call, int64_t* bytes);
 // Scans, or computes gradients if call.grad is there. Every address is on the device.
 Status selective_scan(DType dtype, StreamType type, const ScanCall& call, void* workspace, void* stream);
-// Convolves, or computes gradients if call.grad is there; its `sums` are per strip of kConvStrip steps (conv_blocks.h).
+// Convolves, or computes gradients if call.grad is there; its `sums` are per strip of kConvStrip steps (cuda/conv/blocks.h).
 Status causal_conv1d(DType dtype, StreamType type, const ConvCall& call, void* stream);
 
 }  // namespace cuda

@@ -8,14 +8,14 @@
 #include <string>
 #include <vector>
 
-#include "banded.h"
-#include "bind_scan.h"
+#include "voxel/banded.h"
+#include "bind_sequences.h"
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
-#include "bind_scan_cuda.h"
+#include "bind_sequences_cuda.h"
 #endif
 #include "common.h"
 #include "cuda_kernels.h"
-#include "voxelize.h"
+#include "voxel/voxelize.h"
 
 #ifdef _OPENMP
 #include <omp.h>

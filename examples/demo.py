@@ -20,7 +20,8 @@ from safetensors import safe_open
 
 from medgmae import Reconstruction, Volume, create_model, create_transform, reconstruct_scan
 from medgmae.cli import main as medgmae_command
-from medgmae.visualize import dense_features, feature_colours, reconstruction_figure
+from medgmae.inference.colours import dense_features, feature_colours
+from medgmae.visualize import reconstruction_figure
 
 ROOT = Path(__file__).parent.parent
 SCANS = [ROOT / "examples/data" / f"{name}.nii.gz" for name in ("ct_abdomen", "ct_thorax", "mr_brain_t1")]

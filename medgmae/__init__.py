@@ -5,21 +5,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from medgmae._version import __version__
 
 # Public names and where they live. They are imported on first use, so that `import medgmae` costs what torch costs.
 _PUBLIC = {
     "create_model": "medgmae.factory",
     "list_models": "medgmae.factory",
-    "register_model": "medgmae.registry",
-    "load_pretrained": "medgmae.hub",
-    "LoadReport": "medgmae.hub",
-    "WeightCard": "medgmae.hub",
-    "WeightsError": "medgmae.hub",
-    "list_weights": "medgmae.hub",
-    "weight_card": "medgmae.hub",
-    "save_pretrained": "medgmae.hub",
-    "push_to_hub": "medgmae.hub",
+    "register_model": "medgmae.models.registry",
+    "load_pretrained": "medgmae.checkpoints.loading",
+    "LoadReport": "medgmae.checkpoints.loading",
+    "WeightCard": "medgmae.checkpoints.cards",
+    "WeightsError": "medgmae.checkpoints.cards",
+    "list_weights": "medgmae.checkpoints.cards",
+    "weight_card": "medgmae.checkpoints.cards",
+    "save_pretrained": "medgmae.checkpoints.saving",
+    "push_to_hub": "medgmae.checkpoints.saving",
     "ViT": "medgmae.models.vit",
     "ViTDecoder": "medgmae.models.mae",
     "Vim": "medgmae.models.vim",
@@ -30,31 +30,31 @@ _PUBLIC = {
     "GaussianMAE": "medgmae.models.gmae",
     "GaussianMAEOutput": "medgmae.models.gmae",
     "ssim3d": "medgmae.losses",
-    "Masking": "medgmae.masking",
-    "random_masking": "medgmae.masking",
-    "patchify": "medgmae.masking",
-    "unpatchify": "medgmae.masking",
-    "sincos_pos_embed": "medgmae.layers",
-    "resample_pos_embed": "medgmae.layers",
+    "Masking": "medgmae.layers.masking",
+    "random_masking": "medgmae.layers.masking",
+    "patchify": "medgmae.layers.patches",
+    "unpatchify": "medgmae.layers.patches",
+    "sincos_pos_embed": "medgmae.layers.positions",
+    "resample_pos_embed": "medgmae.layers.positions",
     "Volume": "medgmae.data",
     "VolumeError": "medgmae.data",
     "read_volume": "medgmae.data",
     "write_volume": "medgmae.data",
-    "create_transform": "medgmae.data",
-    "extract_features": "medgmae.features",
-    "Features": "medgmae.features",
-    "inspect_checkpoint": "medgmae.inspect",
-    "reconstruct_scan": "medgmae.reconstruction",
-    "Reconstruction": "medgmae.reconstruction",
-    "psnr": "medgmae.reconstruction",
-    "latent_to_spatial": "medgmae.latent_maps",
-    "latent_map_defaults": "medgmae.latent_maps",
+    "create_transform": "medgmae.factory",
+    "extract_features": "medgmae.inference.features",
+    "Features": "medgmae.inference.features",
+    "inspect_checkpoint": "medgmae.checkpoints.inspection",
+    "reconstruct_scan": "medgmae.inference.reconstruction",
+    "Reconstruction": "medgmae.inference.reconstruction",
+    "psnr": "medgmae.losses",
+    "latent_to_spatial": "medgmae.inference.latents",
+    "latent_map_defaults": "medgmae.inference.latents",
     "reconstruction_figure": "medgmae.visualize",
     "latent_map_figure": "medgmae.visualize",
     "fit_figure": "medgmae.visualize",
-    "fit_gaussians": "medgmae.fitting",
-    "Gaussians": "medgmae.rendering",
-    "GaussianRenderer": "medgmae.rendering",
+    "fit_gaussians": "medgmae.gaussians.fitting",
+    "Gaussians": "medgmae.gaussians.rendering",
+    "GaussianRenderer": "medgmae.gaussians.rendering",
 }
 
 # Modules that a program may use as attributes, without an import of their own.
@@ -68,34 +68,39 @@ if TYPE_CHECKING:
     from medgmae import ops as ops
     from medgmae import training as training
     from medgmae import visualize as visualize
+    from medgmae.checkpoints.cards import WeightCard as WeightCard
+    from medgmae.checkpoints.cards import WeightsError as WeightsError
+    from medgmae.checkpoints.cards import list_weights as list_weights
+    from medgmae.checkpoints.cards import weight_card as weight_card
+    from medgmae.checkpoints.inspection import inspect_checkpoint as inspect_checkpoint
+    from medgmae.checkpoints.loading import LoadReport as LoadReport
+    from medgmae.checkpoints.loading import load_pretrained as load_pretrained
+    from medgmae.checkpoints.saving import push_to_hub as push_to_hub
+    from medgmae.checkpoints.saving import save_pretrained as save_pretrained
     from medgmae.data import Volume as Volume
     from medgmae.data import VolumeError as VolumeError
-    from medgmae.data import create_transform as create_transform
     from medgmae.data import read_volume as read_volume
     from medgmae.data import write_volume as write_volume
     from medgmae.factory import create_model as create_model
+    from medgmae.factory import create_transform as create_transform
     from medgmae.factory import list_models as list_models
-    from medgmae.features import Features as Features
-    from medgmae.features import extract_features as extract_features
-    from medgmae.fitting import fit_gaussians as fit_gaussians
-    from medgmae.hub import LoadReport as LoadReport
-    from medgmae.hub import WeightCard as WeightCard
-    from medgmae.hub import WeightsError as WeightsError
-    from medgmae.hub import list_weights as list_weights
-    from medgmae.hub import load_pretrained as load_pretrained
-    from medgmae.hub import push_to_hub as push_to_hub
-    from medgmae.hub import save_pretrained as save_pretrained
-    from medgmae.hub import weight_card as weight_card
-    from medgmae.inspect import inspect_checkpoint as inspect_checkpoint
-    from medgmae.latent_maps import latent_map_defaults as latent_map_defaults
-    from medgmae.latent_maps import latent_to_spatial as latent_to_spatial
-    from medgmae.layers import resample_pos_embed as resample_pos_embed
-    from medgmae.layers import sincos_pos_embed as sincos_pos_embed
+    from medgmae.gaussians.fitting import fit_gaussians as fit_gaussians
+    from medgmae.gaussians.rendering import GaussianRenderer as GaussianRenderer
+    from medgmae.gaussians.rendering import Gaussians as Gaussians
+    from medgmae.inference.features import Features as Features
+    from medgmae.inference.features import extract_features as extract_features
+    from medgmae.inference.latents import latent_map_defaults as latent_map_defaults
+    from medgmae.inference.latents import latent_to_spatial as latent_to_spatial
+    from medgmae.inference.reconstruction import Reconstruction as Reconstruction
+    from medgmae.inference.reconstruction import reconstruct_scan as reconstruct_scan
+    from medgmae.layers.masking import Masking as Masking
+    from medgmae.layers.masking import random_masking as random_masking
+    from medgmae.layers.patches import patchify as patchify
+    from medgmae.layers.patches import unpatchify as unpatchify
+    from medgmae.layers.positions import resample_pos_embed as resample_pos_embed
+    from medgmae.layers.positions import sincos_pos_embed as sincos_pos_embed
+    from medgmae.losses import psnr as psnr
     from medgmae.losses import ssim3d as ssim3d
-    from medgmae.masking import Masking as Masking
-    from medgmae.masking import patchify as patchify
-    from medgmae.masking import random_masking as random_masking
-    from medgmae.masking import unpatchify as unpatchify
     from medgmae.models.gaussian_decoder import GaussianDecoder as GaussianDecoder
     from medgmae.models.gmae import GaussianMAE as GaussianMAE
     from medgmae.models.gmae import GaussianMAEOutput as GaussianMAEOutput
@@ -103,14 +108,9 @@ if TYPE_CHECKING:
     from medgmae.models.mae import MaskedAutoencoder as MaskedAutoencoder
     from medgmae.models.mae import ViTDecoder as ViTDecoder
     from medgmae.models.mae_vim import VimDecoder as VimDecoder
+    from medgmae.models.registry import register_model as register_model
     from medgmae.models.vim import Vim as Vim
     from medgmae.models.vit import ViT as ViT
-    from medgmae.reconstruction import Reconstruction as Reconstruction
-    from medgmae.reconstruction import psnr as psnr
-    from medgmae.reconstruction import reconstruct_scan as reconstruct_scan
-    from medgmae.registry import register_model as register_model
-    from medgmae.rendering import GaussianRenderer as GaussianRenderer
-    from medgmae.rendering import Gaussians as Gaussians
     from medgmae.visualize import fit_figure as fit_figure
     from medgmae.visualize import latent_map_figure as latent_map_figure
     from medgmae.visualize import reconstruction_figure as reconstruction_figure

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from medgmae import hub
-from medgmae.cards import WeightCard, WeightsError
-from medgmae.hub import Source
-from medgmae.layers import initialize
-from medgmae.registry import model_builder, model_names, unknown
+from medgmae.checkpoints.cards import WeightCard, WeightsError, list_weights, weight_card
+from medgmae.checkpoints.loading import load_pretrained, materialize
+from medgmae.checkpoints.opening import OpenSource, Source, open_source
+from medgmae.data.geometry import VolumeError
+from medgmae.data.preparation import Preparation
+from medgmae.models.registry import model_builder, model_names, unknown
 
 log = logging.getLogger("medgmae")
 
@@ -36,7 +37,7 @@ def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
     """
     if not pretrained:
         return model_names(pattern)
-    return [tag for tag in hub.list_weights() if fnmatch.fnmatch(tag, pattern) and _published(hub.weight_card(tag))]
+    return [tag for tag in list_weights() if fnmatch.fnmatch(tag, pattern) and _published(weight_card(tag))]
 
 
 def create_model(name: str, pretrained: bool | Source | None = None, **overrides: Any) -> nn.Module:
@@ -73,9 +74,7 @@ def create_model(name: str, pretrained: bool | Source | None = None, **overrides
     architecture, dot, tag = name.partition(".")
     model_builder(architecture)
     if dot and not tag:
-        raise ValueError(
-            f"{name!r} ends without a tag; known weights: {hub.list_weights(f'{architecture}.*') or 'none'}"
-        )
+        raise ValueError(f"{name!r} ends without a tag; known weights: {list_weights(f'{architecture}.*') or 'none'}")
     card, source = _choose(architecture, tag, pretrained)
     return _build(architecture, {**dict(card.model_args if card else {}), **overrides}, card, source, loading)
 
@@ -85,7 +84,7 @@ def _choose(architecture: str, tag: str, pretrained: bool | Source | None) -> tu
     if tag:
         if pretrained not in (None, True, False):
             raise ValueError(f"the tag {tag!r} names the weights already; drop it or pretrained={pretrained!r}")
-        card = hub.weight_card(f"{architecture}.{tag}")
+        card = weight_card(f"{architecture}.{tag}")
         return card, None if pretrained is False else card
     if pretrained is None or pretrained is False:
         return None, None
@@ -93,9 +92,9 @@ def _choose(architecture: str, tag: str, pretrained: bool | Source | None) -> tu
         card = _only_published(architecture)
         return card, card
     if isinstance(pretrained, str):
-        known = [t for t in (pretrained, f"{architecture}.{pretrained}") if t in hub.list_weights(f"{architecture}.*")]
-        pretrained = hub.weight_card(known[0]) if known else pretrained
-    if not pretrained or not isinstance(pretrained, str | os.PathLike | WeightCard | Mapping | hub.OpenSource):
+        known = [t for t in (pretrained, f"{architecture}.{pretrained}") if t in list_weights(f"{architecture}.*")]
+        pretrained = weight_card(known[0]) if known else pretrained
+    if not pretrained or not isinstance(pretrained, str | os.PathLike | WeightCard | Mapping | OpenSource):
         raise TypeError(f"pretrained must be True, False, a tag, a file, a folder or weights, got {pretrained!r}")
     return pretrained if isinstance(pretrained, WeightCard) else None, pretrained
 
@@ -107,7 +106,7 @@ def _only_published(architecture: str) -> WeightCard:
         raise WeightsError(
             f"pretrained=True needs exactly one published checkpoint of {architecture}; there are: {choices}"
         )
-    return hub.weight_card(tags[0])
+    return weight_card(tags[0])
 
 
 def _published(card: WeightCard) -> bool:
@@ -121,7 +120,7 @@ def _from_saved(
         raise ValueError(
             f"{name} brings its own weights; drop pretrained={pretrained!r}, or name the architecture itself"
         )
-    opened = hub.open_source(name, **{key: value for key, value in loading.items() if key not in FITTING})
+    opened = open_source(name, **{key: value for key, value in loading.items() if key not in FITTING})
     config = opened.config or {}
     if "architecture" not in config:
         raise WeightsError(f"{name}: has no config.json with an 'architecture'; save it with medgmae.save_pretrained")
@@ -150,22 +149,55 @@ def _build(
         "card": card.to_json() if card else None,
     }
     if source is not None:
-        described.load_report = hub.load_pretrained(model, source, **loading)
-        _materialize(model)
+        described.load_report = load_pretrained(model, source, **loading)
+        materialize(model)
         device = torch.get_default_device()
         if device.type not in ("cpu", "meta"):
             model.to(device)
     return model
 
 
-def _materialize(model: nn.Module) -> None:
-    """Give storage and a random start to whatever the file did not fill (a new head, say)."""
-    for module in model.modules():
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        if any(tensor.is_meta for _, tensor in own):
-            filled = {name: tensor.detach() for name, tensor in own if not tensor.is_meta}
-            module.to_empty(device="cpu", recurse=False)
-            initialize(module)
-            with torch.no_grad():
-                for name, tensor in filled.items():
-                    getattr(module, name).copy_(tensor)
+def card_input(source: Any) -> Mapping[str, Any]:
+    """The ``input`` block of a tag, a weight card or a model that was built from one, or the block itself.
+
+    Raises:
+        VolumeError: there is none.
+    """
+    if isinstance(source, Mapping):
+        return source
+    what = repr(source)
+    if isinstance(source, str):
+        source = weight_card(source)
+    config = getattr(source, "config", None)
+    if isinstance(config, Mapping):
+        what = f"the model {config.get('architecture')!r}, with no input in its weight card,"
+        block = (config.get("card") or {}).get("input")
+    else:
+        what = getattr(source, "tag", what)
+        block = getattr(source, "input", None)
+    if not isinstance(block, Mapping):
+        raise VolumeError(
+            f"{what} says nothing about its input; expected a tag, a card or a model that does, or an input block"
+        )
+    return block
+
+
+def create_transform(source: Any, *, whole: bool = False) -> Preparation:
+    """The preparation that a checkpoint was trained with, as a callable ``path | Volume -> Volume``; see
+    ``Preparation``.
+
+    A card that names several contrasts takes them by name, in files or volumes, or as the folder of a case::
+
+        prepare = create_transform("vim_small_patch16_160.mamba_mae")
+        prepare({"t1": "a_t1.nii.gz", "t2": "a_t2.nii.gz", "t1ce": "a_t1ce.nii.gz", "flair": "a_flair.nii.gz"})
+        prepare("BraTS_0001/")
+
+    Args:
+        source: a tag (``"vit_large_patch16_256.tangerine"``), a weight card, a model with ``config["card"]``, or an
+            ``input`` block.
+        whole: keep the whole field of view for a sliding window, instead of the card's centre crop.
+
+    Raises:
+        VolumeError: the source has no ``input`` block, or the block is not valid.
+    """
+    return Preparation(card_input(source), whole=whole)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from medgmae.data import Grid, Volume, reorient, resample_like
+from medgmae.data import Grid, Volume, reorient
 from medgmae.data.contrasts import same_place
-from medgmae.features import Features, extract_features
-from medgmae.latent_maps import latent_to_spatial as latent_to_spatial
-from medgmae.latent_maps import principal_axes
-from medgmae.reconstruction import Reconstruction, extend_rim
-from medgmae.rendering import Gaussians
+from medgmae.inference.latents import latent_to_spatial as latent_to_spatial
+from medgmae.inference.reconstruction import Reconstruction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,95 +25,6 @@ if TYPE_CHECKING:
 PLANES = (("axial", 0, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 2, "APSI"))
 CENTRES = "Gaussian centres"
 HIDDEN_COLOUR = "#5a6b8c"  # not a grey: a hidden patch must not look like tissue
-
-
-def dense_features(model: nn.Module, scan: Volume, *, steps: int = 2, overlap: float = 0.25) -> Volume:
-    """A feature map finer than the patches: the scan is read several times, shifted by parts of a patch.
-
-    Args:
-        model: an encoder of this library, or a masked autoencoder, whose encoder is then used.
-        scan: (C, D, H, W), preprocessed.
-        steps: places per patch and axis; must divide the patch. The work grows with its cube.
-        overlap: of the windows, see :func:`~medgmae.extract_features`.
-
-    Returns:
-        (E, d, h, w), a place every ``patch / steps`` voxels.
-
-    Raises:
-        ValueError: ``steps`` does not divide the patch; and what ``extract_features`` raises.
-    """
-    encoder: Any = getattr(model, "encoder", model)
-    patch = encoder.patch_size
-    if steps < 1 or any(p % steps for p in patch):
-        raise ValueError(f"steps (={steps}) must be at least 1 and divide the patch {tuple(patch)}")
-    size = [max(-(n // -p) * p, w) for n, p, w in zip(scan.size, patch, encoder.img_size, strict=True)]
-    before = [(m - n) // 2 for n, m in zip(scan.size, size, strict=True)]
-    maps: dict[tuple[int, ...], Volume] = {}
-    for shift in itertools.product(range(steps), repeat=3):
-        # The places of all shifts together are centred on the scan.
-        start = [k * (p // steps) - (p - p // steps) // 2 - b for k, p, b in zip(shift, patch, before, strict=True)]
-        maps[shift] = _map_of(extract_features(model, extend_rim(scan, start, size), overlap=overlap))
-    first = maps[0, 0, 0]
-    finer = torch.empty(first.data.shape[0], *(n * steps for n in first.size))
-    for (i, j, k), found in maps.items():
-        finer[:, i::steps, j::steps, k::steps] = found.data
-    d, h, w = (mm / steps for mm in first.spacing)
-    return Volume(finer, (d, h, w), first.origin, first.direction, scan.source)
-
-
-def _map_of(features: Features) -> Volume:
-    assert features.map is not None  # asked for by default
-    return features.map
-
-
-def pca_rgb(feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The three directions in which features vary most, as red, green and blue.
-
-    Args:
-        feature_map: (E, d, h, w), E >= 3.
-        mask: (d, h, w) bool, the places whose features set directions and range; all when None.
-
-    Returns:
-        (3, d, h, w) float32 in [0, 1]: principal components, each stretched between its percentiles 2 and 98. The sign
-        of a component is that of :func:`~medgmae.latent_maps.principal_axes`, so that equal features get equal colours.
-
-    Raises:
-        ValueError: fewer than three features, or a mask of another size or with fewer than four places.
-    """
-    if feature_map.dim() != 4 or feature_map.shape[0] < 3:
-        raise ValueError(f"feature_map must be (E, d, h, w) with at least 3 features, got {tuple(feature_map.shape)}")
-    grid = feature_map.shape[1:]
-    chosen = torch.ones(grid, dtype=torch.bool) if mask is None else mask.bool().cpu()
-    if chosen.shape != grid or int(chosen.sum()) < 4:
-        raise ValueError(
-            f"mask must be {tuple(grid)} with at least 4 places, got {tuple(chosen.shape)} with {int(chosen.sum())}"
-        )
-    tokens = feature_map.detach().cpu().double().flatten(1).T  # (d h w, E)
-    fitted = tokens[chosen.flatten()]
-    mean, axes = principal_axes(fitted, 3)
-    low, high = torch.quantile((fitted - mean) @ axes, torch.tensor([0.02, 0.98], dtype=axes.dtype), dim=0)
-    colours: Tensor = ((tokens - mean) @ axes - low) / (high - low).clamp(min=1e-12)
-    return colours.clamp(0, 1).T.reshape(3, *grid).float()
-
-
-def feature_colours(features: Volume, scan: Volume, threshold: float = 0.05) -> Volume:
-    """Features (E, d, h, w) as smooth colours (3, D, H, W) on the grid of a scan, black where the scan is background.
-
-    Args:
-        features: a feature map with its geometry, such as :func:`dense_features` or ``extract_features`` gives.
-        scan: (C, D, H, W), preprocessed.
-        threshold: background is where the scan, smoothed over 3 x 3 x 3 voxels, is up to this value; small holes are
-            filled. In a CT scaled to [0, 1], lung is at about 0.08.
-
-    Raises:
-        ValueError: see :func:`pca_rgb`.
-    """
-    smoothed = F.avg_pool3d(scan.data.float().amax(0, keepdim=True), 3, stride=1, padding=1, count_include_pad=False)
-    wider = F.max_pool3d((smoothed > threshold).float(), 5, stride=1, padding=2)
-    body = scan.with_data(-F.max_pool3d(-wider, 5, stride=1, padding=2))  # holes closed
-    inside = resample_like(body, features).data[0] > 0.5
-    smooth = resample_like(features.with_data(pca_rgb(features.data, inside)), scan, outside=0.0)
-    return smooth.with_data(smooth.data.clamp(0, 1) * body.data)
 
 
 def reconstruction_figure(
@@ -153,7 +59,7 @@ def reconstruction_figure(
     return _figure(columns, title, centres)
 
 
-def fit_figure(scan: Volume, rendered: Volume, gaussians: Gaussians, *, title: str = "") -> Figure:
+def fit_figure(scan: Volume, rendered: Volume, gaussians: Centres, *, title: str = "") -> Figure:
     """A figure with a row per plane: the scan, Gaussians fitted to it, their centres, and four times the error.
 
     Args:
@@ -248,7 +154,7 @@ def _cross(axes: Axes, grid: Grid, axis: int, point: tuple[int, int, int]) -> No
 
 
 def _figure(
-    columns: list[tuple[str, Volume]], title: str, centres: Gaussians | None = None, near: float = math.inf
+    columns: list[tuple[str, Volume]], title: str, centres: Centres | None = None, near: float = math.inf
 ) -> Figure:
     """Volumes side by side, the scan first; on the column ``CENTRES`` those within ``near`` voxels of the plane."""
     scan, at = columns[0][1], _middle(columns[0][1])
@@ -269,6 +175,18 @@ def _figure(
         axes.set_title(name, fontsize=11)
     figure.suptitle(title, fontsize=12)
     return figure
+
+
+class Centres(Protocol):
+    """What a picture shows of :class:`~medgmae.Gaussians`, (1, K, ...) in LPS mm."""
+
+    @property
+    def means(self) -> Tensor:
+        """(1, K, 3)."""
+
+    @property
+    def densities(self) -> Tensor:
+        """(1, K)."""
 
 
 class _Picture(NamedTuple):
@@ -312,7 +230,7 @@ def _show(axes: Axes, picture: _Picture, low: float, high: float) -> None:
 
 
 def _mark_centres(
-    axes: Axes, picture: _Picture, grid: Grid, axis: int, gaussians: Gaussians, slab: tuple[float, float]
+    axes: Axes, picture: _Picture, grid: Grid, axis: int, gaussians: Centres, slab: tuple[float, float]
 ) -> None:
     """Points at the centres of Gaussians (1, K, ...) in LPS mm, on a slice across ``axis`` of a scan in RAS.
 

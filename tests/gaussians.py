@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medgmae.ops import _voxelize_native as native
-from medgmae.ops import _voxelize_reference as reference
 from medgmae.ops import native_info
-from medgmae.ops.voxelize import support_code
+from medgmae.ops.voxel import native, reference
+from medgmae.ops.voxel.operator import support_code
 
 torch.set_num_threads(1)  # the tensors are so small that threads would only wait for each other
 

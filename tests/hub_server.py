@@ -36,8 +36,8 @@ TOKEN = "hf_test_token"  # the one token that may write, and read what is privat
 # Start of every client: `out` is what it prints as JSON at its end; `attempt` gives an error's text, not the error.
 _PRELUDE = """
 import atexit, ctypes, json, os, sys
-from medgmae.cards import WeightCard, WeightsError
-from medgmae.download import fetch
+from medgmae.checkpoints.cards import WeightCard, WeightsError
+from medgmae.checkpoints.sources import fetch
 
 out = {}
 atexit.register(lambda: print(json.dumps(out)))

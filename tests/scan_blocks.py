@@ -17,27 +17,27 @@ from unittest import mock
 import pytest
 import torch
 
-from medgmae.ops import _conv_cuda as conv_cuda
-from medgmae.ops import _scan_cuda as cuda
+from medgmae.ops.conv import cuda as conv_cuda
+from medgmae.ops.scan import cuda
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 FLAGS = ["-std=c++17", "-O2", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
 
 
 class Stream(ctypes.Structure):
-    """ScanStream of cuda/scan.h."""
+    """ScanStream of cuda/scan/scan.h."""
 
     _fields_ = [("at", ctypes.c_void_p), ("batch", ctypes.c_int64), ("step", ctypes.c_int64)]
 
 
 class Matrix(ctypes.Structure):
-    """ScanMatrix of cuda/scan.h."""
+    """ScanMatrix of cuda/scan/scan.h."""
 
     _fields_ = [*Stream._fields_, ("of_group", ctypes.c_int64), ("constant", ctypes.c_bool)]
 
 
 class ScanCall(ctypes.Structure):
-    """ScanCall of cuda/scan.h."""
+    """ScanCall of cuda/scan/scan.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "states", "groups", "chunk")),
@@ -52,7 +52,7 @@ class ScanCall(ctypes.Structure):
 
 
 class ConvCall(ctypes.Structure):
-    """ConvCall of cuda/conv.h."""
+    """ConvCall of cuda/conv/conv.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "width")),

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from medgmae.ops import _scan_native as native
-from medgmae.ops import _scan_reference as reference
 from medgmae.ops import native_info
+from medgmae.ops.scan import native, reference
 
 torch.set_num_threads(1)  # the tensors are so small that threads would only wait for each other
 

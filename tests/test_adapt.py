@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 import medgmae
 from medgmae import ViT, WeightsError
-from medgmae.adapt import _resize_matrix, adapt_channels, adapt_stem, adapt_table, inflate_stem, resize_patch
+from medgmae.checkpoints.adapt import (
+    _resize_matrix,
+    adapt_channels,
+    adapt_stem,
+    adapt_table,
+    inflate_stem,
+    resize_patch,
+)
 
 
 @settings(deadline=None)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import medgmae
-from medgmae.cards import WeightCard, WeightsError, list_weights, weight_card, weights_folder
-from medgmae.integrity import file_hashes
+from medgmae.checkpoints.cards import WeightCard, WeightsError, list_weights, weight_card, weights_folder
+from medgmae.checkpoints.hashes import file_hashes
 
 ROOT = Path(__file__).parent.parent
 TAGS = list_weights()

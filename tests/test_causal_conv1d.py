@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from sequences import RUNNABLE, error
 from torch import Tensor
 
-from medgmae.ops import _conv_native as native
 from medgmae.ops import causal_conv1d
+from medgmae.ops.conv import native
 
 FORWARD, BACKWARD = torch.ops.medgmae.causal_conv1d.default, torch.ops.medgmae.causal_conv1d_backward.default
 both_directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])

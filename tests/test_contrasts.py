@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import medgmae
-from medgmae.data import Volume, VolumeError, create_transform, find_contrasts, read_volume, write_volume, zscore
+from medgmae.data import Volume, VolumeError, find_contrasts, read_volume, write_volume, zscore
 from medgmae.data.transforms import resample_like
+from medgmae.factory import create_transform
 
 NAMES = ["t1", "t2", "t1ce", "flair"]
 BLOCK: dict[str, Any] = {"modality": "MR", "channels": 4, "contrasts": NAMES}

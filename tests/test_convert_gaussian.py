@@ -17,7 +17,7 @@ from torch import Tensor
 
 import medgmae
 from medgmae import WeightsError
-from medgmae.convert_gaussian import turn_rotation
+from medgmae.checkpoints.dialects.gaussian import turn_rotation
 
 NANO = "gmae_vit_nano_patch8_32"
 KINDS: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import medgmae
 from medgmae import WeightsError
-from medgmae.convert import convert
+from medgmae.checkpoints.dialects.recognise import convert
 
 PUBLISHED: dict[str, Any] = {"rope": "sequence", "scan_order": "given", "off_by_one": True}
 

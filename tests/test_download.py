@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, finish_client, run_client, start_client
 
-from medgmae import transfer
-from medgmae.cards import WeightCard, WeightsError
-from medgmae.download import fetch, read_folder, resolve
-from medgmae.integrity import HashMismatchError
+from medgmae.checkpoints import download as transfer
+from medgmae.checkpoints.cards import WeightCard, WeightsError
+from medgmae.checkpoints.hashes import HashMismatchError
+from medgmae.checkpoints.sources import fetch, read_folder, resolve
 
 CONTENT = hashlib.shake_256(b"weights").digest(300_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()

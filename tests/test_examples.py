@@ -25,7 +25,7 @@ from medgmae import (
     weight_card,
     write_volume,
 )
-from medgmae.cards import weights_folder
+from medgmae.checkpoints.cards import weights_folder
 from medgmae.data import crop_or_pad, resample_like
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import medgmae
-from medgmae.cards import WeightsError
-from medgmae.export import model_config, model_readme, save_pretrained
+from medgmae.checkpoints.cards import WeightsError
+from medgmae.checkpoints.saving import model_config, model_readme, save_pretrained
 
 
 def tiny(**overrides: object) -> torch.nn.Module:

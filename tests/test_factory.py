@@ -13,7 +13,7 @@ from small_models import assert_same_state, randomize, state_copy
 
 import medgmae
 from medgmae import WeightsError
-from medgmae.registry import register_model
+from medgmae.models.registry import register_model
 
 
 def test_names_are_sorted_unique_and_filtered() -> None:

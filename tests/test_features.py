@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import medgmae
 from medgmae.data import resample_like
-from medgmae.features import _lay_out, blend_weights
+from medgmae.inference.windows import _lay_out, blend_weights
 
 DATA = Path(__file__).parent.parent / "examples/data"
 # Orientation LPS, RAS; none of the sizes is a multiple of the patch.

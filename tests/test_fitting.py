@@ -23,7 +23,7 @@ from medgmae import (
     read_volume,
     write_volume,
 )
-from medgmae.fitting import MOVED_SHARE, Rates, _draw, _Fit
+from medgmae.gaussians.fitting import MOVED_SHARE, Rates, _draw, _Fit
 
 
 def blobs(size: tuple[int, int, int] = (20, 24, 18), count: int = 6, seed: int = 0) -> Volume:
@@ -56,7 +56,7 @@ def test_it_finds_what_was_rendered() -> None:
 def test_joining_and_moving_where_the_error_is_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     scan = blobs(count=25, seed=1)
     with_rounds = score(fit_gaussians(scan, 40, 100), scan)
-    monkeypatch.setattr("medgmae.fitting.ROUNDS", 0)
+    monkeypatch.setattr("medgmae.gaussians.fitting.ROUNDS", 0)
     assert with_rounds > score(fit_gaussians(scan, 40, 100), scan) + 0.5
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from medgmae import Gaussians, Volume
 from medgmae.data import Grid
-from medgmae.data.io import to_sitk
+from medgmae.data.volume import to_sitk
 from medgmae.ops import voxelize
-from medgmae.ops._voxelize_reference import rotation_matrix
+from medgmae.ops.rotations import rotation_matrix
 
 SIZE = (9, 12, 7)
 TURN = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]

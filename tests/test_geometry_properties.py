@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medgmae.data import Grid, Volume, crop_or_pad, feature_map, reorient, resample, resample_like
-from medgmae.data.io import to_sitk
+from medgmae.data.volume import to_sitk
 
 CODES = ["".join(p) for sides in itertools.product("RL", "AP", "IS") for p in itertools.permutations(sides)]
 SETTINGS = settings(deadline=None, max_examples=60)

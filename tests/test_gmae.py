@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import medgmae
+from medgmae.layers.masking import Masking
 from medgmae.losses import scale_penalty, ssim3d, uniformity
-from medgmae.masking import Masking
 
 NAME = "gmae_vit_nano_patch8_32"
 ALL_TERMS = {"mse": 0.4, "l1": 0.4, "ssim": 0.2, "scale": 3.0, "uniformity": 0.5}

@@ -17,8 +17,8 @@ import torch
 from hub_server import TOKEN, HubServer, finish_client, run_client, start_client
 
 import medgmae
-from medgmae.cards import WeightsError
-from medgmae.export import push_to_hub
+from medgmae.checkpoints.cards import WeightsError
+from medgmae.checkpoints.saving import push_to_hub
 
 WEIGHTS = hashlib.shake_256(b"weights").digest(200_000)
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()

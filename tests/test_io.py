@@ -13,7 +13,7 @@ import SimpleITK as sitk
 import torch
 
 from medgmae.data import Volume, VolumeError, read_volume, stack_channels, write_volume
-from medgmae.data.io import to_sitk
+from medgmae.data.volume import to_sitk
 
 ROOT = Path(__file__).parent.parent
 SCANS = sorted((ROOT / "examples/data").glob("*.nii.gz"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import medgmae
 from medgmae import Volume, latent_map_figure, latent_to_spatial, random_masking
-from medgmae.latent_maps import latent_map_defaults
+from medgmae.inference.latents import latent_map_defaults
 from medgmae.visualize import latent_to_spatial as as_visualize_has_it
 
 ENCODERS = ["vit_nano_patch8_32", "vim_nano_patch8_32"]

@@ -12,20 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from medgmae.layers import (
-    Attention,
-    Block,
-    DropPath,
-    Mlp,
-    PatchEmbed,
-    PositionCache,
-    initialize,
-    make_head,
-    resample_pos_embed,
-    sincos_pos_embed,
-    take_tokens,
-    to_tuple,
-)
+from medgmae.layers.blocks import Attention, Block, DropPath, Mlp, initialize, make_head
+from medgmae.layers.patches import PatchEmbed, take_tokens, to_tuple
+from medgmae.layers.positions import PositionCache, resample_pos_embed, sincos_pos_embed
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,8 @@ import torch.nn.functional as F
 from small_models import randomize
 from torch import Tensor, nn
 
-from medgmae.mamba import (
-    BidirectionalMamba,
-    MambaBlock,
-    RMSNorm,
-    Rotary,
-    advance,
-    axial_angles,
-    published_axial_angles,
-    rotate,
-    sequence_angles,
-    undecayed,
-)
+from medgmae.layers.mamba import BidirectionalMamba, MambaBlock, RMSNorm, advance, undecayed
+from medgmae.layers.rope import Rotary, axial_angles, published_axial_angles, rotate, sequence_angles
 
 KINDS: list[Any] = ["sequence", "axial", "axial_published"]
 

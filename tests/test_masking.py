@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medgmae.masking import Masking, check_multiple, patchify, random_masking, unpatchify, visible_count
+from medgmae.layers.masking import Masking, random_masking, visible_count
+from medgmae.layers.patches import check_multiple, patchify, unpatchify
 
 AXES = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=2, max_size=3)
 

@@ -26,7 +26,7 @@ from small_models import (
 from torch import Tensor, nn
 
 import medgmae
-from medgmae.masking import Masking
+from medgmae.layers.masking import Masking
 
 NAMES = medgmae.list_models()
 ENCODERS = [name for name in NAMES if not hasattr(full_size(name), "decoder")]

@@ -12,7 +12,8 @@ import torch
 
 import medgmae
 from medgmae import _C
-from medgmae.ops import _native, native_info, self_test
+from medgmae.ops import native as _native
+from medgmae.ops import native_info, self_test
 
 X86_VARIANTS = ["generic", "avx2", "avx512"]
 

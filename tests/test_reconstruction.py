@@ -12,17 +12,9 @@ import torch
 from monai.metrics import PSNRMetric
 from torch import Tensor
 
-from medgmae import (
-    Gaussians,
-    Masking,
-    Volume,
-    create_model,
-    create_transform,
-    psnr,
-    reconstruct_scan,
-)
+from medgmae import Gaussians, Masking, Volume, create_model, create_transform, psnr, reconstruct_scan
 from medgmae.data import crop_or_pad
-from medgmae.features import blend_weights
+from medgmae.inference.windows import blend_weights
 from medgmae.ops import voxelize
 from medgmae.visualize import reconstruction_figure
 

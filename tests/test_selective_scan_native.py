@@ -26,9 +26,9 @@ from sequences import (
 )
 from torch import Tensor
 
-from medgmae.ops import _conv_native as conv_native
-from medgmae.ops import _scan_native as native
 from medgmae.ops import causal_conv1d, selective_scan
+from medgmae.ops.conv import native as conv_native
+from medgmae.ops.scan import native
 
 every_path = pytest.mark.parametrize("path", NATIVE, ids=lambda path: path.name)
 both_directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])

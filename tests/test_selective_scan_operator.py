@@ -12,9 +12,9 @@ import torch
 from sequences import FORMS, REFERENCE, Inputs, arguments, cotangents, error, expected, make
 from torch import Tensor
 
-from medgmae.ops import _scan_reference as reference
 from medgmae.ops import selective_scan
-from medgmae.ops.selective_scan import CHUNK
+from medgmae.ops.scan import reference
+from medgmae.ops.scan.operator import CHUNK
 
 FORWARD, BACKWARD = torch.ops.medgmae.selective_scan.default, torch.ops.medgmae.selective_scan_backward.default
 every_form = pytest.mark.parametrize("forms", FORMS, ids=str)

@@ -9,8 +9,8 @@ import timm
 import torch
 
 import medgmae
-import medgmae.checkpoint
-from medgmae.hub import OpenSource, timm_settings
+import medgmae.checkpoints.reading
+from medgmae.checkpoints.opening import OpenSource, timm_settings
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
 
@@ -20,7 +20,7 @@ def test_clip_needs_its_epsilon_and_then_agrees() -> None:
         **SMALL, pre_norm=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-5)
     ).eval()
     state, settings = dict(clip.state_dict()), timm_settings(clip, "timm/clip")
-    source = OpenSource("timm/clip", medgmae.checkpoint.Checkpoint(state, "", None), None, settings)
+    source = OpenSource("timm/clip", medgmae.checkpoints.reading.Checkpoint(state, "", None), None, settings)
     options = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8, "in_chans": 3}
     with pytest.raises(medgmae.WeightsError, match=r"norm1\.eps: 1e-05 in the file's model, 1e-06 in this one"):
         medgmae.create_model("vit2d_base_patch16_224", pretrained=source, pre_norm=True, **options)

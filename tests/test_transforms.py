@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 from medgmae.data import (
     Volume,
     VolumeError,
-    create_transform,
     crop_foreground,
     crop_or_pad,
     feature_map,
@@ -29,7 +28,8 @@ from medgmae.data import (
     write_volume,
     zscore,
 )
-from medgmae.data.io import to_sitk
+from medgmae.data.volume import to_sitk
+from medgmae.factory import create_transform
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests/fixtures"
@@ -297,7 +297,7 @@ def test_a_wrong_channel_count_is_said() -> None:
 
 
 def test_every_shipped_card_prepares_a_scan() -> None:
-    from medgmae.hub import list_weights, weight_card
+    from medgmae.checkpoints.cards import list_weights, weight_card
 
     scan = resample(read_volume(THORAX), spacing=(6.0, 6.0, 6.0))
     for tag in list_weights():

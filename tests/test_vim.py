@@ -11,7 +11,8 @@ from small_models import randomize, small
 from torch import Tensor, nn
 
 import medgmae
-from medgmae.mamba import RMSNorm, rotate
+from medgmae.layers.mamba import RMSNorm
+from medgmae.layers.rope import rotate
 from medgmae.models.mae_vim import masked_vim
 from medgmae.training import param_groups
 

@@ -13,7 +13,8 @@ import torch
 
 from medgmae import Masking, Volume, create_model, create_transform, extract_features, reconstruct_scan
 from medgmae.data import crop_or_pad
-from medgmae.visualize import dense_features, feature_colours, pca_rgb, reconstruction_figure
+from medgmae.inference.colours import dense_features, feature_colours, pca_rgb
+from medgmae.visualize import reconstruction_figure
 
 DATA = Path(__file__).parent.parent / "examples/data"
 TAG = "mae_vit_tiny_patch8_64.demo"

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from medgmae.ops import _voxelize_levels as levels
-from medgmae.ops import _voxelize_native as native
 from medgmae.ops import native_info, voxelize
+from medgmae.ops.voxel import levels, native
 
 pytestmark = pytest.mark.skipif(not native_info()["loaded"], reason="no native module: levels are a part of it")
 

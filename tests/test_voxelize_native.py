@@ -11,8 +11,8 @@ import pytest
 import torch
 from gaussians import NATIVE, REFERENCE, SUPPORTS, Parameters, Path, cut, leaves, make, peak_error, relative
 
-from medgmae.ops import _voxelize_native as native
 from medgmae.ops import voxelize
+from medgmae.ops.voxel import native
 
 every_path = pytest.mark.parametrize("path", NATIVE, ids=lambda path: path.name)
 every_support = pytest.mark.parametrize("support", SUPPORTS, ids=str)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from gaussians import REFERENCE, SUPPORTS, cut, leaves, make
 
-from medgmae.ops import _voxelize_reference as native_free
 from medgmae.ops import voxelize
-from medgmae.ops.voxelize import support_code
+from medgmae.ops.voxel import reference as native_free
+from medgmae.ops.voxel.operator import support_code
 
 FORWARD, BACKWARD = torch.ops.medgmae.voxelize.default, torch.ops.medgmae.voxelize_backward.default
 SIZE = (6, 4, 9)

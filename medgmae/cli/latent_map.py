@@ -103,7 +103,7 @@ def latent_map_command(scans: tuple[Path, ...], as_json: bool, **options: Any) -
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     model, weights = open_model(options["name"], options["weights"], options["random_weights"])
-    latent_to_spatial = medgmae.latent_to_spatial  # its first use imports medgmae.latent_maps
+    latent_to_spatial = medgmae.latent_to_spatial  # its first use imports medgmae.inference.latents
     mode, reduction = medgmae.latent_map_defaults(model, options["mode"], options["reduction"])
     masked: dict[str, Any] = {}
     if mode == "pretrained":

@@ -1,10 +1,9 @@
 """Scans: reading and writing with geometry, and the preparation that a checkpoint expects."""
 
-from .contrasts import find_contrasts
-from .geometry import Grid, VolumeError
-from .io import Volume, read_volume, stack_channels, write_volume
-from .transforms import (
-    create_transform,
+from medgmae.data.contrasts import find_contrasts
+from medgmae.data.geometry import Grid, VolumeError
+from medgmae.data.io import read_volume, write_volume
+from medgmae.data.transforms import (
     crop_foreground,
     crop_or_pad,
     feature_map,
@@ -15,12 +14,12 @@ from .transforms import (
     window,
     zscore,
 )
+from medgmae.data.volume import Volume, stack_channels
 
 __all__ = [
     "Grid",
     "Volume",
     "VolumeError",
-    "create_transform",
     "crop_foreground",
     "crop_or_pad",
     "feature_map",

@@ -12,8 +12,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from .geometry import Floats, Grid, VolumeError
-from .io import Volume, read_volume
+from medgmae.data.geometry import Floats, Grid, VolumeError
+from medgmae.data.io import read_volume
+from medgmae.data.volume import Volume
 
 Scan: TypeAlias = str | os.PathLike[str] | Volume
 

@@ -6,7 +6,6 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import dicom, nifti
-from ._itk import quiet, reason, simpleitk
-from .geometry import Floats, Grid, VolumeError
-from .text_headers import check_text_header, is_text_header
+from medgmae.data.formats import dicom, nifti
+from medgmae.data.formats.headers import check_text_header, is_text_header
+from medgmae.data.formats.itk import quiet, reason, simpleitk
+from medgmae.data.geometry import Floats, Grid, VolumeError
+from medgmae.data.volume import Volume, to_sitk
 
 _log = logging.getLogger("medgmae")
 _WRITABLE = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
@@ -26,90 +26,6 @@ _READABLE = (
     "NIfTI (.nii, .nii.gz), MetaImage (.mha, .mhd), NRRD (.nrrd, .nhdr) or DICOM (a folder, or one multi-frame file)"
 )
 _WIDER = {"u2": "i4", "u4": "i8", "u8": "i8"}  # torch lacks arithmetic on unsigned types above 8 bits
-
-
-def _dhw(data: Tensor) -> tuple[int, int, int]:
-    _, d, h, w = data.shape
-    return d, h, w
-
-
-@dataclass(frozen=True, eq=False)
-class Volume:
-    """A scan, feature map or label map, and where its voxels lie.
-
-    ``world = origin + direction @ (spacing * index)`` with LPS millimetres (x, y, z) and an index (d, h, w).
-
-    Attributes:
-        data: (C, D, H, W); axes as SimpleITK's arrays give them, (z, y, x) of the file unless reoriented.
-        spacing: millimetres between voxel centres (d, h, w).
-        origin: LPS position (x, y, z) in millimetres of voxel (0, 0, 0).
-        direction: 3x3 array; column k is the LPS unit vector along which array axis k grows.
-        source: the file that it came from, for messages.
-
-    Raises:
-        VolumeError: data of another rank, or a geometry that is none (see ``Grid``).
-    """
-
-    data: Tensor
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    direction: Floats = field(default_factory=lambda: np.eye(3)[:, ::-1])
-    source: str = "volume"
-
-    def __post_init__(self) -> None:
-        if self.data.ndim != 4 or self.data.shape[0] < 1:
-            raise VolumeError(f"{self.source}: data has shape {tuple(self.data.shape)}; expected (C, D, H, W)")
-        try:
-            grid = Grid(_dhw(self.data), self.spacing, self.origin, self.direction)
-        except VolumeError as error:
-            raise VolumeError(f"{self.source}: {error}") from None
-        object.__setattr__(self, "spacing", grid.spacing)
-        object.__setattr__(self, "origin", grid.origin)
-        object.__setattr__(self, "direction", grid.direction)
-
-    @classmethod
-    def on(cls, grid: Grid, data: Tensor, source: str = "volume") -> Volume:
-        """The volume of ``data`` (C, D, H, W) on a grid of the same size."""
-        if tuple(data.shape[1:]) != grid.size:
-            raise VolumeError(
-                f"{source}: data has shape {tuple(data.shape)}; expected (C, {', '.join(map(str, grid.size))})"
-            )
-        return cls(data, grid.spacing, grid.origin, grid.direction, source)
-
-    @property
-    def grid(self) -> Grid:
-        """The geometry without the voxels."""
-        return Grid(_dhw(self.data), self.spacing, self.origin, self.direction)
-
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self.data.shape[0]
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Voxels (d, h, w)."""
-        return self.grid.size
-
-    @property
-    def orientation(self) -> str:
-        """Three letters, for the axes in file order (x, y, z) = (w, h, d): the side of the body towards which the
-        index grows."""
-        return self.grid.orientation
-
-    @property
-    def tensor(self) -> Tensor:
-        """(1, C, D, H, W) float32, what a model takes."""
-        return self.data.to(torch.float32).contiguous()[None]
-
-    def with_data(self, data: Tensor) -> Volume:
-        """Other voxels (C', D, H, W) on the same grid."""
-        return Volume.on(self.grid, data, self.source)
-
-    def __repr__(self) -> str:
-        spacing = ", ".join(f"{s:.4g}" for s in self.spacing)
-        what = f"{tuple(self.data.shape)} {self.data.dtype}"
-        return f"Volume({what}, spacing ({spacing}) mm, {self.orientation}, {self.source})"
 
 
 def _guarded(path: Path, read: Callable[[], tuple[Grid, Tensor]]) -> tuple[Grid, Tensor]:
@@ -266,24 +182,6 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None, chan
     return Volume.on(grid, data, str(path))
 
 
-def to_sitk(volume: Volume) -> Any:
-    """The volume as a ``SimpleITK.Image``; several channels become vector pixels."""
-    sitk = simpleitk()
-
-    data = volume.data.detach().cpu()
-    if data.dtype in (torch.float16, torch.bfloat16):
-        data = data.float()
-    array = (data.to(torch.uint8) if data.dtype == torch.bool else data).numpy()
-    vector = len(array) > 1
-    image = sitk.GetImageFromArray(
-        np.ascontiguousarray(np.moveaxis(array, 0, -1) if vector else array[0]), isVector=vector
-    )
-    image.SetSpacing(volume.spacing[::-1])
-    image.SetOrigin(volume.origin)
-    image.SetDirection(volume.direction[:, ::-1].ravel().tolist())
-    return image
-
-
 def write_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
     """Writes a volume with its geometry; the suffix decides the format, and everything but ``.nii`` and ``.mhd`` is
     compressed.
@@ -304,20 +202,3 @@ def write_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
             sitk.WriteImage(image, str(path), useCompression=path.suffix.lower() not in (".nii", ".mhd"))
     except RuntimeError as error:
         raise VolumeError(f"{path}: cannot be written: {reason(error)}") from None
-
-
-def stack_channels(volumes: Sequence[Volume]) -> Volume:
-    """Volumes on one grid as the channels of one volume: the four contrasts of a brain study, say.
-
-    Raises:
-        VolumeError: no volumes, or grids that differ.
-    """
-    if not volumes:
-        raise VolumeError("no volumes to stack; expected at least one")
-    first = volumes[0]
-    if len(volumes) == 1:
-        return first
-    for other in volumes[1:]:
-        if other.size != first.size or np.abs(other.grid.affine - first.grid.affine).max() > 1e-2:
-            raise VolumeError(f"{other} and {first} lie on different grids; resample one like the other first")
-    return replace(first, data=torch.cat([v.data for v in volumes]))

@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .contrasts import Scan, find_contrasts, read_contrasts, same_place
-from .geometry import Grid, VolumeError
-from .io import Volume, read_volume, stack_channels
-from .sampling import onto, sample
-from .transforms import crop_foreground, crop_or_pad, percentiles, window, zscore
+from medgmae.data.contrasts import Scan, find_contrasts, read_contrasts, same_place
+from medgmae.data.geometry import Grid, VolumeError
+from medgmae.data.io import read_volume
+from medgmae.data.sampling import onto, sample
+from medgmae.data.transforms import crop_foreground, crop_or_pad, percentiles, window, zscore
+from medgmae.data.volume import Volume, stack_channels
 
 _RESAMPLE: dict[str, Any] = {
     "to": "spacing",

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._itk import simpleitk
-from .geometry import _SNAP, AxisMap, Floats, Grid, VolumeError, axis_maps
-from .io import Volume, to_sitk
+from medgmae.data.formats.itk import simpleitk
+from medgmae.data.geometry import _SNAP, AxisMap, Floats, Grid, VolumeError, axis_maps
+from medgmae.data.volume import Volume, to_sitk
 
 Voxels = NDArray[Any]
 Interpolation = Literal["nearest", "linear", "bspline"]

@@ -8,18 +8,18 @@ the way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from .geometry import Grid, Origin, VolumeError
-from .io import Volume
-from .sampling import Interpolation, onto, sample
+from medgmae.data.geometry import Grid, Origin, VolumeError
+from medgmae.data.sampling import Interpolation, onto, sample
+from medgmae.data.volume import Volume
 
 if TYPE_CHECKING:
-    from .preparation import Preparation
+    pass
 
 
 def reorient(volume: Volume, code: str) -> Volume:
@@ -196,53 +196,3 @@ def crop_foreground(volume: Volume, threshold: float = 0.0, margin: int = 0) -> 
         start.append(max(0, used[0] - margin))
         size.append(min(volume.size[axis] - 1, used[-1] + margin) - start[-1] + 1)
     return crop_or_pad(volume, size, start=start)
-
-
-def card_input(source: Any) -> Mapping[str, Any]:
-    """The ``input`` block of a tag, a weight card or a model that was built from one, or the block itself.
-
-    Raises:
-        VolumeError: there is none.
-    """
-    if isinstance(source, Mapping):
-        return source
-    what = repr(source)
-    if isinstance(source, str):
-        from medgmae.hub import weight_card
-
-        source = weight_card(source)
-    config = getattr(source, "config", None)
-    if isinstance(config, Mapping):
-        what = f"the model {config.get('architecture')!r}, with no input in its weight card,"
-        block = (config.get("card") or {}).get("input")
-    else:
-        what = getattr(source, "tag", what)
-        block = getattr(source, "input", None)
-    if not isinstance(block, Mapping):
-        raise VolumeError(
-            f"{what} says nothing about its input; expected a tag, a card or a model that does, or an input block"
-        )
-    return block
-
-
-def create_transform(source: Any, *, whole: bool = False) -> Preparation:
-    """The preparation that a checkpoint was trained with, as a callable ``path | Volume -> Volume``; see
-    ``Preparation``.
-
-    A card that names several contrasts takes them by name, in files or volumes, or as the folder of a case::
-
-        prepare = create_transform("vim_small_patch16_160.mamba_mae")
-        prepare({"t1": "a_t1.nii.gz", "t2": "a_t2.nii.gz", "t1ce": "a_t1ce.nii.gz", "flair": "a_flair.nii.gz"})
-        prepare("BraTS_0001/")
-
-    Args:
-        source: a tag (``"vit_large_patch16_256.tangerine"``), a weight card, a model with ``config["card"]``, or an
-            ``input`` block.
-        whole: keep the whole field of view for a sliding window, instead of the card's centre crop.
-
-    Raises:
-        VolumeError: the source has no ``input`` block, or the block is not valid.
-    """
-    from .preparation import Preparation
-
-    return Preparation(card_input(source), whole=whole)

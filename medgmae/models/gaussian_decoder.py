@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medgmae.layers import Block, initialize
-from medgmae.precision import full_precision
-from medgmae.rendering import Gaussians
+from medgmae.gaussians.rendering import Gaussians
+from medgmae.layers.blocks import Block, exact_linear, initialize
 
 Kind = Literal["standard", "residual", "hierarchical", "cgs"]
 
@@ -171,9 +170,8 @@ class GaussianDecoder(nn.Module):
             wanted = [level for level, tap in enumerate(self.taps) if tap == i]
             if wanted:
                 queries = self.norm(x[:, self.prefix_tokens : self.prefix_tokens + self.num_gaussians])
-                with full_precision(x):  # bfloat16 would put a centre a fifth of a voxel of a 96³ crop off
-                    for level in wanted:
-                        levels.append(self._level(level, queries, levels))
+                for level in wanted:
+                    levels.append(self._level(level, queries, levels))
         means, scales, quats, densities = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
         return Gaussians(means, scales, quats, densities * self.density_scale)
 
@@ -202,7 +200,8 @@ class GaussianDecoder(nn.Module):
             else:
                 heads.append(getattr(self, f"{what}_head"))
         weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
-        values = F.linear(queries.to(weight.dtype), weight, bias)  # (B, K, 11 * count)
+        # bfloat16 would put a centre a fifth of a voxel of a 96³ crop off.
+        values = exact_linear(queries, weight, bias)  # (B, K, 11 * count)
         values = values if values.dtype == torch.float64 else values.float()
         parts = torch.split(values, [count * width for width in HEADS.values()], dim=-1)
         return {

@@ -9,13 +9,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from medgmae.layers import Grid, Size, take_tokens
+from medgmae.gaussians.rendering import GaussianRenderer, Gaussians
+from medgmae.layers.masking import Masking, random_masking
+from medgmae.layers.patches import Shape, Size, check_multiple, patchify, take_tokens, unpatchify
 from medgmae.losses import image_norm, scale_penalty, ssim3d, uniformity
-from medgmae.masking import Masking, check_multiple, patchify, random_masking, unpatchify
 from medgmae.models.gaussian_decoder import GaussianDecoder
+from medgmae.models.registry import build, register_model
 from medgmae.models.vit import BASE, NANO, TINY, WIDE, ViT
-from medgmae.registry import build, register_model
-from medgmae.rendering import GaussianRenderer, Gaussians
 
 Loss = Literal["paper", "reference"]
 TERMS = ("mse", "l1", "ssim", "scale", "uniformity")
@@ -64,7 +64,7 @@ class GaussianMAE(nn.Module):
     Args:
         encoder: a :class:`~medgmae.models.vit.ViT` for volumes of one channel whose tokens are normalised.
         decoder: a :class:`~medgmae.models.gaussian_decoder.GaussianDecoder`.
-        renderer: a :class:`~medgmae.rendering.GaussianRenderer`.
+        renderer: a :class:`~medgmae.gaussians.rendering.GaussianRenderer`.
         mask_ratio: share of hidden patches when ``forward`` is given no masking.
         loss: "paper" or "reference".
         image_norm: for "mse", normalise rendering and scan over the whole crop, see :func:`medgmae.losses.image_norm`.
@@ -183,7 +183,7 @@ class GaussianMAE(nn.Module):
     def _weight(self, name: str, step: int | Tensor) -> Any:
         return self.loss_weights[name] * (0.1 ** (step / 1000) if name == "scale" else 1)
 
-    def _grid(self, x: Tensor) -> Grid:
+    def _grid(self, x: Tensor) -> Shape:
         check_multiple(x.shape[2:], self.encoder.patch_size)
         return tuple(s // p for s, p in zip(x.shape[2:], self.encoder.patch_size, strict=True))
 
@@ -234,7 +234,7 @@ def gaussian_vit(
     Args:
         num_gaussians: see :class:`~medgmae.models.gaussian_decoder.GaussianDecoder`, likewise ``kind``, ``ratios``,
             ``density_scale``, ``spread`` and, without their prefix, the options that begin with ``decoder_``.
-        support: see :class:`~medgmae.rendering.GaussianRenderer`.
+        support: see :class:`~medgmae.gaussians.rendering.GaussianRenderer`.
         mask_ratio: see :class:`GaussianMAE`, likewise ``loss``, ``image_norm``, ``loss_weights``, ``max_scale``.
         **encoder_options: everything else that :class:`~medgmae.models.vit.ViT` takes.
     """

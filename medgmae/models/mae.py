@@ -8,21 +8,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from medgmae.layers import (
-    Block,
-    Grid,
-    PositionCache,
-    Size,
-    initialize,
-    run_block,
-    sincos_pos_embed,
-    take_tokens,
-)
+from medgmae.layers.blocks import Block, initialize, run_block
+from medgmae.layers.mamba import undecayed
+from medgmae.layers.masking import Masking, random_masking
+from medgmae.layers.patches import Shape, Size, patchify, take_tokens, unpatchify
+from medgmae.layers.positions import PositionCache, sincos_pos_embed
 from medgmae.losses import PATCH_EPS, NormTarget, patch_mse, patch_statistics
-from medgmae.mamba import undecayed
-from medgmae.masking import Masking, patchify, random_masking, unpatchify
+from medgmae.models.registry import build, register_model
 from medgmae.models.vit import BASE, HUGE, LARGE, NANO, TINY, WIDE, ViT
-from medgmae.registry import build, register_model
 
 
 class MAEOutput(NamedTuple):
@@ -58,7 +51,7 @@ class ViTDecoder(nn.Module):
         self,
         in_dim: int,
         out_dim: int,
-        grid: Grid,
+        grid: Shape,
         embed_dim: int = 512,
         depth: int = 8,
         num_heads: int = 16,
@@ -93,12 +86,12 @@ class ViTDecoder(nn.Module):
         """Recompute the blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
 
-    def forward(self, tokens: Tensor, restore: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, restore: Tensor | None = None, grid: Shape | None = None) -> Tensor:
         """Predict every patch.
 
         Args:
             tokens: (B, P + n, in_dim), prefix tokens, then visible patches in the order of ``Masking.keep``.
-            restore: (B, N) long from :class:`~medgmae.masking.Masking`; None for all patches in raster order.
+            restore: (B, N) long from :class:`~medgmae.layers.masking.Masking`; None for all patches in raster order.
             grid: patch grid of the input; None for the grid of the table.
 
         Returns:
@@ -122,7 +115,7 @@ class Encoder(Protocol):
     """What a masked autoencoder asks of its encoder: :class:`~medgmae.ViT` and :class:`~medgmae.Vim` have it."""
 
     @property
-    def patch_size(self) -> Grid:
+    def patch_size(self) -> Shape:
         """Voxels per axis."""
         ...
 
@@ -143,7 +136,7 @@ class Encoder(Protocol):
 class Decoder(Protocol):
     """What it asks of its decoder: :class:`ViTDecoder` and :class:`~medgmae.VimDecoder` have it."""
 
-    def __call__(self, tokens: Tensor, restore: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+    def __call__(self, tokens: Tensor, restore: Tensor | None = None, grid: Shape | None = None) -> Tensor:
         """Patch vectors (B, N, prod(patch) * C) in raster order."""
         ...
 
@@ -235,7 +228,7 @@ class MaskedAutoencoder(nn.Module):
     def _draw(self, patches: Tensor) -> Masking:
         return random_masking(patches.shape[0], patches.shape[1], self.mask_ratio, device=patches.device)
 
-    def _grid(self, x: Tensor) -> Grid:
+    def _grid(self, x: Tensor) -> Shape:
         return tuple(s // p for s, p in zip(x.shape[2:], self.encoder.patch_size, strict=True))
 
 

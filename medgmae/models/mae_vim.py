@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medgmae.layers import Grid, PositionCache, Size, initialize, sincos_pos_embed, take_tokens
+from medgmae.layers.blocks import initialize
+from medgmae.layers.mamba import MambaBlock, RMSNorm, advance
+from medgmae.layers.patches import Shape, Size, take_tokens
+from medgmae.layers.positions import PositionCache, sincos_pos_embed
+from medgmae.layers.rope import Rope, Rotary
 from medgmae.losses import NormTarget
-from medgmae.mamba import MambaBlock, RMSNorm, Rope, Rotary, advance
 from medgmae.models.mae import MaskedAutoencoder
+from medgmae.models.registry import build, register_model
 from medgmae.models.vim import BASE, LARGE, NANO, SMALL, TINY, Vim
-from medgmae.registry import build, register_model
 
 
 class VimDecoder(nn.Module):
@@ -44,7 +47,7 @@ class VimDecoder(nn.Module):
         self,
         in_dim: int,
         out_dim: int,
-        grid: Grid,
+        grid: Shape,
         embed_dim: int = 192,
         depth: int = 8,
         *,
@@ -97,12 +100,12 @@ class VimDecoder(nn.Module):
         """Recompute the blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
 
-    def forward(self, tokens: Tensor, restore: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, restore: Tensor | None = None, grid: Shape | None = None) -> Tensor:
         """Predict every patch.
 
         Args:
             tokens: (B, P + n, in_dim), class tokens, then visible patches in the order of ``Masking.keep``.
-            restore: (B, N) long from :class:`~medgmae.masking.Masking`; None for all patches in raster order.
+            restore: (B, N) long from :class:`~medgmae.layers.masking.Masking`; None for all patches in raster order.
             grid: patch grid of the input; None for the grid of the table.
 
         Returns:
@@ -128,7 +131,7 @@ class VimDecoder(nn.Module):
             hidden, residual = advance(block, hidden, residual, table, self.rope_residual, self.grad_checkpointing)
         return hidden if residual is None else hidden + residual
 
-    def _table(self, grid: Grid, x: Tensor) -> Tensor | None:
+    def _table(self, grid: Shape, x: Tensor) -> Tensor | None:
         """Rotations of the sequence, (P + N, E / 2, 2)."""
         if self._rotary is None:
             return None

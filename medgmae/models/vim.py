@@ -8,22 +8,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from medgmae.layers import (
-    Grid,
+from medgmae.layers.blocks import initialize, make_head
+from medgmae.layers.mamba import MambaBlock, RMSNorm, advance, undecayed
+from medgmae.layers.patches import (
     PatchEmbed,
-    PositionCache,
+    Shape,
     Size,
-    initialize,
+    check_multiple,
     input_grid,
-    make_head,
-    sincos_pos_embed,
     take_tokens,
     tap_indices,
     to_tuple,
 )
-from medgmae.mamba import MambaBlock, RMSNorm, Rope, Rotary, advance, undecayed
-from medgmae.masking import check_multiple
-from medgmae.registry import build, register_model
+from medgmae.layers.positions import PositionCache, sincos_pos_embed
+from medgmae.layers.rope import Rope, Rotary
+from medgmae.models.registry import build, register_model
 
 ClassToken = Literal["front", "middle", "double"]
 Pool = Literal["avg", "cls", "last", "max", "all"]
@@ -56,7 +55,7 @@ class Vim(nn.Module):
         drop_path: rate of the last block; grows linearly from 0.
         pos_embed: "sincos", a fixed table, or "learned".
         rope: rotary positions of the tokens themselves, before every block. "axial": of all three axes, see
-            :func:`medgmae.mamba.axial_angles`; "sequence" and "axial_published": what 3D Mamba MAE pre-trains and
+            :func:`medgmae.layers.rope.axial_angles`; "sequence" and "axial_published": what 3D Mamba MAE pre-trains and
             fine-tunes with, the place in the scan, and two of the axes; None.
         rope_residual: turn the residual stream too before every block, as the published models do.
         divide_output: a block takes the mean of its two directions instead of their sum.
@@ -66,6 +65,9 @@ class Vim(nn.Module):
     Raises:
         ValueError: sizes or options that do not fit each other; the message says which.
     """
+
+    map_reduction: Literal["max"] = "max"
+    """How a latent map of a fine-tuned model makes one number of a token."""
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class Vim(nn.Module):
             raise ValueError("pool='cls' needs a class token; give class_token='front', or use pool='avg'")
         self.img_size, self.patch_size = to_tuple(img_size, 3, "img_size"), to_tuple(patch_size, 3, "patch_size")
         check_multiple(self.img_size, self.patch_size)
-        self.grid: Grid = tuple(s // p for s, p in zip(self.img_size, self.patch_size, strict=True))
+        self.grid: Shape = tuple(s // p for s, p in zip(self.img_size, self.patch_size, strict=True))
         self.in_chans, self.embed_dim, self.num_features = in_chans, embed_dim, embed_dim
         self.class_token, self.pool, self.scan_order = class_token, pool, scan_order
         self.num_prefix_tokens = {None: 0, "double": 2}.get(class_token, 1)
@@ -164,7 +166,7 @@ class Vim(nn.Module):
         prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
         return torch.cat([prefix, take_tokens(patches, back)], dim=1)
 
-    def forward_mixer(self, x: Tensor) -> Tensor:
+    def forward_last_block(self, x: Tensor) -> Tensor:
         """What the last block's mixer returns, not yet added to the stream: (B, P + N, E), class tokens first.
 
         Maps of a fine-tuned model read it, see :func:`medgmae.latent_to_spatial`. x: (B, C, D, H, W).
@@ -243,7 +245,7 @@ class Vim(nn.Module):
             tokens = self._put_together(self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens)
         return tokens, self._table(grid, keep, tokens)
 
-    def _table(self, grid: Grid, keep: Tensor | None, tokens: Tensor) -> Tensor | None:
+    def _table(self, grid: Shape, keep: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Rotations of the sequence ``tokens``: (P + n, E / 2, 2), or (B, P + n, E / 2, 2) for chosen patches."""
         if self._rotary is None:
             return None

@@ -8,23 +8,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from medgmae.layers import (
-    Block,
-    Grid,
+from medgmae.layers.blocks import Block, initialize, make_head, run_block
+from medgmae.layers.patches import (
     PatchEmbed,
-    PositionCache,
+    Shape,
     Size,
-    initialize,
+    check_multiple,
     input_grid,
-    make_head,
-    run_block,
-    sincos_pos_embed,
     take_tokens,
     tap_indices,
     to_tuple,
 )
-from medgmae.masking import check_multiple
-from medgmae.registry import build, register_model
+from medgmae.layers.positions import PositionCache, sincos_pos_embed
+from medgmae.models.registry import build, register_model
 
 Pool = Literal["cls", "avg", "cat"]
 
@@ -57,6 +53,9 @@ class ViT(nn.Module):
         ValueError: sizes that do not fit each other; the message says which.
     """
 
+    map_reduction: Literal["pca"] = "pca"
+    """How a latent map of a fine-tuned model makes one number of a token: one feature is often the largest of all."""
+
     def __init__(
         self,
         img_size: Size = 96,
@@ -88,7 +87,7 @@ class ViT(nn.Module):
         self.img_size = to_tuple(img_size, dims, "img_size")
         self.patch_size = to_tuple(patch_size, dims, "patch_size")
         check_multiple(self.img_size, self.patch_size)
-        self.grid: Grid = tuple(s // p for s, p in zip(self.img_size, self.patch_size, strict=True))
+        self.grid: Shape = tuple(s // p for s, p in zip(self.img_size, self.patch_size, strict=True))
         self.in_chans, self.embed_dim = in_chans, embed_dim
         self.num_prefix_tokens, self.pool = int(class_token), pool
         self.num_features = embed_dim * (2 if pool == "cat" else 1)
@@ -172,6 +171,13 @@ class ViT(nn.Module):
                 image = patches.transpose(1, 2).unflatten(2, grid)
                 found[i] = (image, prefix) if return_prefix_tokens else image
         return self.norm(x), [found[i] for i in taps]
+
+    def forward_last_block(self, x: Tensor) -> Tensor:
+        """What the last block returns, before the last norm: (B, P + N, E). x: (B, C, D, H, W)."""
+        x = self._embed(x, None)
+        for block in self.blocks:
+            x = run_block(block, x, self.grad_checkpointing)
+        return x
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, P + N, E) and classify them; ``pre_logits`` leaves out the classifier."""

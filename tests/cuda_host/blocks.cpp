@@ -3,7 +3,7 @@
 // made as wrong as the device's may be.
 #include "wrong_power.h"
 
-#include "../../cuda/voxelize_moments.h"
+#include "../../cuda/voxel/moments.h"
 
 namespace medgmae {
 namespace {

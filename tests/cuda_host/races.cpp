@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../cuda/voxelize_moments.h"
+#include "../../cuda/voxel/moments.h"
 
 namespace medgmae {
 namespace {

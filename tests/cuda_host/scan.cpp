@@ -3,8 +3,8 @@
 // is made as wrong as the device's may be.
 #include "wrong_power.h"
 
-#include "../../cuda/conv_blocks.h"
-#include "../../cuda/scan_gradient_blocks.h"
+#include "../../cuda/conv/blocks.h"
+#include "../../cuda/scan/gradient_blocks.h"
 #include "scan_host.h"
 
 namespace medgmae {

@@ -1,8 +1,8 @@
-// The launches of cuda/scan.cu and cuda/conv.cu in their order, for any way of running a block.
+// The launches of cuda/scan/scan.cu and cuda/conv/conv.cu in their order, for any way of running a block.
 #pragma once
 
-#include "../../cuda/conv_blocks.h"
-#include "../../cuda/scan_gradient_blocks.h"
+#include "../../cuda/conv/blocks.h"
+#include "../../cuda/scan/gradient_blocks.h"
 
 namespace medgmae {
 namespace {

@@ -148,7 +148,8 @@ def judge(path: Path) -> str:
     """``"volume"`` or ``"error"``; anything else than these two outcomes is returned in words."""
     import torch
 
-    from medgmae.data.io import Volume, VolumeError, read_volume
+    from medgmae.data.io import VolumeError, read_volume
+    from medgmae.data.volume import Volume
 
     try:
         volume = read_volume(path)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import medgmae
-from medgmae import mamba
+from medgmae.layers.blocks import mamba
 from medgmae.models.vim import Vim
 from medgmae.training import cosine_schedule, param_groups
 from parity import adapter

@@ -37,6 +37,6 @@ def finetuned(case: Case) -> None:
     model = filled(case, classifier(Options(case.spec["config"])))
     x = case.input("x")
     with torch.no_grad():
-        case.offer("last_mixer_output", model.forward_mixer(x))
+        case.offer("last_mixer_output", model.forward_last_block(x))
     found = medgmae.latent_to_spatial(model.train(), x)
     case.offer("latent_space_before_prediction", found[0, 0])

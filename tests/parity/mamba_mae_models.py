@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import medgmae
-from medgmae import mamba
-from medgmae.convert import strip_prefixes
+from medgmae.checkpoints.dialects.vit import strip_prefixes
+from medgmae.layers.blocks import mamba
 from medgmae.models.mae_vim import masked_vim
 from medgmae.models.vim import Vim
 from parity import adapter

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import medgmae
-from medgmae.convert_gaussian import gaussian_name, turn_rotation
+from medgmae.checkpoints.dialects.gaussian import gaussian_name, turn_rotation
+from medgmae.gaussians.rendering import GaussianRenderer, Gaussians
 from medgmae.losses import _blur, ssim3d
 from medgmae.models.gmae import GaussianMAE, gaussian_vit
-from medgmae.rendering import GaussianRenderer, Gaussians
 from medgmae.training.optim import cosine_schedule, param_groups
 from parity import adapter
 from parity.case import EXACT, Case, Options

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import medgmae
-from medgmae.ops._voxelize_reference import box_bounds, precision_matrix
-from medgmae.ops.voxelize import Support
-from medgmae.rendering import GaussianRenderer, Gaussians
+from medgmae.gaussians.rendering import GaussianRenderer, Gaussians
+from medgmae.ops.voxel.operator import Support
+from medgmae.ops.voxel.reference import box_bounds, precision_matrix
 from parity import adapter
 from parity.case import EXACT, Case, Options, triple
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import medgmae
-from medgmae.data import create_transform
+from medgmae.factory import create_transform
 from parity import adapter
 from parity.case import Case, Options
 from parity.models import load

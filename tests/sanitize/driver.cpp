@@ -4,8 +4,8 @@
 
 #include <limits>
 
-#include "../../cuda/banded.h"
-#include "../../cuda/voxelize.h"
+#include "../../cuda/voxel/banded.h"
+#include "../../cuda/voxel/voxelize.h"
 #include "hostile.h"
 
 namespace medgmae {

@@ -2,8 +2,8 @@
 // its exact size; results must not depend on the threads, nor on what the buffers held before. See run.sh.
 #include <string.h>
 
-#include "../../cuda/conv.h"
-#include "../../cuda/scan.h"
+#include "../../cuda/conv/conv.h"
+#include "../../cuda/scan/scan.h"
 #include "hostile.h"
 
 namespace medgmae {

@@ -1,0 +1,234 @@
+// The selective scan on the CPU, forward. A vector holds neighbouring channels, so that B and C are broadcasts and nothing is
+// summed across lanes. Time goes by in tiles: what depends on one token and channel alone (steps, gate) is computed row by row
+// of memory, and packed block by block for the recurrence, which then reads cache lines in order.
+#pragma once
+
+#include <stdlib.h>
+
+#include "scan.h"
+#include "lanes.h"
+
+namespace medgmae {
+namespace {
+
+constexpr int kTileSteps = 32;    // steps per tile
+constexpr int kPieceBlocks = 64;  // most vectors of channels that a thread works on at a time: whole rows, where it can
+
+// Memory for one thread, aligned for vectors.
+template <class T>
+struct ScanScratch {
+  T* at;
+  explicit ScanScratch(int64_t count) : at(static_cast<T*>(aligned_alloc(64, size_t(count * int64_t(sizeof(T)) + 63) / 64 * 64))) {}
+  ~ScanScratch() { free(at); }
+  ScanScratch(const ScanScratch&) = delete;
+  ScanScratch& operator=(const ScanScratch&) = delete;
+};
+
+template <class T>
+inline T* element(const ScanStream& s, int64_t b, int64_t t, int64_t channel) {
+  return static_cast<T*>(s.at) + b * s.batch + t * s.step + channel;
+}
+
+// Vectors of channels, none of which holds channels of two groups.
+struct ScanBlocks {
+  int64_t per_group, total;
+  int lanes;
+  int64_t group_width;
+  ScanBlocks(const ScanCall& call, int lanes)
+      : per_group((call.channels / call.groups + lanes - 1) / lanes),
+        total(call.batch * call.groups * per_group),
+        lanes(lanes),
+        group_width(call.channels / call.groups) {}
+};
+
+// Neighbouring blocks of one batch entry and group, and their constants: [block][state][lane].
+template <class T>
+struct ScanPiece {
+  static constexpr int kWide = kLanes<T>;
+  const ScanCall& call;
+  int64_t b, group, first;  // first: channel
+  int blocks, width;        // width: channels
+  T* A;
+  T *B, *C;  // only where constant
+
+  ScanPiece(const ScanCall& call, const ScanBlocks& all, int64_t begin, int blocks, T* constants)
+      : call(call), b(begin / (all.per_group * call.groups)), group(begin / all.per_group % call.groups), blocks(blocks) {
+    int64_t const inside = begin % all.per_group * kWide, left = all.group_width - inside;
+    first = group * all.group_width + inside;
+    width = int(left < int64_t(blocks) * kWide ? left : int64_t(blocks) * kWide);
+    A = constants, B = A + int64_t(blocks) * call.states * kWide, C = B + int64_t(blocks) * call.states * kWide;
+    pack(call.A, A, kDecayScale<T>);
+    if (call.B.constant) pack(call.B.at, B, T(1));
+    if (call.C.constant) pack(call.C.at, C, T(1));
+  }
+
+  static int64_t constants(const ScanCall& call) { return 3 * int64_t(kPieceBlocks) * call.states * kWide; }
+
+  int lanes(int block) const { return width - block * kWide < kWide ? width - block * kWide : kWide; }
+
+  void pack(const void* from, T* to, T factor) const {
+    for (int64_t i = 0; i < int64_t(blocks) * kWide; ++i) {
+      const T* row = static_cast<const T*>(from) + (first + i) * call.states;
+      for (int64_t n = 0; n < call.states; ++n) to[(i / kWide * call.states + n) * kWide + i % kWide] = i < width ? row[n] * factor : T(0);
+    }
+  }
+
+  // Row of B or C for step t.
+  const T* row(const ScanMatrix& m, int64_t t) const { return static_cast<const T*>(m.at) + b * m.batch + t * m.step + group * m.of_group; }
+};
+
+// A weight of one state: the same for all lanes, or each lane its own.
+template <class T, bool constant>
+inline Vec<T> weight(const T* row, const T* lanes, int64_t n) {
+  if constexpr (constant) return load(lanes + n * kLanes<T>);
+  else return splat(row[n]);
+}
+
+// The recurrence of one block over `steps` steps: d (steps), x (steps times input) and y, all [step][lane]; h [state][lane].
+// kStates: the number of states if it is known, so that they stay in registers, else 0.
+template <class T, int kStates, bool kConstantB, bool kConstantC>
+inline void scan_block(const ScanPiece<T>& piece, int block, int64_t t0, int steps, const T* d, const T* x, T* y, T* state) {
+  constexpr int kWide = kLanes<T>;
+  int64_t const states = kStates ? kStates : piece.call.states;
+  const T* const A = piece.A + int64_t(block) * piece.call.states * kWide;
+  const T* const B = piece.B + int64_t(block) * piece.call.states * kWide;
+  const T* const C = piece.C + int64_t(block) * piece.call.states * kWide;
+  Vec<T> held[kStates ? kStates : 1];
+  for (int n = 0; n < kStates; ++n) held[n] = load(state + n * kWide);
+  for (int t = 0; t < steps; ++t) {
+    const T* const rowB = kConstantB ? nullptr : piece.row(piece.call.B, t0 + t);
+    const T* const rowC = kConstantC ? nullptr : piece.row(piece.call.C, t0 + t);
+    Vec<T> const dt = load(d + t * kWide), xt = load(x + t * kWide);
+    Vec<T> y2[2] = {};  // two sums, so that an addition need not wait for the one before
+#pragma GCC unroll 16
+    for (int64_t n = 0; n < states; ++n) {
+      Vec<T> const before = kStates ? held[kStates ? n : 0] : load(state + n * kWide);
+      Vec<T> const h = decay_lanes(dt * load(A + n * kWide)) * before + xt * weight<T, kConstantB>(rowB, B, n);
+      if constexpr (kStates) held[n] = h;
+      else store(state + n * kWide, h);
+      y2[n % 2] += h * weight<T, kConstantC>(rowC, C, n);
+    }
+    store(y + t * kWide, y2[0] + y2[1]);
+  }
+  for (int n = 0; n < kStates; ++n) store(state + n * kWide, held[n]);
+}
+
+template <class T>
+inline void scan_any_block(const ScanPiece<T>& piece, int block, int64_t t0, int steps, const T* d, const T* x, T* y, T* state) {
+  const ScanCall& call = piece.call;
+  if (call.B.constant && call.C.constant) return scan_block<T, 0, true, true>(piece, block, t0, steps, d, x, y, state);
+  if (call.B.constant) return scan_block<T, 0, true, false>(piece, block, t0, steps, d, x, y, state);
+  if (call.C.constant) return scan_block<T, 0, false, true>(piece, block, t0, steps, d, x, y, state);
+  if (call.states == 16) return scan_block<T, 16, false, false>(piece, block, t0, steps, d, x, y, state);
+  scan_block<T, 0, false, false>(piece, block, t0, steps, d, x, y, state);
+}
+
+// Step sizes and their products with the input, packed: [block][step][lane], `room` steps per block.
+template <class T>
+inline void scan_steps(const ScanPiece<T>& piece, int64_t t0, int steps, int64_t room, T* d, T* x) {
+  constexpr int kWide = kLanes<T>;
+  const ScanCall& call = piece.call;
+  const T* const bias = call.bias ? static_cast<const T*>(call.bias) + piece.first : nullptr;
+  for (int t = 0; t < steps; ++t) {
+    const T* const delta = element<T>(call.delta, piece.b, t0 + t, piece.first);
+    const T* const u = element<T>(call.u, piece.b, t0 + t, piece.first);
+    for (int k = 0; k < piece.blocks; ++k) {
+      int const lanes = piece.lanes(k);
+      Vec<T> s = load_part(delta + k * kWide, lanes);
+      if (bias) s += load_part(bias + k * kWide, lanes);
+      if (call.softplus) s = softplus_lanes<T>(s);
+      int64_t const at = (k * room + t) * kWide;
+      store(d + at, s);
+      store(x + at, s * load_part(u + k * kWide, lanes));
+    }
+  }
+}
+
+// out = (y + D u) silu(z) from packed y.
+template <class T>
+inline void scan_outputs(const ScanPiece<T>& piece, int64_t t0, int steps, const T* y) {
+  constexpr int kWide = kLanes<T>;
+  const ScanCall& call = piece.call;
+  const T* const D = call.D ? static_cast<const T*>(call.D) + piece.first : nullptr;
+  for (int t = 0; t < steps; ++t) {
+    const T* const u = element<T>(call.u, piece.b, t0 + t, piece.first);
+    const T* const z = call.z.at ? element<T>(call.z, piece.b, t0 + t, piece.first) : nullptr;
+    T* const out = element<T>(call.out, piece.b, t0 + t, piece.first);
+    for (int k = 0; k < piece.blocks; ++k) {
+      int const lanes = piece.lanes(k);
+      Vec<T> v = load(y + (int64_t(k) * kTileSteps + t) * kWide);
+      if (D) v += load_part(D + k * kWide, lanes) * load_part(u + k * kWide, lanes);
+      if (z) {
+        Vec<T> const gate = load_part(z + k * kWide, lanes);
+        v *= gate * sigmoid_lanes<T>(gate);
+      }
+      store_part(out + k * kWide, v, lanes);
+    }
+  }
+}
+
+// Keeps the packed states of a piece as the states after chunk c: (batch, chunks, states, channels).
+template <class T>
+inline void keep_states(const ScanPiece<T>& piece, int64_t c, const T* state) {
+  const ScanCall& call = piece.call;
+  T* const to = static_cast<T*>(call.kept) + (piece.b * scan_chunks(call) + c) * call.states * call.channels + piece.first;
+  for (int k = 0; k < piece.blocks; ++k) {
+    for (int64_t n = 0; n < call.states; ++n) {
+      Vec<T> const v = load(state + (int64_t(k) * call.states + n) * kLanes<T>);
+      store_part(to + n * call.channels + k * kLanes<T>, v, piece.lanes(k));
+    }
+  }
+}
+
+// Scans steps [begin, end) of a piece from `state`, which it changes.
+template <class T>
+inline void scan_piece(const ScanPiece<T>& piece, int64_t begin, int64_t end, T* state, T* d, T* x) {
+  constexpr int kWide = kLanes<T>;
+  const ScanCall& call = piece.call;
+  for (int64_t t = begin, next; t < end; t = next) {
+    int64_t const border = (t / call.chunk + 1) * call.chunk;
+    next = t + kTileSteps < border ? t + kTileSteps : border;
+    next = next < end ? next : end;
+    int const steps = int(next - t);
+    scan_steps(piece, t, steps, kTileSteps, d, x);
+    for (int k = 0; k < piece.blocks; ++k) {
+      int64_t const at = int64_t(k) * kTileSteps * kWide;
+      scan_any_block(piece, k, t, steps, d + at, x + at, x + at, state + int64_t(k) * call.states * kWide);  // y takes the place of x
+    }
+    scan_outputs(piece, t, steps, x);
+    if (next == border || next == call.length) keep_states(piece, t / call.chunk, state);
+  }
+}
+
+// Every thread scans a run of blocks; what a block gives does not depend on the threads.
+template <class T>
+bool scan_forward(const ScanCall& call, int threads) {
+  constexpr int kWide = kLanes<T>;
+  ScanBlocks const all(call, kWide);
+  bool enough_memory = true;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int part = 0; part < threads; ++part) {
+    FlushSubnormals flush;
+    int64_t const packed = int64_t(kPieceBlocks) * kTileSteps * kWide, kept = int64_t(kPieceBlocks) * call.states * kWide;
+    ScanScratch<T> memory(2 * packed + kept + ScanPiece<T>::constants(call));
+    if (memory.at == nullptr) {
+#pragma omp atomic write
+      enough_memory = false;
+      continue;
+    }
+    T *const d = memory.at, *const x = d + packed, *const state = x + packed, *const constants = state + kept;
+    int64_t const last = all.total * (part + 1) / threads;
+    for (int64_t begin = all.total * part / threads, next; begin < last; begin = next) {
+      next = (begin / all.per_group + 1) * all.per_group;
+      next = next < last ? next : last;
+      next = next < begin + kPieceBlocks ? next : begin + kPieceBlocks;
+      ScanPiece<T> const piece(call, all, begin, int(next - begin), constants);
+      memset(state, 0, size_t(kept) * sizeof(T));
+      scan_piece(piece, int64_t(0), call.length, state, d, x);
+    }
+  }
+  return enough_memory;
+}
+
+}  // namespace
+}  // namespace medgmae

@@ -1,0 +1,54 @@
+// The selective scan: what a call is, and the arithmetic of one channel and one step, written once for host and device.
+//
+//   s = softplus(delta + bias)   a = exp(s A)   h = a h + s u B   y = C . h + D u   out = y silu(z)
+//
+// Streams (u, delta, z, out, ...) hold the channels of a token side by side; a reversed scan is one that walks from the last
+// token with negative strides, so that no kernel knows about it.
+#pragma once
+
+#include "../common.h"
+
+namespace medgmae {
+
+// A stream: element (batch b, scanned step t, channel d) is at[b * batch + t * step + d], in elements.
+struct ScanStream {
+  void* at;
+  int64_t batch, step;
+};
+
+// B or C. By time: (b, t, group, n) is at[b * batch + t * step + group * of_group + n]. Constant: (d, n) is at[d * states + n].
+struct ScanMatrix {
+  void* at;
+  int64_t batch, step, of_group;
+  bool constant;
+};
+
+// One scan of `length` steps, forward or backward. The dtype of the call is that of A, D and bias and of the computation; the
+// streams and the matrices by time have it too, or on CUDA bfloat16 or float16. Null pointers stand for what is absent.
+struct ScanCall {
+  int64_t batch, length, channels, states, groups;
+  int64_t chunk;  // steps between kept states
+  bool softplus;
+  ScanStream u, delta, z;
+  ScanMatrix B, C;
+  const void *A, *D, *bias;  // (channels, states), (channels), (channels)
+  // Forward: written. Backward: read. The state after each chunk, (batch, chunks, states, channels).
+  void* kept;
+  ScanStream out;  // forward only
+  // Backward only. grad is read, grad_state (batch, states, channels) too; the rest is written.
+  ScanStream grad, du, ddelta, dz;
+  const void* grad_state;
+  void *dA, *dD, *dbias;  // per batch: (batch, channels, states), (batch, channels), (batch, channels); the caller sums them
+  // Gradients of B and C, dense. By time: (parts, batch, length, groups, states) of partial sums over slabs of channels, which the
+  // caller adds up in order. Constant: (batch, channels, states).
+  void *dB, *dC;
+  int64_t parts;
+};
+
+// Channels of a group over which the CPU sums the gradients of B and C.
+constexpr int kScanSlab = 64;
+static inline int64_t scan_slabs(const ScanCall& call) { return (call.channels / call.groups + kScanSlab - 1) / kScanSlab; }
+
+MEDGMAE_HD int64_t scan_chunks(const ScanCall& call) { return (call.length + call.chunk - 1) / call.chunk; }
+
+}  // namespace medgmae

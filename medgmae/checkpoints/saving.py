@@ -1,0 +1,268 @@
+"""Save a model as a folder that anyone can load again, and upload such a folder to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medgmae._version import __version__
+from medgmae.checkpoints.cards import WeightCard, WeightsError
+from medgmae.checkpoints.download import writing
+from medgmae.checkpoints.sources import CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, hub_errors
+from medgmae.models.registry import model_builder, model_names
+
+README_FILE = "README.md"
+
+_SOURCES = ("hub", "url", "file", "md5", "sha256", "bytes", "page_file")
+
+_log = logging.getLogger("medgmae")
+
+
+def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write a model as ``model.safetensors``, ``config.json`` and a model card ``README.md``.
+
+    Every file is replaced whole or not at all; other files in the folder stay. A wrapper such as
+    ``DistributedDataParallel`` or ``torch.compile`` is taken off first. Load the folder with
+    ``create_model("local-dir:FOLDER")`` or ``load_pretrained(model, FOLDER)``.
+
+    Args:
+        model: a module made by ``create_model``.
+        folder: where to write; made if it does not exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        WeightsError: the model has no ``config``, tensors without values, or the folder cannot be written.
+    """
+    model = unwrap(model)
+    config = model_config(model)
+    tensors = _tensors(model)
+    _check_rebuilds(config, model)
+    folder = Path(folder).expanduser()
+    with writing(folder, "choose another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+            _write_files(Path(name), config, tensors)
+            for file in (WEIGHTS_FILE, CONFIG_FILE, README_FILE):
+                os.replace(Path(name, file), folder / file)
+    return folder
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload model",
+) -> str:
+    """Save a model and upload it to the Hugging Face hub; the repository is made if it does not exist.
+
+    Args:
+        model: a module made by ``create_model``.
+        repo_id: ``"org/name"``, or ``"name"`` for a repository of your own.
+        private: whether a new repository is private.
+        token: hub token; ``None`` for the one that ``hf auth login`` stored.
+        revision: branch to upload to, made if it does not exist; ``None`` for ``main``.
+        commit_message: first line of the commit.
+
+    Returns:
+        Address of the uploaded commit. Its last part is the revision to pin in ``"hf-hub:org/name@revision"``.
+
+    Raises:
+        WeightsError: the model cannot be saved, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token, library_name="medgmae", library_version=__version__)
+    with tempfile.TemporaryDirectory() as name:
+        folder = save_pretrained(model, Path(name))
+        with hub_errors(f"{HUB_PREFIX}{repo_id}"):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            # The card names the repository, which is only known in full now.
+            (folder / README_FILE).write_text(model_readme(model_config(unwrap(model)), repo_id), encoding="utf-8")
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+            )
+    return f"{api.endpoint}/{repo_id}/tree/{commit.oid}"
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """What ``config.json`` says of a model, in the layout that timm made common.
+
+    ``architecture`` and ``model_args`` build it again; ``grid`` is that of its table of positions; ``pretrained_cfg``
+    is the card of the weights it started from, without where to fetch them; the rest is there for readers.
+
+    Raises:
+        WeightsError: the model has no ``config`` or one that JSON cannot hold.
+    """
+    made = getattr(model, "config", None)
+    if not isinstance(made, Mapping) or not {"architecture", "model_args"} <= set(made):
+        raise WeightsError(
+            f"{type(model).__name__} has no .config with 'architecture' and 'model_args' to build it again from; "
+            'save a model that create_model made, or set model.config = {"architecture": ..., "model_args": {...}}'
+        )
+    model_args = dict(made["model_args"])
+    if getattr(model, "num_classes", 0) or "num_classes" in model_args:
+        model_args["num_classes"] = model.num_classes  # reset_classifier may have changed it
+    config = {
+        "architecture": made["architecture"],
+        "num_classes": getattr(model, "num_classes", 0),
+        "num_features": getattr(model, "num_features", None),
+        "model_args": model_args,
+        "grid": made.get("grid"),
+        "pretrained_cfg": _origin(made.get("card")),
+        "library_name": "medgmae",
+        "library_version": __version__,
+    }
+    try:
+        loaded: dict[str, Any] = json.loads(json.dumps(config, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"model.config does not fit into JSON: {error}; use numbers, text and lists") from error
+    return loaded
+
+
+def model_readme(config: Mapping[str, Any], repo_id: str | None = None) -> str:
+    """A model card in the hub's format for a configuration that :func:`model_config` made.
+
+    Args:
+        config: the configuration.
+        repo_id: hub repository that the usage example names; ``None`` for the folder itself.
+    """
+    from huggingface_hub import ModelCardData
+
+    card = config["pretrained_cfg"] or {}
+    data = ModelCardData(
+        license=card.get("license"),
+        library_name="medgmae",
+        pipeline_tag="image-feature-extraction",
+        tags=["medical-imaging", "3d", "masked-autoencoder"],
+    )
+    source = f"{HUB_PREFIX}{repo_id}" if repo_id else "local-dir:."
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {repo_id or config['architecture']}",
+        f"A `{config['architecture']}`, saved by medgmae {config['library_version']}.",
+        f'```python\nimport medgmae\n\nmodel = medgmae.create_model("{source}").eval()\n```',
+    ]
+    if config["model_args"]:
+        parts.append("Built with " + ", ".join(f"`{key}={value!r}`" for key, value in config["model_args"].items()))
+    if card:
+        parts += [f"## Weights\n\nStarted from `{card['tag']}`.", *_card_sections(card)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _card_sections(card: Mapping[str, Any]) -> list[str]:
+    sections = []
+    titles = {"page": "Source", "license": "Licence", "training_data": "Training data", "notes": "Notes"}
+    for name, title in titles.items():
+        if card.get(name):
+            sections.append(f"**{title}:** {card[name]}")
+    if card.get("input"):
+        stated = {key: value for key, value in card["input"].items() if value not in (None, [])}
+        rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in stated.items())
+        sections.append(f"## Input\n\n| | |\n|---|---|\n{rows}")
+    if card.get("citation"):
+        sections.append(f"## Citation\n\n{card['citation']}")
+    return sections
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else f"`{json.dumps(value)}`"
+
+
+def _origin(card: WeightCard | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The card without where to fetch it: hashes and addresses are those of another file."""
+    if card is None:
+        return None
+    data = card.to_json() if isinstance(card, WeightCard) else dict(card)
+    return {name: None if name in _SOURCES else value for name, value in data.items()}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model as safetensors can hold it: dense, contiguous, no memory shared between two names."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+            kind = "a tensor without values" if isinstance(value, Tensor) else type(value).__name__
+            raise WeightsError(f"{name}: {kind} cannot be saved; give every entry of the state values (dense tensors)")
+        value = value.detach()
+        storage = value.untyped_storage()
+        whole = value.is_contiguous() and storage.nbytes() == value.nbytes
+        if not whole or storage.data_ptr() in seen:
+            value = value.clone(memory_format=torch.contiguous_format)
+        seen.add(storage.data_ptr())
+        tensors[name] = value
+    return tensors
+
+
+def _check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise unless ``config`` builds a model with the same tensors: a part that was swapped by hand would be lost."""
+    if config["architecture"] not in model_names():
+        return  # a module of the caller's own; create_model will say that it does not know the name
+    with torch.device("meta"):
+        again = model_builder(config["architecture"])(**config["model_args"])
+    before = {name: tuple(tensor.shape) for name, tensor in again.state_dict().items()}
+    after = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    changed = sorted(name for name in before | after if before.get(name) != after.get(name))
+    changed += [path for path in _SETTINGS if _attribute(again, path) != _attribute(model, path)]
+    if changed:
+        raise WeightsError(
+            f"the model is not what create_model({config['architecture']!r}) with its options builds and could not be "
+            f"loaded again: {', '.join(changed[:6])} changed. Use create_model's options or reset_classifier instead "
+            "of replacing parts, or save your own state_dict()"
+        )
+
+
+# What a model's options decide beside its tensors and a hand could change.
+_SETTINGS = (
+    *("pool", "norm_target", "loss", "image_norm", "renderer.support", "decoder.density_scale"),
+    *("scan_order", "rope_residual", "encoder.scan_order", "encoder.rope_residual", "decoder.rope_residual"),
+)
+
+
+def _attribute(model: Any, path: str) -> Any:
+    """A dotted attribute, None if it is not there."""
+    return functools.reduce(lambda value, name: getattr(value, name, None), path.split("."), model)
+
+
+def _write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", "medgmae": json.dumps(config)})
+    except SafetensorError as error:  # how safetensors reports a file system that refuses
+        raise OSError(str(error)) from error
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / README_FILE).write_text(model_readme(config), encoding="utf-8")
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors makes files that only the owner may read
+    for path in folder.iterdir():
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())

@@ -1,0 +1,326 @@
+"""From a weight card, a hub address or a path to a file on this machine, verified."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medgmae.checkpoints.cards import HUB_ORG, WeightCard, WeightsError, weight_card, weights_folder
+from medgmae.checkpoints.download import after_discard, disk_message, download
+from medgmae.checkpoints.hashes import HashMismatchError, cache_root, verify
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+HUB_PREFIX = "hf-hub:"
+LOCAL_PREFIX = "local-dir:"
+
+_HUB_SOURCE = re.compile(r"(?P<repo>[^@:\s]+)(@(?P<revision>[^:\s]+))?(:(?P<file>\S+))?")
+_SUFFIXES = {".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin"}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+_log = logging.getLogger("medgmae")
+
+
+@dataclass(frozen=True)
+class FetchedFile:
+    """A verified weight file on this machine and the ``config.json`` that came with it, if any."""
+
+    path: Path
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """What a ``source`` argument stands for.
+
+    Attributes:
+        path: the weight file.
+        config: the ``config.json`` beside it, if there is one.
+        card: the weight card, if the source is one or a tag.
+        name: the source in words, for messages.
+    """
+
+    path: Path
+    config: dict[str, Any] | None
+    card: WeightCard | None
+    name: str
+
+
+def resolve(
+    source: str | os.PathLike[str] | WeightCard,
+    *,
+    architecture: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    hub_org: str = HUB_ORG,
+    token: str | bool | None = None,
+    progress: bool = True,
+) -> ResolvedSource:
+    """Find the file behind a source, fetching it when it is not on this machine yet.
+
+    Args:
+        source: a card or its tag, ``"hf-hub:org/repo[@revision][:file]"``, a weight file, a folder that
+            ``save_pretrained`` wrote (also as ``"local-dir:/path"``).
+        architecture: registered name that a bare tag (``"tangerine"``) is looked up for.
+        cache_dir: see :func:`fetch`; likewise ``hub_org``, ``token`` and ``progress``.
+
+    Raises:
+        WeightsError: there is no such thing, or see :func:`fetch`.
+    """
+    if isinstance(source, str):
+        source = _parse_source(source, architecture)
+    if isinstance(source, (str, WeightCard)):
+        fetched = fetch(source, cache_dir=cache_dir, hub_org=hub_org, token=token, progress=progress)
+        card = source if isinstance(source, WeightCard) else None
+        return ResolvedSource(fetched.path, fetched.config, card, card.tag if card else str(source))
+    path = Path(source).expanduser()
+    fetched = FetchedFile(path) if path.is_file() else read_folder(path)
+    return ResolvedSource(fetched.path, fetched.config, None, str(path))
+
+
+def _parse_source(source: str, architecture: str | None) -> WeightCard | Path | str:
+    """A card, a path, or the unchanged hub address."""
+    if source.startswith(HUB_PREFIX):
+        return source
+    path = Path(source.removeprefix(LOCAL_PREFIX)).expanduser()
+    if source.startswith(LOCAL_PREFIX) or os.sep in source or path.suffix in _SUFFIXES:
+        return path
+    # A tag wins over a file that happens to have its name: what "tangerine" means must not hang on the current folder.
+    try:
+        return weight_card(source, architecture)
+    except WeightsError as error:
+        if path.exists():
+            return path
+        raise WeightsError(f"{error}. There is no file or folder of that name either") from None
+
+
+def fetch(
+    source: WeightCard | str,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    hub_org: str = HUB_ORG,
+    token: str | bool | None = None,
+    progress: bool = True,
+) -> FetchedFile:
+    """Bring a card's weights, or those of a hub repository, to this machine and verify them.
+
+    A card is tried in the order of its fields: the file shipped with the package, the hub, the direct address.
+
+    Args:
+        source: a card, or ``"hf-hub:org/repo[@revision][:file]"``.
+        cache_dir: replaces the Hugging Face cache and ours.
+        hub_org: organisation of a hub repository that is named without one.
+        token: hub token; ``None`` for the one that ``hf auth login`` stored.
+        progress: show a progress bar while downloading.
+
+    Raises:
+        WeightsError: it cannot be fetched, or is not what its card or the hub announces. For weights that only a person
+            can get, the message says how.
+    """
+    options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "progress": progress}
+    if isinstance(source, str):
+        return _fetch_repository(source, hub_org, **options)
+    if source.file is not None:
+        return FetchedFile(_shipped(source, cache_root(cache_dir)))
+    if source.hub is not None:
+        repo, revision, file = _repo_id(source.hub["repo"], hub_org), source.hub["revision"], source.hub["file"]
+        try:
+            return FetchedFile(_from_hub(repo, revision, file, sha256=source.sha256, **options))
+        except HashMismatchError:
+            raise
+        except WeightsError as error:
+            if source.url is None:
+                raise
+            _log.warning("%s: %s. Trying %s instead", source.tag, error, source.url)
+    if source.url is not None:
+        return FetchedFile(_from_url(source, cache_root(cache_dir), progress))
+    raise WeightsError(_by_hand(source))
+
+
+def _by_hand(card: WeightCard) -> str:
+    if card.page_file is None:
+        where = f" ({card.page})" if card.page else ""
+        return (
+            f"{card.tag}: no weights are published for this model{where}. Train it yourself, starting from "
+            f"create_model({card.architecture!r}), or load a file of your own: "
+            f'load_pretrained(model, "/path/to/checkpoint.pth")'
+        )
+    return (
+        f"{card.tag}: the authors share these weights on a page that only a person can download from: {card.page}. "
+        f'Fetch {card.page_file} there, then load_pretrained(model, "/path/to/{card.page_file}"), or convert it once: '
+        f"medgmae convert /path/to/{card.page_file} OUT"
+    )
+
+
+def _shipped(card: WeightCard, root: Path) -> Path:
+    path = weights_folder() / str(card.file)
+    if not path.is_file():
+        raise WeightsError(f"{card.tag}: {path} should come with the package and is not there; install medgmae again")
+    try:
+        verify(path, root=root, sha256=card.sha256)
+    except HashMismatchError as error:
+        raise HashMismatchError(f"{card.tag}: {error}; install medgmae again") from None
+    return path
+
+
+def _from_url(card: WeightCard, root: Path, progress: bool) -> Path:
+    url = str(card.url)
+    md5, sha256 = card.url_hashes()
+    name = re.sub(r"[^\w.-]", "_", url.partition("?")[0].rpartition("/")[2]) or "weights"
+    # The hash in the path keeps two editions of one address apart, and lets two cards share one download.
+    target = root / "url" / str(md5 or sha256)[:16] / name
+    size = None if card.hub or card.file else card.bytes
+    return download(url, target, root=root, md5=md5, sha256=sha256, size=size, progress=progress)
+
+
+def _repo_id(repo: str, org: str) -> str:
+    return repo if "/" in repo else f"{org}/{repo}"
+
+
+def _fetch_repository(source: str, hub_org: str, **options: Any) -> FetchedFile:
+    match = _HUB_SOURCE.fullmatch(source.removeprefix(HUB_PREFIX))
+    if not source.startswith(HUB_PREFIX) or match is None:
+        raise WeightsError(f"{source!r} is not a hub address; expected 'hf-hub:org/repo[@revision][:file]'")
+    repo, file = _repo_id(match["repo"], hub_org), match["file"] or WEIGHTS_FILE
+    path = _from_hub(repo, match["revision"] or "main", file, sha256=None, **options)
+    # The commit that the weights came from, so that a push in between cannot mix two editions.
+    snapshot = path.parents[file.count("/")].name
+    return FetchedFile(path, _hub_config(repo, snapshot, **options))
+
+
+def _from_hub(
+    repo: str,
+    revision: str,
+    file: str,
+    *,
+    sha256: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+    progress: bool,
+) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(f"{HUB_PREFIX}{repo}@{revision}:{file}"), _bars(progress):
+        path = Path(hf_hub_download(repo, file, revision=revision, cache_dir=_hub_cache(cache_dir), token=token))
+    try:
+        verify(path, root=cache_root(cache_dir), sha256=sha256 or _announced_sha256(path))
+    except HashMismatchError as error:
+        raise HashMismatchError(f"{HUB_PREFIX}{repo}@{revision}: {error}; {after_discard(path)}") from None
+    return path
+
+
+def _announced_sha256(path: Path) -> str | None:
+    """The digest that the hub announced for a large file: the client names the cached content after it.
+
+    Only the first link counts: it may point on to a store whose names are hashes of another kind.
+    """
+    name = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+    return name if _SHA256.fullmatch(name) else None
+
+
+def _hub_config(repo: str, revision: str, **options: Any) -> dict[str, Any] | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    cached = try_to_load_from_cache(repo, CONFIG_FILE, cache_dir=_hub_cache(options["cache_dir"]), revision=revision)
+    if cached is not None and not isinstance(cached, str):  # the hub said before that there is none
+        return None
+    try:
+        return _read_json(_from_hub(repo, revision, CONFIG_FILE, sha256=None, **options))
+    except WeightsError as error:
+        if not isinstance(error.__cause__, EntryNotFoundError):
+            raise
+        _log.info("%s", error)
+        return None
+
+
+def _hub_cache(cache_dir: str | os.PathLike[str] | None) -> Path | None:
+    return None if cache_dir is None else cache_root(cache_dir) / "hub"
+
+
+@contextmanager
+def _bars(progress: bool) -> Iterator[None]:
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if progress or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Turn the hub client's errors into :class:`WeightsError` that say what to do; ``what`` opens the message."""
+    from huggingface_hub import constants, errors
+
+    http_error: Any = vars(errors)["HTTPError"]  # of httpx or httpx2, whichever this client is built on
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        remedy = f"accept its terms on {constants.ENDPOINT}, then log in with 'hf auth login' or pass token="
+        raise WeightsError(f"{what}: the repository is gated; {remedy}") from error
+    except errors.RepositoryNotFoundError as error:
+        problem = f"no such repository on {constants.ENDPOINT}, or no right to it"
+        remedy = "check the name; if it is private, log in with 'hf auth login' or pass token="
+        raise WeightsError(f"{what}: {problem}; {remedy}") from error
+    except errors.RevisionNotFoundError as error:
+        remedy = "give a branch, a tag or a commit that it has"
+        raise WeightsError(f"{what}: the repository has no such revision; {remedy}") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        answer = f"{constants.ENDPOINT} does not serve it ({_first_line(error.__cause__ or error)})"
+        problem = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else answer
+        remedy = "download it once with a connection, or point HF_HOME to a cache that has it"
+        raise WeightsError(f"{what}: not in the cache, and {problem}; {remedy}") from error
+    except errors.EntryNotFoundError as error:
+        remedy = "name another file as 'hf-hub:org/repo@revision:file'"
+        raise WeightsError(f"{what}: the repository has no such file; {remedy}") from error
+    except (errors.HFValidationError, http_error) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        remedy = "; log in with 'hf auth login' or pass token=" if status in (401, 403) else ""
+        raise WeightsError(f"{what}: {_first_line(error)}{remedy}") from error
+    except OSError as error:
+        problem = _first_line(error) if error.errno is None else disk_message(Path(error.filename or "cache"), error)
+        raise WeightsError(f"{what}: {problem}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def read_folder(folder: Path) -> FetchedFile:
+    """The weights and configuration in a folder that ``save_pretrained`` wrote.
+
+    Raises:
+        WeightsError: no such folder, no ``model.safetensors`` in it, or ``config.json`` is not readable.
+    """
+    if not folder.is_dir():
+        raise WeightsError(f"{folder}: no such file or folder")
+    weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    if not weights.is_file():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise WeightsError(f"{folder}: expected {WEIGHTS_FILE} in this folder, found {found}; or name the weight file")
+    return FetchedFile(weights, _read_json(config) if config.is_file() else None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _parse(path.read_text(encoding="utf-8"), path)
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise WeightsError(f"{path}: the configuration is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path}: the configuration should be a JSON object, got {type(config).__name__}")
+    return config

@@ -1,0 +1,62 @@
+"""SimpleITK at arm's length: imported when first used, kept quiet, and checked where it lets broken headers pass."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from medgmae.data.geometry import VolumeError
+
+_log = logging.getLogger("medgmae")
+# MetaImage's reader reports these, then hands out what it has.
+_FATAL = ("Uncompress failed", "data not read completely")
+_lock = threading.RLock()
+
+
+def simpleitk() -> Any:
+    """The module, untyped: its stubs cover a part of it only. The import takes a quarter of a second."""
+    import SimpleITK
+
+    return SimpleITK
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what native readers write to file descriptor 2 off the terminal, one reader at a time: it goes to the log.
+
+    Raises:
+        VolumeError: the messages say that voxels are missing, although the reader did not fail.
+    """
+    said = ""
+    with _lock, tempfile.TemporaryFile() as capture:
+        try:
+            saved = os.dup(2)
+        except OSError:  # no standard error to protect
+            yield
+            return
+        try:
+            os.dup2(capture.fileno(), 2)
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            capture.seek(0)
+            said = capture.read().decode("utf-8", "replace").strip()
+    if said:
+        _log.debug("the reader says: %s", said)
+    if any(phrase in said for phrase in _FATAL):
+        raise VolumeError(f"the voxels are truncated or broken ({said.splitlines()[0]}); expected an intact file")
+
+
+def reason(error: Exception) -> str:
+    """The line of an ITK message that tells something."""
+    lines = [
+        line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception thrown")
+    ]
+    return re.sub(r"\(0x[0-9a-f]+\)", "", " ".join(lines[-3:])) or type(error).__name__

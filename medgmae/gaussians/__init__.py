@@ -1,0 +1,1 @@
+"""3D Gaussians: rendering, frames, files, fitting."""

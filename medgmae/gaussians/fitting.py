@@ -1,0 +1,247 @@
+"""Fit 3D Gaussians to a scan: descent through the renderer, with Gaussians added and moved to where the error is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from medgmae.gaussians.rendering import GaussianRenderer, Gaussians
+from medgmae.ops.voxel.operator import Support
+
+# Standard deviations stay above this many voxels: thinner Gaussians fall between voxels and get no gradient.
+THINNEST = 0.3
+# The fit begins with this share of the Gaussians; the others join where the first ones fail.
+FIRST_SHARE = 0.1
+# Gaussians join and move this often, evenly spread over the first part of the steps; the rest is for settling.
+ROUNDS = 10
+GROWING = 0.5
+# Share of the Gaussians that move in each round: those that add the least.
+MOVED_SHARE = 0.1
+# Standard deviation of the Gaussians of the start, in spacings between them, and of those that join, in voxels.
+FIRST_SCALE = 0.7
+JOINING_SCALE = 0.7
+# Added to the gradient where the first ones are drawn, in parts of the range per voxel: flat regions get some too.
+EDGE_FLOOR = 1e-3
+# Of the residual at its place, what a joining Gaussian takes over: its neighbours are about to take their share.
+JOINING_DENSITY = 0.5
+
+
+class Rates(NamedTuple):
+    """Learning rates of Adam at the first step.
+
+    means: voxels per step.
+    scales: of the logarithm of the standard deviations.
+    quats: of the quaternions, which start with length 1.
+    densities: in parts of the scan's range of values.
+    final: the part of every rate that is left at the last step; they fall exponentially.
+    """
+
+    means: float = 0.3
+    scales: float = 0.1
+    quats: float = 0.06
+    densities: float = 0.02
+    final: float = 0.2
+
+
+class _Parameters(NamedTuple):
+    """What is optimised, one row per Gaussian.
+
+    means: (K, 3) in voxels, (d, h, w). log_scales: (K, 3), of standard deviations in voxels. quats: (K, 4), (w, x, y,
+    z). densities: (K,), in parts of the scan's range.
+    """
+
+    means: Tensor
+    log_scales: Tensor
+    quats: Tensor
+    densities: Tensor
+
+
+class Voxels(Protocol):
+    """Voxels and their spacing: what a fit asks of a :class:`~medgmae.Volume`."""
+
+    @property
+    def data(self) -> Tensor:
+        """(1, D, H, W)."""
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres between voxel centres (d, h, w)."""
+
+
+def fit_gaussians(
+    scan: Voxels | Tensor,
+    count: int,
+    steps: int = 1000,
+    *,
+    support: Support = 3.0,
+    rates: Rates | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callable[[int, float], None] | None = None,
+) -> Gaussians:
+    """Find Gaussians whose rendering is close to a scan, in mean squared error.
+
+    Adam moves, turns, scales and weighs them. A tenth of them starts at places drawn by the size of the gradient,
+    round in millimetres and as wide as the places are apart. In ten rounds the others join, and the tenth that adds
+    the least moves, to places drawn by the squared residual; there they start with part of the residual. Densities
+    may become negative: a vessel in bright tissue costs one Gaussian then.
+
+    Args:
+        scan: (1, D, H, W) volume with its spacing; or a tensor of that shape, with voxels of 1 mm. No Gaussians give
+            0: background should be 0, as after a window to 0..1.
+        count: Gaussians, K.
+        steps: of Adam, each a rendering forward and backward. With 0 the start is returned.
+        support: where a Gaussian counts, see :class:`~medgmae.GaussianRenderer`; render the result with the same.
+        rates: learning rates.
+        generator: source of the places, on the CPU. None: one with seed 0, so that equal calls give equal Gaussians.
+        callback: called after every step with the number of steps done and the PSNR in dB before the step, whose peak
+            is the scan's range of values.
+
+    Returns:
+        (1, K, ...) in units of the scan's axes, float32 on the scan's device, without gradients; ``to_world(scan)``
+        moves them into the patient's frame.
+
+    Raises:
+        ValueError: a scan of another shape or without a range of values, or with NaN or infinite voxels; count below 1
+            or steps below 0; or a fit that diverges.
+    """
+    if count < 1 or steps < 0:
+        raise ValueError(f"count (={count}) must be at least 1 and steps (={steps}) at least 0")
+    fit = _Fit(scan, count, steps, GaussianRenderer(support), rates or Rates())
+    fit.start(torch.Generator().manual_seed(0) if generator is None else generator)
+    for done in range(1, steps + 1):
+        psnr = fit.step(done)
+        if callback is not None:
+            callback(done, psnr)
+    return Gaussians(*(tensor.detach() for tensor in fit.gaussians(count)))
+
+
+def _voxels(scan: Voxels | Tensor) -> tuple[Tensor, Tensor]:
+    """The values (D, H, W) and the spacing in mm, checked."""
+    data, spacing = (scan, (1.0, 1.0, 1.0)) if isinstance(scan, Tensor) else (scan.data, scan.spacing)
+    if data.dim() != 4 or data.shape[0] != 1 or not data.numel():
+        raise ValueError(f"the scan is {tuple(data.shape)}: expected (1, D, H, W), one channel, as a Gaussian has one")
+    values = data[0].detach().float()
+    bad = int((~values.isfinite()).sum())
+    if bad:
+        raise ValueError(f"{bad} of {values.numel()} voxels are NaN or infinite; replace them before the fit")
+    if float(values.max()) == float(values.min()):
+        raise ValueError(f"every voxel is {float(values.min()):g}: there is nothing to fit; check the scan's window")
+    return values, torch.tensor(spacing, device=values.device)
+
+
+def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` places (count, 3) in voxels, (d, h, w), as dense as the weights (D, H, W) are large.
+
+    Systematic: equal steps along the running sum, each with its own offset. Repeats are as rare as the weights allow.
+    """
+    total = weights.flatten().double().cumsum(0).cpu()
+    offsets = torch.rand(count, generator=generator, dtype=torch.float64)
+    aims = (torch.arange(count, dtype=torch.float64) + offsets) / count * total[-1]
+    index = torch.searchsorted(total, aims).clamp(max=len(total) - 1)
+    size = weights.shape
+    corners = torch.stack([index // (size[1] * size[2]), index // size[2] % size[1], index % size[2]], dim=1)
+    shifts = torch.rand(count, 3, generator=generator) - 0.5
+    last = torch.tensor(size) - 1
+    return torch.minimum((corners + shifts).clamp(min=0), last).to(weights.device)
+
+
+def _round_gaussians(places: Tensor, scales: Tensor, densities: Tensor) -> _Parameters:
+    """Gaussians that are not turned, from places and standard deviations (n, 3) in voxels and densities (n,)."""
+    quats = torch.zeros(len(places), 4, device=places.device)
+    quats[:, 0] = 1
+    return _Parameters(places, scales.clamp(min=THINNEST).log(), quats, densities)
+
+
+def _at(volume: Tensor, places: Tensor) -> Tensor:
+    """Values (n,) of a volume (D, H, W) at the voxels nearest to places (n, 3) inside it."""
+    d, h, w = places.round().long().unbind(1)
+    return volume[d, h, w]
+
+
+class _Fit:
+    """The state of one fit. Rows from ``active`` on have not joined yet: they are not rendered and do not move."""
+
+    def __init__(self, scan: Voxels | Tensor, count: int, steps: int, renderer: GaussianRenderer, rates: Rates) -> None:
+        self.values, self.spacing = _voxels(scan)
+        self.count, self.steps, self.renderer, self.rates = count, steps, renderer, rates
+        self.span = float(self.values.max() - self.values.min())
+        self.unit = 1 / (self.values.new_tensor(self.values.shape) - 1).clamp(min=1)
+        shares = [(k + 1) / ROUNDS for k in range(ROUNDS)]
+        joined = {
+            round(GROWING * steps * s): max(1, round(count * (FIRST_SHARE + (1 - FIRST_SHARE) * s))) for s in shares
+        }
+        self.active_after = {done: active for done, active in joined.items() if 0 < done < steps}
+        self.active = max(1, round(count * FIRST_SHARE)) if self.active_after else count
+
+    def start(self, generator: torch.Generator) -> None:
+        """Place the first Gaussians and set up the descent."""
+        self.generator = generator
+        self.parameters = self._first()
+        groups = zip(self.parameters, self.rates, strict=False)
+        self.adam = torch.optim.Adam([{"params": [p], "lr": r} for p, r in groups], betas=(0.9, 0.99), eps=1e-15)
+        self.decline = torch.optim.lr_scheduler.ExponentialLR(self.adam, self.rates.final ** (1 / max(1, self.steps)))
+
+    def step(self, done: int) -> float:
+        """One step of Adam, and a round of joining and moving where one is due; the PSNR in dB before it."""
+        rendered = self.renderer(self.gaussians(self.active), self.values.shape)[0, 0]
+        loss = (rendered - self.values).div(self.span).square().mean()
+        error = float(loss.detach())
+        if not math.isfinite(error):
+            raise ValueError(f"the fit diverged at step {done} of {self.steps}; lower the rates, {self.rates}")
+        self.adam.zero_grad()
+        loss.backward()
+        self.adam.step()
+        self.decline.step()
+        with torch.no_grad():
+            self.parameters.log_scales.clamp_(min=math.log(THINNEST))
+            if done in self.active_after:
+                self._join_and_move(self.values - rendered, self.active_after[done])
+        return -10 * math.log10(error) if error > 0 else math.inf
+
+    def gaussians(self, count: int) -> Gaussians:
+        """The first ``count`` Gaussians as the renderer takes them."""
+        means, log_scales, quats, densities = (p[None, :count] for p in self.parameters)
+        return Gaussians(means * self.unit, log_scales.exp() * self.unit, quats, densities * self.span)
+
+    def _first(self) -> _Parameters:
+        """Gaussians where the scan has edges, as wide as they are apart, in the active rows."""
+        weights = self._edges() + EDGE_FLOOR * self.span
+        places = _draw(weights, self.active, self.generator)
+        apart = (self.spacing.prod() * weights.sum() / (self.active * _at(weights, places))) ** (1 / 3)  # mm
+        values = _at(self.values, places)
+        found = _round_gaussians(places, FIRST_SCALE * apart[:, None] / self.spacing, values / self.span)
+        self.parameters = _Parameters(*(p.new_zeros(self.count, *p.shape[1:]) for p in found))
+        for parameter, rows in zip(self.parameters, found, strict=True):
+            parameter[: self.active] = rows
+        # Neighbours overlap: where their sum overshoots the scan, each gets its part of the value.
+        overshoot = _at(self.renderer(self.gaussians(self.active), self.values.shape)[0, 0], places) / values
+        self.parameters.densities[: self.active] /= overshoot.nan_to_num(1.0).clamp(min=1.0)
+        return _Parameters(*(parameter.requires_grad_() for parameter in self.parameters))
+
+    def _edges(self) -> Tensor:
+        """Size of the gradient (D, H, W), per mean width of a voxel."""
+        size = self.spacing.prod() ** (1 / 3)
+        slopes = [
+            torch.gradient(self.values, dim=axis)[0] * (size / self.spacing[axis])
+            for axis, n in enumerate(self.values.shape)
+            if n > 1
+        ]
+        return torch.stack(slopes).square().sum(0).sqrt()
+
+    def _join_and_move(self, residual: Tensor, active: int) -> None:
+        """New Gaussians, and those that add the least, to places drawn by the squared residual (D, H, W)."""
+        energy = self.parameters.densities.square().log() + self.parameters.log_scales.sum(1)
+        moved = energy[: self.active].topk(round(MOVED_SHARE * self.active), largest=False).indices
+        rows = torch.cat([moved, torch.arange(self.active, active, device=moved.device)])
+        places = _draw(residual.square(), len(rows), self.generator)
+        scales = (JOINING_SCALE * self.spacing.prod() ** (1 / 3) / self.spacing).expand(len(rows), 3)
+        found = _round_gaussians(places, scales, JOINING_DENSITY / self.span * _at(residual, places))
+        for parameter, values in zip(self.parameters, found, strict=True):
+            parameter[rows] = values
+            for average in ("exp_avg", "exp_avg_sq"):
+                self.adam.state[parameter][average][rows] = 0
+        self.active = active

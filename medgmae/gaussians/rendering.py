@@ -1,0 +1,162 @@
+"""3D Gaussians and the renderer that turns them into a volume."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medgmae.gaussians.frames import Placed, axes_to_world, transformed
+from medgmae.gaussians.ply import Frame, Splats, read_ply, reversed_axes, write_ply
+from medgmae.ops.voxel.operator import Support, support_code, voxelize
+
+
+class Gaussians(NamedTuple):
+    """A batch of sets of K Gaussians; the value of one at distance d of its centre is density · exp(-½ dᵀ Σ⁻¹ d).
+
+    means: (B, K, 3) centres, in units of the axis (0 first voxel, 1 last voxel), ordered (d, h, w).
+    scales: (B, K, 3) standard deviations along the Gaussian's own axes, in the same units.
+    quats: (B, K, 4) rotations (w, x, y, z) from its own axes to the volume's: Σ = R diag(scales²) Rᵀ.
+    densities: (B, K) values at the centres.
+    """
+
+    means: Tensor
+    scales: Tensor
+    quats: Tensor
+    densities: Tensor
+
+    @staticmethod
+    def concat(parts: Sequence[Gaussians]) -> Gaussians:
+        """The Gaussians of several sets in one, along K; all must be in the same frame.
+
+        Raises:
+            ValueError: no sets, or sets of different batch sizes.
+        """
+        batches = [part.means.shape[0] for part in parts]
+        if len(set(batches)) != 1:
+            raise ValueError(
+                f"sets of batch sizes {batches} cannot be joined; expected at least one set, all of one size"
+            )
+        return Gaussians(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
+
+    def to_world(self, grid: Placed) -> Gaussians:
+        """From units of a grid's axes (d, h, w) to LPS millimetres (x, y, z) in the patient, covariance included.
+
+        The values stay what they are at every place; only the coordinates change. Computed in float64 and returned in
+        the own dtype, without gradients. The box of MedGMAE's support does not move with a Gaussian: it belongs to the
+        grid.
+
+        Args:
+            grid: the :class:`~medgmae.Volume`, or its grid, in whose units these Gaussians are: that of the window for
+                Gaussians of a window. Along an axis of one voxel a unit is one spacing.
+
+        Raises:
+            ValueError: a parameter is NaN or infinite.
+        """
+        matrix, offset = axes_to_world(grid)
+        return Gaussians(*transformed(self.means, self.scales, self.quats, matrix, offset), self.densities.detach())
+
+    def to_grid(self, grid: Placed) -> Gaussians:
+        """From LPS millimetres to units of a grid's axes, ready to render on it; undoes :meth:`to_world`.
+
+        The same covariance may come back with its axes in another order: scales and quaternions belong together.
+
+        Args:
+            grid: the :class:`~medgmae.Volume`, or its grid, to render on.
+
+        Raises:
+            ValueError: a parameter is NaN or infinite.
+        """
+        matrix, offset = axes_to_world(grid)
+        inverse = torch.linalg.inv(matrix)
+        moved = transformed(self.means, self.scales, self.quats, inverse, -inverse @ offset)
+        return Gaussians(*moved, self.densities.detach())
+
+    def save_ply(self, path: str | os.PathLike[str], frame: Frame = "axes") -> None:
+        """Write one set as a PLY file that viewers of 3D Gaussian splatting open; see :mod:`medgmae.gaussians.ply`.
+
+        :meth:`load_ply` gives the same float32 bits back. Viewers want axes in the order (x, y, z), so those of a
+        volume are written as (w, h, d).
+
+        Args:
+            path: where to write.
+            frame: what the coordinates are: "axes", units of a volume's axes (d, h, w), as models give them; or
+                "world", LPS millimetres (x, y, z), of :meth:`to_world`. The file says which.
+
+        Raises:
+            ValueError: a batch of several sets, another frame, or a parameter that is NaN or infinite.
+        """
+        if self.means.shape[0] != 1:
+            raise ValueError(
+                f"a PLY file holds one set, this is a batch of {self.means.shape[0]}; take sample i with "
+                "Gaussians(*(t[i : i + 1] for t in gaussians)), or join samples in one frame with Gaussians.concat"
+            )
+        if frame not in ("axes", "world"):
+            raise ValueError(f"frame must be 'axes' or 'world', got {frame!r}")
+        means, scales, quats, densities = (tensor[0].detach().float().cpu().numpy() for tensor in self)
+        splats = Splats(means, scales, quats, densities, frame)
+        write_ply(path, reversed_axes(splats) if frame == "axes" else splats)
+
+    @staticmethod
+    def load_ply(path: str | os.PathLike[str], frame: Frame | None = None) -> Gaussians:
+        """Gaussians (1, K, ...) of a PLY file, float32 on the CPU.
+
+        Args:
+            path: a file of :meth:`save_ply`, or of any tool for 3D Gaussian splatting: then the densities are the
+                opacities, and colours are left out.
+            frame: the frame to expect, see :meth:`save_ply`. None: the file's own; a file of another tool, which names
+                none, is then taken as "world", its x, y, z as they stand.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file is not of that frame, is no PLY file of Gaussians, is cut off, or holds NaN.
+        """
+        splats = read_ply(path)
+        if frame not in (None, "axes", "world") or (frame and splats.frame not in (None, frame)):
+            raise ValueError(f"{path} holds Gaussians in the frame {splats.frame!r}, asked for was {frame!r}")
+        if (splats.frame or frame or "world") == "axes":
+            splats = reversed_axes(splats)
+        return Gaussians(*(torch.from_numpy(np.ascontiguousarray(values))[None] for values in splats[:4]))
+
+
+class GaussianRenderer(nn.Module):
+    """Renders Gaussians into volumes or patches; differentiable, on CPU and CUDA. It has no parameters.
+
+    Args:
+        support: where a Gaussian counts. A number k: inside its ellipsoid of k standard deviations; at the default 4
+            a Gaussian ends at 0.03 % of its peak. None: everywhere. "box": MedGMAE's box of ±2 scales that is not
+            turned with the Gaussian, for its checkpoints; there a Gaussian ends at 14 % of its peak or less.
+    """
+
+    def __init__(self, support: Support = 4.0) -> None:
+        super().__init__()
+        support_code(support)
+        self.support: Support = support
+
+    def forward(
+        self,
+        gaussians: Gaussians,
+        size: Sequence[int],
+        patches: Tensor | None = None,
+        patch_size: int | Sequence[int] | None = None,
+    ) -> Tensor:
+        """Render; see :func:`medgmae.ops.voxelize` for the grid, the patches and the errors.
+
+        Args:
+            gaussians: K Gaussians for each of B samples.
+            size: voxels (D, H, W).
+            patches: (B, n) long, the only patches to render, as numbered by :class:`~medgmae.layers.masking.Masking`.
+            patch_size: voxels of a patch, with ``patches``.
+
+        Returns:
+            (B, 1, D, H, W), or (B, n, prod(patch_size)) for the patches.
+        """
+        return voxelize(*gaussians, size, support=self.support, patches=patches, patch_size=patch_size)
+
+    def extra_repr(self) -> str:
+        """The support, for ``print``."""
+        return f"support={self.support!r}"

@@ -1,0 +1,1 @@
+"""A model on whole scans: features, latent maps, reconstructions."""

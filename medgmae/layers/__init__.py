@@ -1,0 +1,1 @@
+"""What models are built of: blocks, tables of positions, patches, masks, rotations, state spaces."""

@@ -1,0 +1,119 @@
+"""Tables of positions: sine-cosine tables, resampling to another grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medgmae.layers.patches import Shape
+
+
+def sincos_pos_embed(dim: int, grid: Sequence[int], *, reversed_mesh: bool = False) -> Tensor:
+    """Fixed sine-cosine table of positions, (1, prod(grid), dim) float32, rows in raster order.
+
+    The channels are shared out over the axes in order, the remainder going to the last axes. A block of width b
+    holds, for the integer coordinate t along its axis, sin(t w_j), cos(t w_j) with w_j = 10000^(-j / (b // 2)), and
+    sin(t / 10000) in one last channel when b is odd. For widths divisible by 2 * len(grid) this is the usual MAE
+    table; the rule for the other widths is TANGERINE's (util/pos_embed.py).
+
+    ``reversed_mesh`` reproduces TANGERINE's order on non-cubic grids: row n gets the coordinates that n has in the
+    reversed grid. The files that were trained with it carry their table, so it is needed for comparison only.
+    """
+    shape = tuple(grid)[::-1] if reversed_mesh else tuple(grid)
+    coordinates = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in shape), indexing="ij")
+    widths = axis_widths(dim, len(shape))
+    blocks = [_axis_table(t.reshape(-1, 1), width) for t, width in zip(coordinates, widths, strict=True)]
+    return torch.cat(blocks, dim=1).unsqueeze(0)
+
+
+def axis_widths(dim: int, axes: int) -> list[int]:
+    """``dim`` channels shared out over the axes in order, the remainder going to the last ones."""
+    return [dim // axes + int(axis >= axes - dim % axes) for axis in range(axes)]
+
+
+def _axis_table(t: Tensor, width: int) -> Tensor:
+    """Channels for the coordinates ``t`` (n, 1) along one axis: (n, width)."""
+    half = width // 2
+    # The published tables were computed by numpy in float32, whose power rounds differently from torch's.
+    exponents = np.arange(half, dtype=np.float32) / np.float32(max(half, 1))
+    omega = torch.tensor(np.float32(1) / np.power(np.float32(10000), exponents))
+    odd = [(t * 1e-4).sin()] if width % 2 else []
+    return torch.cat([(t * omega).sin(), (t * omega).cos(), *odd], dim=1)
+
+
+def sincos_grid(table: Tensor, axes: int) -> tuple[int, ...] | None:
+    """The grid for which :func:`sincos_pos_embed` gives this table (1, N, E); None when it is another kind of table.
+
+    Read off the rows along each axis in turn, the last first: its channels begin anew where the coordinate is 0 again.
+    """
+    rows, dim = table.shape[1:]
+    if table.is_meta or dim < 2 * axes or not rows:
+        return None
+    grid: list[int] = []
+    end, stride = dim, 1
+    for width in reversed(axis_widths(dim, axes)):
+        block = table[0, ::stride, end - width : end].float().cpu()
+        again = (block[1:] - block[:1]).abs().amax(1) < 1e-3
+        size = int(again.int().argmax()) + 1 if bool(again.any()) else len(block)
+        expected = _axis_table(torch.arange(size, dtype=torch.float32).unsqueeze(1), width)
+        if not torch.allclose(block[:size], expected, rtol=0, atol=2e-3):  # room for float16
+            return None
+        grid, end, stride = [size, *grid], end - width, stride * size
+    return tuple(grid) if stride == rows else None
+
+
+def resample_pos_embed(table: Tensor, source_grid: Sequence[int], target_grid: Sequence[int]) -> Tensor:
+    """Resample a table of patch positions to another grid: (1, N, E) to (1, N', E).
+
+    Linear along every axis, align_corners False, no antialiasing, computed in float32: what the published loaders
+    do on cubic grids, on the true grids here.
+
+    Raises:
+        ValueError: the table does not have prod(source_grid) rows, or the grids differ in their number of axes.
+    """
+    source, target = tuple(source_grid), tuple(target_grid)
+    if table.shape[1] != math.prod(source) or len(source) != len(target):
+        raise ValueError(f"a table of {table.shape[1]} rows on grid {source} cannot be resampled to grid {target}")
+    if source == target:
+        return table
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(source)]
+    image = table.float().transpose(1, 2).reshape(1, table.shape[2], *source)
+    image = F.interpolate(image, size=target, mode=mode, align_corners=False)
+    return image.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+class PositionCache:
+    """A table of positions for the grid at hand, resampled once per grid as long as the table does not change.
+
+    A table that is learning is resampled every time. A change is seen unless it goes through ``.data``, which hides it
+    from torch: use ``copy_`` under ``torch.no_grad()`` instead.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] | None = None
+        self._value: Tensor | None = None
+
+    def __call__(self, table: Tensor, source_grid: Shape, grid: Shape) -> Tensor:
+        """``table`` (1, N, E) of ``source_grid`` on ``grid``, in the table's dtype and device."""
+        if grid == source_grid:
+            return table
+        learning = table.requires_grad and torch.is_grad_enabled()
+        if learning or torch.compiler.is_compiling() or table.is_inference():
+            return resample_pos_embed(table, source_grid, grid)
+        # An in-place change of the table bumps its version, a new tensor has another address.
+        key = (grid, source_grid, table.data_ptr(), table._version, table.dtype, table.device)
+        if self._value is None or key != self._key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._key, self._value = key, resample_pos_embed(table.detach(), source_grid, grid)
+        return self._value
+
+    def __deepcopy__(self, memo: object) -> PositionCache:
+        return PositionCache()
+
+    def __reduce__(self) -> tuple[type[PositionCache], tuple[()]]:
+        return (PositionCache, ())

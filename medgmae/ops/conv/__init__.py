@@ -1,0 +1,1 @@
+"""The causal convolution of Mamba, with gradients."""

@@ -1,0 +1,1 @@
+"""The selective scan of a state space, with gradients."""

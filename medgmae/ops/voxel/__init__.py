@@ -1,0 +1,1 @@
+"""3D Gaussians rendered into volumes, with gradients."""
