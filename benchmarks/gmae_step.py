@@ -70,7 +70,7 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
     model = medgmae.create_model(name)
     encoder: Any = model.encoder
     x = torch.rand(2, 1, *encoder.img_size)
-    masking = medgmae.random_masking(2, torch.Size(encoder.grid).numel(), 0.75)
+    masking = medgmae.random_masking(2, torch.Size(encoder.grid_size).numel(), 0.75)
     renderers = {"native": GaussianRenderer("box"), "slice loop": SliceLoopRenderer()}
     made = {side: Side(model, renderer) for side, renderer in renderers.items()}
     losses = {side: one.step(x, masking) for side, one in made.items()}

@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace, threads: int) -> dict[str, Any]:
     more = {} if options.size is None else {"img_size": options.size}
     model: Any = medgmae.create_model(options.model, num_classes=2, **more).eval()
     x = torch.randn(1, model.in_chans, *model.img_size)
-    tokens = math.prod(model.grid)
+    tokens = math.prod(model.grid_size)
     row = {"model": options.model, "tokens": tokens, "threads": threads, **forwards(model, x, options.rounds)}
     return row | (training_step(model, x) if options.train else {})
 

@@ -55,13 +55,15 @@ def windows(scan: Tensor, size: int) -> Tensor:
 def fixed_masking(model: Any, batch: int, seed: int) -> Masking:
     """The same hidden patches for every model of the same grid."""
     generator = torch.Generator().manual_seed(seed)
-    return random_masking(batch, math.prod(model.encoder.grid), model.mask_ratio, generator=generator)
+    return random_masking(batch, math.prod(model.encoder.grid_size), model.mask_ratio, generator=generator)
 
 
 def visible_voxels(masking: Masking, model: Any) -> Tensor:
     """1 where a voxel is visible, 0 where it is hidden: (B, 1, *img_size)."""
     patch = model.encoder.patch_size
-    return 1 - unpatchify(masking.mask.unsqueeze(-1).expand(-1, -1, math.prod(patch)), patch, model.encoder.grid, 1)
+    return 1 - unpatchify(
+        masking.mask.unsqueeze(-1).expand(-1, -1, math.prod(patch)), patch, model.encoder.grid_size, 1
+    )
 
 
 def mean_fill(x: Tensor, visible: Tensor) -> Tensor:

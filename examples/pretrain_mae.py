@@ -114,7 +114,7 @@ def main(
         x = torch.stack(
             [random_crop(volumes[(step * batch + i) % len(volumes)], size, generator) for i in range(batch)]
         )
-        masking = random_masking(batch, math.prod(model.encoder.grid), model.mask_ratio, generator=generator)
+        masking = random_masking(batch, math.prod(model.encoder.grid_size), model.mask_ratio, generator=generator)
         shares = [part.chunk(workers) for part in (x, *masking)]
         loss = sum(pool.map(backward, replicas, *shares)) / workers
         for parameter, *partial in zip(model.parameters(), *(r.parameters() for r in replicas), strict=True):

@@ -1,81 +1,122 @@
-"""One verb: a name becomes a model, with weights if they are asked for."""
+"""One verb: a name becomes a model, with weights if they are asked for; and what prepares its input."""
 
 from __future__ import annotations
 
-import fnmatch
-import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, overload
 
 import torch
-from torch import nn
 
-from medgmae.checkpoints.cards import WeightCard, WeightsError, list_weights, weight_card
+from medgmae.checkpoints.adapt import Inflate
+from medgmae.checkpoints.cards import HUB_ORG, WeightCard, WeightsError, list_weights, weight_card
 from medgmae.checkpoints.loading import load_pretrained, materialize
 from medgmae.checkpoints.opening import OpenSource, Source, open_source
 from medgmae.data.geometry import VolumeError
 from medgmae.data.preparation import Preparation
-from medgmae.models.registry import model_builder, model_names, unknown
-
-log = logging.getLogger("medgmae")
+from medgmae.models.encoder import Encoder, Model
+from medgmae.models.gmae import GaussianMAE
+from medgmae.models.mae import MaskedAutoencoder
+from medgmae.models.names import EncoderName, GaussianName, VoxelName
+from medgmae.models.registry import matching, model_builder, model_names
 
 FOLDER_PREFIXES = ("hf-hub:", "local-dir:")
 
-# Options of load_pretrained that are about fitting; the others are about fetching.
-FITTING = ("strict", "source_grid", "inflate")
-FETCHING = ("cache_dir", "hub_org", "token", "progress")
 
-
-def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
+def list_models(pattern: str | Sequence[str] = "*", pretrained: bool = False) -> list[str]:
     """Names of architectures; with ``pretrained``, names with a tag for which weights are published.
 
     Args:
-        pattern: shell-style, such as ``"vit_*_256*"``.
+        pattern: shell-style, such as ``"vit_*_256*"``; without a wildcard it may stand anywhere in the name
+            (``"vit"``). Several patterns give the names that match any of them.
         pretrained: list ``"architecture.tag"`` of the weights that can be had.
     """
     if not pretrained:
         return model_names(pattern)
-    return [tag for tag in list_weights() if fnmatch.fnmatch(tag, pattern) and _published(weight_card(tag))]
+    return matching([tag for tag in list_weights() if _published(weight_card(tag))], pattern)
 
 
-def create_model(name: str, pretrained: bool | Source | None = None, **overrides: Any) -> nn.Module:
+@overload
+def create_model(name: EncoderName, pretrained: bool | Source | None = ..., **options: Any) -> Encoder: ...
+
+
+@overload
+def create_model(name: VoxelName, pretrained: bool | Source | None = ..., **options: Any) -> MaskedAutoencoder: ...
+
+
+@overload
+def create_model(name: GaussianName, pretrained: bool | Source | None = ..., **options: Any) -> GaussianMAE: ...
+
+
+@overload
+def create_model(name: str | os.PathLike[str], pretrained: bool | Source | None = ..., **options: Any) -> Model: ...
+
+
+def create_model(
+    name: str | os.PathLike[str],
+    pretrained: bool | Source | None = None,
+    *,
+    checkpoint_path: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    source_grid: tuple[int, ...] | None = None,
+    inflate: Inflate = "average",
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    force_download: bool = False,
+    hub_org: str = HUB_ORG,
+    progress: bool = True,
+    **overrides: Any,
+) -> Model:
     """Build a model by name.
 
     ``"vit_large_patch16_256"`` has random weights; with a tag, ``"vit_large_patch16_256.tangerine"``, it has those.
-    ``"hf-hub:org/repo[@revision]"`` and ``"local-dir:/path"`` open what :func:`~medgmae.save_pretrained` wrote.
+    ``"hf-hub:org/repo[@revision]"``, ``"local-dir:/path"`` and ``Path("/path")`` open what
+    :func:`~medgmae.save_pretrained` wrote.
 
     Args:
         name: as above.
         pretrained: False leaves the weights random even if the name has a tag. True takes the one published checkpoint
             of the architecture. Else a tag, or any source that :func:`~medgmae.load_pretrained` takes.
-        **overrides: options of the architecture: img_size, in_chans, num_classes, pool, drop_path and so on.
-            Options that begin with ``load_`` go to :func:`~medgmae.load_pretrained`: load_strict, load_source_grid ...
+        checkpoint_path: a file or folder of weights, timm's word for ``pretrained=path``. A tag in ``name`` then says
+            what they are: its card's options and preprocessing apply.
+        strict: see :func:`~medgmae.load_pretrained`; likewise ``source_grid`` and ``inflate``.
+        cache_dir: see :func:`~medgmae.load_pretrained`; likewise ``token``, ``force_download``, ``hub_org`` and
+            ``progress``.
+        **overrides: options of the architecture: img_size, in_chans, num_classes, global_pool, drop_path_rate ...
 
     Returns:
-        The model in training mode, on torch's default device, with ``model.config`` (architecture, model_args, grid,
-        card) and, where weights were loaded, ``model.load_report``. On the CPU the parameters are then mapped from the
-        file, which is quick and takes its size in memory once: do not write over that file in place while the model
-        lives. :func:`~medgmae.save_pretrained` replaces files safely.
+        The model in training mode, on torch's default device, with ``config`` (architecture, model_args, grid, card),
+        ``pretrained_cfg`` (the card, or an empty dictionary) and, where weights were loaded, ``load_report``. On the
+        CPU the parameters are then mapped from the file, which is quick and takes its size in memory once: do not write
+        over that file in place while the model lives. :func:`~medgmae.save_pretrained` replaces files safely.
 
     Raises:
         ValueError: unknown name.
         TypeError: unknown option.
         WeightsError: the weights cannot be had or do not fit.
     """
-    loading = {key.removeprefix("load_"): overrides.pop(key) for key in list(overrides) if key.startswith("load_")}
-    if unknown_options := set(loading) - {*FITTING, *FETCHING}:
-        raise TypeError(unknown("option", f"load_{min(unknown_options)}", [f"load_{o}" for o in (*FITTING, *FETCHING)]))
+    fetching: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "hub_org": hub_org, "progress": progress}
+    if force_download:
+        fetching["force_download"] = True
+    loading = {"strict": strict, "source_grid": source_grid, "inflate": inflate, **fetching}
+    if isinstance(name, os.PathLike):
+        name = f"local-dir:{os.fspath(name)}"
     if name.startswith(FOLDER_PREFIXES):
-        return _from_saved(name, pretrained, overrides, loading)
+        if checkpoint_path is not None:
+            raise ValueError(f"{name} brings its own weights; drop checkpoint_path={os.fspath(checkpoint_path)!r}")
+        return _from_saved(name, pretrained, overrides, loading, fetching)
     if "/" in name or os.sep in name:
-        raise ValueError(f"{name!r} is no model name; did you mean 'local-dir:{name}' or 'hf-hub:{name}'?")
+        raise ValueError(f"{name!r} is not a model name; did you mean 'local-dir:{name}' or 'hf-hub:{name}'?")
     architecture, dot, tag = name.partition(".")
     model_builder(architecture)
     if dot and not tag:
         raise ValueError(f"{name!r} ends without a tag; known weights: {list_weights(f'{architecture}.*') or 'none'}")
     card, source = _choose(architecture, tag, pretrained)
+    if checkpoint_path is not None:
+        if pretrained not in (None, False):
+            raise ValueError(f"checkpoint_path and pretrained={pretrained!r} both name weights; leave one out")
+        source = os.fspath(checkpoint_path)
     return _build(architecture, {**dict(card.model_args if card else {}), **overrides}, card, source, loading)
 
 
@@ -114,13 +155,17 @@ def _published(card: WeightCard) -> bool:
 
 
 def _from_saved(
-    name: str, pretrained: bool | Source | None, overrides: dict[str, Any], loading: dict[str, Any]
-) -> nn.Module:
+    name: str,
+    pretrained: bool | Source | None,
+    overrides: dict[str, Any],
+    loading: dict[str, Any],
+    fetching: dict[str, Any],
+) -> Model:
     if pretrained not in (None, True, False):
         raise ValueError(
             f"{name} brings its own weights; drop pretrained={pretrained!r}, or name the architecture itself"
         )
-    opened = open_source(name, **{key: value for key, value in loading.items() if key not in FITTING})
+    opened = open_source(name, **fetching)
     config = opened.config or {}
     if "architecture" not in config:
         raise WeightsError(f"{name}: has no config.json with an 'architecture'; save it with medgmae.save_pretrained")
@@ -128,33 +173,33 @@ def _from_saved(
     model_args = {**config.get("model_args", {}), **overrides}
     model = _build(config["architecture"], model_args, card, None if pretrained is False else opened, loading)
     report = getattr(model, "load_report", None)
-    if report and not overrides and not loading and (report.missing or report.unused):
+    if report and not overrides and loading["strict"] and (report.missing or report.unused):
         lost = ", ".join([*report.missing, *report.unused][:6])
-        raise WeightsError(f"{name}: the weights are not of the model that its config describes: {lost}")
+        raise WeightsError(f"{name}: the weights are not those of the model that its config describes: {lost}")
     return model
 
 
 def _build(
     architecture: str, model_args: dict[str, Any], card: WeightCard | None, source: Any, loading: dict[str, Any]
-) -> nn.Module:
+) -> Model:
     builder = model_builder(architecture)
     # Without storage there is nothing to initialise and nothing to copy: the tensors of the file become the parameters.
     with torch.device("meta") if source is not None else nullcontext():
-        model = builder(**model_args)
-    described: Any = model  # nn.Module declares its attributes as tensors or modules
-    described.config = {
+        model: Any = builder(**model_args)
+    model.pretrained_cfg = card.to_json() if card else {}
+    model.config = {
         "architecture": architecture,
         "model_args": model_args,
-        "grid": list(getattr(described, "encoder", described).grid),
-        "card": card.to_json() if card else None,
+        "grid": list(model.grid_size),
+        "card": model.pretrained_cfg or None,
     }
     if source is not None:
-        described.load_report = load_pretrained(model, source, **loading)
+        model.load_report = load_pretrained(model, source, **loading)
         materialize(model)
         device = torch.get_default_device()
         if device.type not in ("cpu", "meta"):
             model.to(device)
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def card_input(source: Any) -> Mapping[str, Any]:

@@ -126,13 +126,13 @@ def twin(dims: int = 2, **options: Any) -> Any:
 CLIP = {"pre_norm": True, "global_pool": "token", "norm_layer": partial(nn.LayerNorm, eps=1e-5)}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mae": ({"global_pool": "token"}, {}),
-    "mae, mean of the patches": ({"global_pool": "avg"}, {"pool": "avg"}),
+    "mae, mean of the patches": ({"global_pool": "avg"}, {"global_pool": "avg"}),
     "dinov2": ({"init_values": 0.1, "no_embed_class": True, "global_pool": "token"}, {}),
     "dinov2 with a class row": ({"init_values": 0.1, "global_pool": "token"}, {}),
     "clip": (CLIP, {"pre_norm": True, "norm_eps": 1e-5}),
     "no class token": (
         {"class_token": False, "global_pool": "avg", "fc_norm": False},
-        {"class_token": False, "pool": "avg", "fc_norm": False},
+        {"class_token": False, "global_pool": "avg", "fc_norm": False},
     ),
 }
 
@@ -200,7 +200,7 @@ def test_photographs_become_single_channel_volumes_of_another_patch_and_size() -
 
 def test_attention_pooling_is_left_out_and_said() -> None:
     theirs = timm_vit(class_token=False, global_pool="map")
-    ours = twin(class_token=False, pool="avg", fc_norm=False)
+    ours = twin(class_token=False, global_pool="avg", fc_norm=False)
     report = medgmae.load_pretrained(ours, theirs.state_dict())
     assert set(report.unused.values()) == {"attention pooling"}
     x = torch.randn(1, 3, 16, 16)

@@ -142,7 +142,7 @@ def test_info_of_an_architecture() -> None:
     facts = json.loads(run("info", "mae_vit_nano_patch8_32", "--json").stdout)
     model: Any = medgmae.create_model("mae_vit_nano_patch8_32")
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
-    assert facts["grid"] == list(model.encoder.grid)
+    assert facts["grid"] == list(model.encoder.grid_size)
     assert facts["decoder"]["embed_dim"] == 24
     text = run("info", NANO).stdout
     assert "84,384" in text
@@ -234,14 +234,24 @@ def test_convert_round_trip(tmp_path: Path, autoencoder: Any) -> None:
 
 def test_convert_the_encoder_alone_with_options(tmp_path: Path, autoencoder: Any) -> None:
     file, out = tangerine_file(tmp_path / "official.pth", autoencoder), tmp_path / "out"
-    options = ["--model", NANO, "--set", "pool=cat", "--set", "img_size=[32,48,32]", "--set", "in_chans=2", "--json"]
+    options = [
+        "--model",
+        NANO,
+        "--set",
+        "global_pool=token_avg",
+        "--set",
+        "img_size=[32,48,32]",
+        "--set",
+        "in_chans=2",
+        "--json",
+    ]
     result = run("convert", file, out, *options)
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
-    assert told["model_args"] == {"pool": "cat", "img_size": [32, 48, 32], "in_chans": 2}
+    assert told["model_args"] == {"global_pool": "token_avg", "img_size": [32, 48, 32], "in_chans": 2}
     assert told["resized"] == {"pos_embed": "grid (4, 4, 4) to (4, 6, 4)"}
     assert list(told["adapted"]) == ["patch_embed.proj.weight"]
-    direct = medgmae.create_model(NANO, pool="cat", img_size=(32, 48, 32), in_chans=2)
+    direct = medgmae.create_model(NANO, global_pool="token_avg", img_size=(32, 48, 32), in_chans=2)
     medgmae.load_pretrained(direct, file)
     x = torch.rand(1, 2, 32, 48, 32)
     assert torch.equal(medgmae.create_model(f"local-dir:{out}").eval()(x), direct.eval()(x))

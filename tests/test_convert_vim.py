@@ -110,7 +110,7 @@ def test_class_tokens_stand_where_they_stood(whole: bool, place: Any) -> None:
     head = official.get("cls_token", official.get("cls_token_head"))
     tail = [official["cls_token_tail"]] if place == "double" else []
     sequence = torch.cat([patches[:, :cut], head, patches[:, cut:], *tail], 1) + official["pos_embed"]
-    torch.testing.assert_close(encoder._embed(x, None)[0], sequence)
+    torch.testing.assert_close(encoder._sequence(x, None)[0], sequence)
 
 
 def test_a_class_token_without_a_place_is_an_error() -> None:
@@ -270,7 +270,7 @@ def test_our_own_files_keep_their_settings(tmp_path: Path) -> None:
 
 
 def test_a_saved_encoder_keeps_its_rotation_and_class_token(tmp_path: Path) -> None:
-    medgmae.save_pretrained(classifier(class_token="front", pool="cls", rope="axial"), tmp_path)
+    medgmae.save_pretrained(classifier(class_token="front", global_pool="token", rope="axial"), tmp_path)
     refused(classifier(class_token="front"), tmp_path, "rope: 'axial' in the file's model, 'axial_published'")
     refused(classifier(class_token="middle", rope="axial"), tmp_path, "class_token: 'front' in .*class_token='front'")
 
@@ -337,7 +337,7 @@ def test_inspection_finds_the_architecture_and_its_options(whole: bool, tmp_path
 
 @pytest.mark.parametrize("place", ["middle", "double"])
 def test_inspection_of_class_tokens(place: Any, tmp_path: Path) -> None:
-    model = classifier(class_token=place, pool="cls", rope=None, in_chans=2, img_size=16)
+    model = classifier(class_token=place, global_pool="token", rope=None, in_chans=2, img_size=16)
     torch.save(to_mamba_classifier(model.state_dict(), 2, place), tmp_path / "checkpoint.pth")
     facts = medgmae.inspect_checkpoint(tmp_path / "checkpoint.pth")
     assert facts["problem"] is None
@@ -346,7 +346,7 @@ def test_inspection_of_class_tokens(place: Any, tmp_path: Path) -> None:
         "in_chans": 2,
         "class_token": place,
         "rope": None,
-        "pool": "cls",
+        "global_pool": "token",
         "num_classes": 3,
     }
     again = medgmae.create_model(facts["architecture"], **facts["model_args"])

@@ -26,13 +26,13 @@ def same(state: dict[str, torch.Tensor], model: torch.nn.Module) -> bool:
 
 
 def test_saved_folder_comes_back(tmp_path: Path) -> None:
-    model = tiny(num_classes=2, img_size=(16, 32, 24), drop_path=0.1)
+    model = tiny(num_classes=2, img_size=(16, 32, 24), drop_path_rate=0.1)
     assert save_pretrained(model, tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"model.safetensors", "config.json", "README.md"}
     back = medgmae.create_model(f"local-dir:{tmp_path}/a/b")
     assert same(back.state_dict(), model)
-    assert back.grid == model.grid == (2, 4, 3)
-    assert back.config["model_args"] == {"num_classes": 2, "img_size": [16, 32, 24], "drop_path": 0.1}
+    assert back.grid_size == model.grid_size == (2, 4, 3)
+    assert back.config["model_args"] == {"num_classes": 2, "img_size": [16, 32, 24], "drop_path_rate": 0.1}
     x = torch.randn(1, 1, 16, 32, 24)
     assert torch.equal(back.eval()(x), model.eval()(x))
     filled = tiny(num_classes=2, img_size=(16, 32, 24))
@@ -171,7 +171,7 @@ def test_a_part_replaced_by_hand_is_not_lost_in_silence(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"head\.bias, head\.weight changed.*reset_classifier"):
         save_pretrained(model, tmp_path)
     model = medgmae.create_model("vit_nano_patch8_32")
-    model.pool = "avg"
-    with pytest.raises(WeightsError, match="pool changed"):
+    model.global_pool = "avg"
+    with pytest.raises(WeightsError, match="global_pool changed"):
         save_pretrained(model, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -79,7 +79,7 @@ def test_a_type_error_inside_a_model_is_not_hidden() -> None:
         ({"img_size": 30}, "multiple of the patch"),
         ({"img_size": (32, 32)}, "img_size must be one positive int or 3"),
         ({"num_heads": 5}, r"embed_dim \(=48\) must be divisible by num_heads \(=5\)"),
-        ({"pool": "max"}, "pool must be"),
+        ({"global_pool": "mean"}, "global_pool must be"),
         ({"pos_embed": "rope"}, "pos_embed must be"),
     ],
 )
@@ -89,10 +89,12 @@ def test_impossible_options_are_refused(options: dict[str, Any], match: str) -> 
 
 
 def test_the_config_builds_the_model_again() -> None:
-    model = medgmae.create_model("vit_nano_patch8_32", img_size=(16, 24, 8), in_chans=2, pool="cat", num_classes=3)
+    model = medgmae.create_model(
+        "vit_nano_patch8_32", img_size=(16, 24, 8), in_chans=2, global_pool="token_avg", num_classes=3
+    )
     assert model.config == {
         "architecture": "vit_nano_patch8_32",
-        "model_args": {"img_size": (16, 24, 8), "in_chans": 2, "pool": "cat", "num_classes": 3},
+        "model_args": {"img_size": (16, 24, 8), "in_chans": 2, "global_pool": "token_avg", "num_classes": 3},
         "grid": [2, 3, 1],
         "card": None,
     }
@@ -195,13 +197,13 @@ def test_names_that_are_paths_or_unfinished() -> None:
         medgmae.create_model("./folder")
     with pytest.raises(ValueError, match="ends without a tag"):
         medgmae.create_model("vit_tiny_patch8_64.")
-    with pytest.raises(TypeError, match="Did you mean 'load_strict'"):
-        medgmae.create_model("vit_nano_patch8_32", load_strct=False)
+    with pytest.raises(TypeError, match="Did you mean 'strict'"):
+        medgmae.create_model("vit_nano_patch8_32", strct=False)
 
 
 def test_an_autoencoder_needs_normalised_tokens() -> None:
     with pytest.raises(ValueError, match="normalises its tokens"):
-        medgmae.create_model("mae_vit_nano_patch8_32", pool="avg")
+        medgmae.create_model("mae_vit_nano_patch8_32", global_pool="avg")
 
 
 def test_a_masking_of_another_batch_or_grid_is_refused() -> None:

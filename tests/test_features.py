@@ -67,9 +67,9 @@ def test_one_window_that_covers_all_is_a_single_pass(nano: medgmae.ViT, window: 
     torch.testing.assert_close(maps.data, wanted[1])
 
 
-@pytest.mark.parametrize("pool", ["avg", "cat"])
+@pytest.mark.parametrize("pool", ["avg", "token_avg"])
 def test_pooled_is_the_models_own(pool: Any) -> None:
-    model = medgmae.ViT(16, 8, embed_dim=24, depth=1, num_heads=2, pool=pool, num_classes=5)
+    model = medgmae.ViT(16, 8, embed_dim=24, depth=1, num_heads=2, global_pool=pool, num_classes=5)
     scan = volume(16, 16, 16)
     pooled = medgmae.extract_features(model, scan).pooled
     torch.testing.assert_close(pooled, one_pass(model, scan.tensor)[0])
@@ -234,9 +234,9 @@ def test_windows_are_streamed(nano: medgmae.ViT) -> None:
     torch.testing.assert_close(first.pooled, second.pooled)
 
 
-@pytest.mark.parametrize("pool", ["cls", "avg"])
+@pytest.mark.parametrize("pool", ["token", "avg"])
 def test_tokens_of_past_windows_are_let_go(pool: Any) -> None:
-    model = medgmae.ViT(32, 8, embed_dim=24, depth=1, num_heads=2, pool=pool)
+    model = medgmae.ViT(32, 8, embed_dim=24, depth=1, num_heads=2, global_pool=pool)
     alive: list[int] = []
     seen: list[StorageWeakRef] = []
 
@@ -251,7 +251,7 @@ def test_tokens_of_past_windows_are_let_go(pool: Any) -> None:
 
 
 def test_modes_of_the_model_are_given_back() -> None:
-    model = medgmae.ViT(16, 8, embed_dim=24, depth=2, num_heads=2, drop_path=0.5).train()
+    model = medgmae.ViT(16, 8, embed_dim=24, depth=2, num_heads=2, drop_path_rate=0.5).train()
     model.blocks[0].eval()
     before = [module.training for module in model.modules()]
     results = [medgmae.extract_features(model, volume(16, 16, 16)).pooled for _ in range(2)]

@@ -52,7 +52,7 @@ def covariance(gaussians: Gaussians) -> Tensor:
 
 
 def assert_same_bits(found: Gaussians, expected: Gaussians) -> None:
-    for name, a, b in zip(Gaussians._fields, found, expected, strict=True):
+    for name, a, b in zip(("means", "scales", "quats", "densities"), found, expected, strict=True):
         assert a.shape == b.shape, name
         np.testing.assert_array_equal(a.numpy().view(np.int32), b.numpy().view(np.int32), err_msg=name)
 

@@ -270,11 +270,11 @@ def test_official_file_behind_an_address(hub: HubServer, tmp_path: Path, monkeyp
     content = hub.files["/files/official.pth"] = (tmp_path / "official.pth").read_bytes()
     card = medgmae.WeightCard(
         "vit_nano_patch8_32.official",
-        {"pool": "cat"},
+        {"global_pool": "token_avg"},
         url=f"{hub.url}/files/official.pth?download=1",
         md5=hashlib.md5(content).hexdigest(),
     )
-    model = tiny(pool="cat")
+    model = tiny(global_pool="token_avg")
     medgmae.load_pretrained(model, card, cache_dir=tmp_path / "cache", progress=False)
     assert torch.equal(model.blocks[1].mlp.fc2.weight, state["blocks.1.mlp.fc2.weight"])
     assert torch.equal(model.pos_embed, state["pos_embed"][:, 1:])

@@ -29,17 +29,17 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "tangerine/manifest_tangerine_vit_large_patch16_gp": (
         "vit_large_patch16_256",
-        {"pool": "cat", "num_classes": 1},
+        {"global_pool": "token_avg", "num_classes": 1},
         "ViT with timm's names, fine-tuned",
     ),
     "tangerine/manifest_tangerine_vit_large_patch16_gp_nohead": (
         "vit_large_patch16_256",
-        {"pool": "cat"},
+        {"global_pool": "token_avg"},
         "ViT with timm's names, fine-tuned",
     ),
     "tangerine/manifest_tangerine_vit_large_patch16_power_2": (
         "vit_large_patch16_256",
-        {"pool": "cat", "num_classes": 1, "head_hidden": [64]},
+        {"global_pool": "token_avg", "num_classes": 1, "head_hidden": [64]},
         "ViT with timm's names, fine-tuned",
     ),
     "medgmae/manifest_mae3d_vit_base_p16": (

@@ -29,7 +29,7 @@ def seeded(seed: int) -> torch.Generator:
 def stored_tokens(tokens: Tensor, grid: tuple[int, int, int], **options: Any) -> Any:
     """An encoder of patch 2 whose tokens (N, E) are these whatever it is shown: its blocks and its stem add nothing."""
     size = tuple(2 * n for n in grid)
-    options = {"class_token": False, "pool": "avg", "fc_norm": False, "num_heads": 1, **options}
+    options = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_heads": 1, **options}
     model = medgmae.ViT(size, 2, embed_dim=tokens.shape[1], depth=1, **options)
     with torch.no_grad():
         for part in (model.patch_embed.proj, model.blocks[0].attn.proj, model.blocks[0].mlp.fc2):
@@ -162,7 +162,7 @@ def test_what_is_done_unless_it_is_said(name: str, given: Any, expected: Any) ->
 
 @pytest.mark.parametrize("name", [*ENCODERS, *AUTOENCODERS[:2]])
 def test_dropped_paths_are_off_and_every_part_gets_its_mode_back(name: str) -> None:
-    model, x = small(name, drop_path=0.9), volume(name)
+    model, x = small(name, drop_path_rate=0.9), volume(name)
     expected = latent_to_spatial(model.eval(), x, **drawn(model, 3))
     encoder = getattr(model.train(), "encoder", model)
     encoder.blocks[0].eval()  # a frozen part
@@ -174,7 +174,7 @@ def test_dropped_paths_are_off_and_every_part_gets_its_mode_back(name: str) -> N
 
 
 def drawn(model: nn.Module, seed: int, **more: Any) -> Any:
-    return {"generator": seeded(seed), **more} if hasattr(model, "encoder") else {}
+    return {"generator": seeded(seed), **more} if hasattr(model, "decoder") else {}
 
 
 def test_the_mask_comes_from_the_generator_and_its_ratio_from_the_model() -> None:
@@ -284,7 +284,7 @@ def test_models_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="needs a model for volumes"):
         latent_to_spatial(small("vit2d_base_patch16_224"), x)
     with pytest.raises(ValueError, match="normalises the pooled vector instead; use mode='finetuned'"):
-        latent_to_spatial(small("vit_nano_patch8_32", pool="avg"), x, mode="pretrained")
+        latent_to_spatial(small("vit_nano_patch8_32", global_pool="avg"), x, mode="pretrained")
 
 
 # the picture

@@ -199,7 +199,7 @@ def test_a_deeper_file_does_not_fit_a_shallower_model() -> None:
 
 
 def test_another_pooling_keeps_what_it_can() -> None:
-    cls, mean = nano(), nano(pool="avg")
+    cls, mean = nano(), nano(global_pool="avg")
     report = medgmae.load_pretrained(mean, cls.state_dict())
     assert report.unused == {
         f"norm.{part}": "last norm of the tokens: the model normalises the pooled vector instead"
@@ -246,7 +246,7 @@ def test_the_grid_of_a_sine_cosine_table_is_read_off_the_table() -> None:
 
 
 def test_a_class_token_is_not_dropped_in_silence() -> None:
-    model = medgmae.create_model("vit_nano_patch8_32", class_token=False, pool="avg", fc_norm=False)
+    model = medgmae.create_model("vit_nano_patch8_32", class_token=False, global_pool="avg", fc_norm=False)
     file = medgmae.create_model("vit_nano_patch8_32").state_dict()
     with pytest.raises(medgmae.WeightsError, match="cls_token: in the file"):
         medgmae.load_pretrained(model, file)

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import randomize
-from torch import Tensor, nn
+from torch import Tensor
 
-from medgmae.layers.mamba import BidirectionalMamba, MambaBlock, RMSNorm, advance, undecayed
+from medgmae.layers.mamba import BidirectionalMamba, MambaBlock, MambaStack, RMSNorm
 from medgmae.layers.rope import Rotary, axial_angles, published_axial_angles, rotate, sequence_angles
 
 KINDS: list[Any] = ["sequence", "axial", "axial_published"]
@@ -114,11 +114,6 @@ def test_names_are_those_of_the_published_files() -> None:
         "mixer.out_proj.weight": (384, 768),
     }
     assert sum(math.prod(shape) for shape in shapes.values()) == 1_043_328
-
-
-def test_what_is_not_decayed() -> None:
-    model = nn.Sequential(MambaBlock(4), nn.Linear(4, 4))
-    assert undecayed(model) == {f"0.mixer.{name}" for name in ("A_log", "D", "A_b_log", "D_b")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -247,16 +242,26 @@ def test_the_stream_stays_in_float32() -> None:
 
 @pytest.mark.parametrize("rope_residual", [True, False])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_rotations_before_a_block(rope_residual: bool, recompute: bool) -> None:
-    b, hidden, stream = block(), *(torch.randn(2, 4, 6).double().requires_grad_() for _ in range(2))
-    table = Rotary("sequence", 6).table((4,), 4, hidden)
-    turned = rotate(stream, table) if rope_residual else stream
-    expected = b(rotate(hidden, table), turned)
-    found = advance(b, hidden, stream, table, rope_residual, recompute)
-    torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("rope", ["sequence", None])
+def test_a_stack_turns_and_runs_its_blocks(rope: Any, rope_residual: bool, recompute: bool) -> None:
+    stack = randomize(MambaStack(6, 3, d_state=3, rope=rope, rope_residual=rope_residual)).double()
+    x = torch.randn(2, 4, 6).double().requires_grad_()
+    table = stack.rotations(x, (4,), None)
+    assert (table is None) == (rope is None)
+
+    def turn(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens if table is None else rotate(tokens, table)
+
+    hidden, stream, expected = x, torch.zeros_like(x), {}
+    for i, block in enumerate(stack):
+        stream = turn(stream) if rope_residual else stream
+        hidden, stream = block(turn(hidden), stream)
+        expected[i] = hidden + stream
+    out, residual, tapped = stack.scan(x, table, [0, 2], recompute=recompute)
+    torch.testing.assert_close((out, residual), (hidden, stream))
+    torch.testing.assert_close(tapped, {i: expected[i] for i in (0, 2)})
     torch.testing.assert_close(
-        torch.autograd.grad(sum(t.square().sum() for t in found), [hidden, stream]),
-        torch.autograd.grad(sum(t.square().sum() for t in expected), [hidden, stream]),
+        torch.autograd.grad(out.square().sum(), x), torch.autograd.grad(hidden.square().sum(), x)
     )
-    torch.testing.assert_close(advance(b, hidden, None, table, rope_residual, recompute), b(rotate(hidden, table)))
-    torch.testing.assert_close(advance(b, hidden, stream, None, rope_residual, recompute), b(hidden, stream))
+    first, kept, _ = stack.scan(x, table, depth=1)
+    torch.testing.assert_close(first + kept, expected[0])

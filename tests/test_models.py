@@ -71,7 +71,7 @@ def test_there_are_encoders_and_autoencoders() -> None:
 def test_the_registered_size_runs_without_storage(name: str) -> None:
     model = full_size(name)
     encoder = encoder_of(model)
-    assert tuple(s // p for s, p in zip(encoder.img_size, encoder.patch_size, strict=True)) == encoder.grid
+    assert tuple(s // p for s, p in zip(encoder.img_size, encoder.patch_size, strict=True)) == encoder.grid_size
     x = torch.empty(1, encoder.in_chans, *encoder.img_size, device="meta")
     assert encoder.forward_features(x).shape == (
         1,
@@ -350,7 +350,7 @@ def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
 
 @every
 def test_drop_path_acts_in_training_only(name: str) -> None:
-    model, x = small(name, drop_path=0.5), volume(name, batch=8)
+    model, x = small(name, drop_path_rate=0.5), volume(name, batch=8)
     assert [block.drop_path.p for block in encoder_of(model).blocks] == [0.0, 0.5]
     x = x[:1].expand(8, *x.shape[1:])
     tokens = encoder_of(model).forward_features(x)
@@ -364,7 +364,7 @@ def test_drop_path_acts_in_training_only(name: str) -> None:
 @every_encoder
 def test_resetting_the_classifier_keeps_the_features(name: str, tmp_path: Path) -> None:
     head = {"head_hidden": (6,)} if attends(full_size(name)) else {}
-    model, x = small(name, num_classes=3, pool="avg", **head).double().eval(), volume(name).double()
+    model, x = small(name, num_classes=3, global_pool="avg", **head).double().eval(), volume(name).double()
     features = model.forward_head(model.forward_features(x), pre_logits=True)
     model.reset_classifier(7)
     assert model.num_classes == 7

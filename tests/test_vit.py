@@ -20,20 +20,21 @@ def test_these_are_transformers() -> None:
 
 
 @every_vit
-@pytest.mark.parametrize("pool", ["cls", "avg", "cat"])
+@pytest.mark.parametrize("pool", ["token", "avg", "max", "token_avg"])
 def test_pooling(name: str, pool: str) -> None:
-    model, x = small(name, pool=pool).eval(), volume(name)
+    model, x = small(name, global_pool=pool).eval(), volume(name)
     tokens = model.forward_features(x)
     cls, mean = tokens[:, 0], tokens[:, 1:].mean(1)
-    pooled = {"cls": cls, "avg": mean, "cat": torch.cat([cls, mean], 1)}[pool]
+    largest = tokens[:, 1:].amax(1)
+    pooled = {"token": cls, "avg": mean, "max": largest, "token_avg": torch.cat([cls, mean], 1)}[pool]
     assert model.num_features == pooled.shape[1]
     torch.testing.assert_close(model(x), model.fc_norm(pooled))
-    assert isinstance(model.fc_norm, nn.Identity) == (pool == "cls")
+    assert isinstance(model.fc_norm, nn.Identity) == (pool == "token")
 
 
 @every_vit
 def test_without_class_token(name: str) -> None:
-    model, x = small(name, class_token=False, pool="avg", fc_norm=False), volume(name)
+    model, x = small(name, class_token=False, global_pool="avg", fc_norm=False), volume(name)
     assert model.forward_features(x).shape[1] == model.pos_embed.shape[1]
     torch.testing.assert_close(model(x), model.forward_features(x).mean(1))
     with pytest.raises(ValueError, match="needs a class token"):

@@ -35,7 +35,8 @@ class WeightCard:
 
     Attributes:
         tag: ``<architecture>.<name>``, equal to the stem of the card's file.
-        model_args: arguments that the architecture needs to fit the checkpoint, such as ``{"pool": "cat"}``.
+        model_args: arguments that the architecture needs to fit the checkpoint, such as
+            ``{"global_pool": "token_avg"}``.
         hub: ``{"repo", "revision", "file"}`` on the Hugging Face hub; a repo without a slash belongs to ``HUB_ORG``.
         url: direct address of the official file.
         page: page where a person finds the file or its description.

@@ -196,7 +196,7 @@ def _architecture(name: str) -> tuple[_Sizes | None, bool]:
     """Sizes of a registered architecture, and whether it is a whole autoencoder; built without storage."""
     with torch.device("meta"):
         model: Any = model_builder(name)()
-    whole = hasattr(model, "encoder")
+    whole = hasattr(model, "decoder")
     state = model.state_dict(prefix="" if whole else "encoder.")
     grid = getattr(model.encoder if whole else model, "grid", ())
     settings = {path: value for path in SETTINGS if (value := setting(model, path)) is not ABSENT}
@@ -238,9 +238,9 @@ def _options(sizes: _Sizes, known: _Sizes, state: Mapping[str, Tensor], whole: b
         return options | _gaussian_options(sizes, known)
     pooled = state.get("encoder.fc_norm.weight")
     if pooled is not None:
-        options["pool"] = "cat" if len(pooled) == 2 * sizes.embed_dim else "avg"
+        options["global_pool"] = "token_avg" if len(pooled) == 2 * sizes.embed_dim else "avg"
     elif not sizes.class_token:
-        options |= {"pool": "avg", "fc_norm": False}
+        options |= {"global_pool": "avg", "fc_norm": False}
     return options | {key: value for key, value in _head(state).items() if value}
 
 
@@ -250,7 +250,7 @@ def _vim_options(sizes: _Sizes, known: _Sizes, state: Mapping[str, Tensor], whol
     options = {key: value for key, value in found.items() if value not in (UNTOLD, getattr(known, key))}
     if whole:
         return options
-    pool = {"pool": "cls"} if sizes.class_token else {}
+    pool = {"global_pool": "token"} if sizes.class_token else {}
     return options | pool | {key: value for key, value in _head(state).items() if key == "num_classes" and value}
 
 

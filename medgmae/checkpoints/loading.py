@@ -95,7 +95,7 @@ def load_pretrained(
     encoder = _encoder(model)
     config = getattr(model, "config", None) or {}
     opened = open_source(source, config.get("architecture"), **options)
-    target = Target(encoder.grid, encoder.patch_size, encoder.in_chans, getattr(encoder, "class_token", None))
+    target = Target(encoder.grid_size, encoder.patch_size, encoder.in_chans, getattr(encoder, "class_token", None))
     converted = convert(
         opened.checkpoint.state,
         origin=opened.origin,
@@ -112,7 +112,7 @@ def load_pretrained(
 
 def _encoder(model: nn.Module) -> Any:
     encoder = getattr(model, "encoder", model)
-    if not all(hasattr(encoder, name) for name in ("grid", "patch_size", "in_chans")):
+    if not all(hasattr(encoder, name) for name in ("grid_size", "patch_size", "in_chans")):
         raise TypeError(
             f"load_pretrained fills the models of this library, got {type(model).__name__}: make one with create_model"
         )
@@ -124,8 +124,8 @@ class _Plan:
 
     def __init__(self, model: nn.Module, converted: Converted, origin: str, strict: bool, inflate: Inflate) -> None:
         self.origin, self.strict, self.inflate = origin, strict, inflate
-        self.grid, self.source_grid = _encoder(model).grid, converted.grid
-        self.whole = hasattr(model, "encoder")
+        self.grid, self.source_grid = _encoder(model).grid_size, converted.grid
+        self.whole = hasattr(model, "decoder")
         self.slots = {self._ours(name): value for name, value in model.state_dict(keep_vars=True).items()}
         self.file_names = {ours: full for full, ours in converted.renamed.items()}
         self.tensors: dict[str, Tensor] = {}

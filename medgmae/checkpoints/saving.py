@@ -242,7 +242,7 @@ def _check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
 
 # What a model's options decide beside its tensors and a hand could change.
 _SETTINGS = (
-    *("pool", "norm_target", "loss", "image_norm", "renderer.support", "decoder.density_scale"),
+    *("global_pool", "norm_target", "loss", "image_norm", "renderer.support", "decoder.density_scale"),
     *("scan_order", "rope_residual", "encoder.scan_order", "encoder.rope_residual", "decoder.rope_residual"),
 )
 

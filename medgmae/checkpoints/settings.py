@@ -61,7 +61,7 @@ ABSENT = object()
 def setting(model: nn.Module, path: str) -> Any:
     """Value of a dotted attribute in our language; ``ABSENT`` where the model has no such part."""
     value: Any = model
-    for part in (path if hasattr(model, "encoder") else path.removeprefix("encoder.")).split("."):
+    for part in (path if hasattr(model, "decoder") else path.removeprefix("encoder.")).split("."):
         value = getattr(value, part, ABSENT)
     return value
 

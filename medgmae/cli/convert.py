@@ -94,7 +94,7 @@ def _load(file: Path, name: str | None, options: dict[str, Any], source_grid: tu
         name, options = _inferred(facts, options)
         card = (facts["config"] or {}).get("pretrained_cfg")
     try:
-        model = model_with_weights(name, str(path), load_source_grid=source_grid, **options)
+        model = model_with_weights(name, str(path), source_grid=source_grid, **options)
     except TypeError as error:  # an option that the architecture does not have
         raise click.BadParameter(str(error), param_hint="--set") from error
     if card is not None:

@@ -145,11 +145,11 @@ def _architecture(name: str) -> dict[str, Any]:
         "in_chans": encoder.in_chans,
         "img_size": list(encoder.img_size),
         "patch_size": list(encoder.patch_size),
-        "grid": list(encoder.grid),
+        "grid": list(encoder.grid_size),
         "embed_dim": encoder.embed_dim,
         "depth": len(encoder.blocks),
         **_mixing(encoder),
-        "pool": encoder.pool,
+        "global_pool": encoder.global_pool,
         "num_features": encoder.num_features,
     }
     if decoder is not None:

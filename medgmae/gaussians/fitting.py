@@ -116,7 +116,7 @@ def fit_gaussians(
         psnr = fit.step(done)
         if callback is not None:
             callback(done, psnr)
-    return Gaussians(*(tensor.detach() for tensor in fit.gaussians(count)))
+    return fit.gaussians(count).detach()
 
 
 def _voxels(scan: Voxels | Tensor) -> tuple[Tensor, Tensor]:

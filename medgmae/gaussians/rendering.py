@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,12 @@ from medgmae.gaussians.ply import Frame, Splats, read_ply, reversed_axes, write_
 from medgmae.ops.voxel.operator import Support, support_code, voxelize
 
 
-class Gaussians(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Gaussians:
     """A batch of sets of K Gaussians; the value of one at distance d of its centre is density · exp(-½ dᵀ Σ⁻¹ d).
+
+    ``gaussians[i]`` and ``gaussians[i:j]`` are some of the sets, still as a batch; ``len(gaussians)`` is the number of
+    sets; iterating gives the four tensors.
 
     means: (B, K, 3) centres, in units of the axis (0 first voxel, 1 last voxel), ordered (d, h, w).
     scales: (B, K, 3) standard deviations along the Gaussian's own axes, in the same units.
@@ -28,6 +33,31 @@ class Gaussians(NamedTuple):
     scales: Tensor
     quats: Tensor
     densities: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.means, self.scales, self.quats, self.densities))
+
+    def __len__(self) -> int:
+        return self.means.shape[0]
+
+    def __getitem__(self, sets: int | slice) -> Gaussians:
+        if isinstance(sets, int):
+            if not -len(self) <= sets < len(self):
+                raise IndexError(f"set {sets} of a batch of {len(self)}")
+            sets = slice(sets, sets + 1 or None)
+        return Gaussians(*(tensor[sets] for tensor in self))
+
+    def __repr__(self) -> str:
+        sets, count = self.means.shape[:2] if self.means.dim() > 1 else (tuple(self.means.shape), "?")
+        return f"Gaussians({sets} x {count}, {self.means.dtype}, {self.means.device})"
+
+    def to(self, *args: Any, **kwargs: Any) -> Gaussians:
+        """The same Gaussians on another device or in another dtype; arguments as for ``Tensor.to``."""
+        return Gaussians(*(tensor.to(*args, **kwargs) for tensor in self))
+
+    def detach(self) -> Gaussians:
+        """The same values without gradients."""
+        return Gaussians(*(tensor.detach() for tensor in self))
 
     @staticmethod
     def concat(parts: Sequence[Gaussians]) -> Gaussians:
@@ -93,7 +123,7 @@ class Gaussians(NamedTuple):
         if self.means.shape[0] != 1:
             raise ValueError(
                 f"a PLY file holds one set, this is a batch of {self.means.shape[0]}; take sample i with "
-                "Gaussians(*(t[i : i + 1] for t in gaussians)), or join samples in one frame with Gaussians.concat"
+                "gaussians[i], or join samples in one frame with Gaussians.concat"
             )
         if frame not in ("axes", "world"):
             raise ValueError(f"frame must be 'axes' or 'world', got {frame!r}")
@@ -123,6 +153,10 @@ class Gaussians(NamedTuple):
         return Gaussians(*(torch.from_numpy(np.ascontiguousarray(values))[None] for values in splats[:4]))
 
 
+# Models that give Gaussians are exported and compiled with them.
+torch.export.register_dataclass(Gaussians, serialized_type_name="medgmae.Gaussians")
+
+
 class GaussianRenderer(nn.Module):
     """Renders Gaussians into volumes or patches; differentiable, on CPU and CUDA. It has no parameters.
 
@@ -140,7 +174,7 @@ class GaussianRenderer(nn.Module):
     def forward(
         self,
         gaussians: Gaussians,
-        size: Sequence[int],
+        size: int | Sequence[int],
         patches: Tensor | None = None,
         patch_size: int | Sequence[int] | None = None,
     ) -> Tensor:
@@ -148,14 +182,22 @@ class GaussianRenderer(nn.Module):
 
         Args:
             gaussians: K Gaussians for each of B samples.
-            size: voxels (D, H, W).
+            size: voxels (D, H, W), or one number for a cube.
             patches: (B, n) long, the only patches to render, as numbered by :class:`~medgmae.layers.masking.Masking`.
             patch_size: voxels of a patch, with ``patches``.
 
         Returns:
             (B, 1, D, H, W), or (B, n, prod(patch_size)) for the patches.
         """
-        return voxelize(*gaussians, size, support=self.support, patches=patches, patch_size=patch_size)
+        means, scales, quats, densities = gaussians
+        size = (size,) * 3 if isinstance(size, int) else size
+        return voxelize(
+            means, scales, quats, densities, size, support=self.support, patches=patches, patch_size=patch_size
+        )
+
+    def described(self) -> dict[str, Any]:
+        """The name of the class and its options, for the options of a model that it is a part of."""
+        return {"class": type(self).__name__, "support": self.support}
 
     def extra_repr(self) -> str:
         """The support, for ``print``."""

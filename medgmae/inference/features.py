@@ -80,7 +80,7 @@ def extract_features(
 
 def _encoder(model: nn.Module) -> Any:
     encoder: Any = getattr(model, "encoder", model)
-    needed = ("grid", "patch_size", "in_chans", "num_prefix_tokens", "forward_features", "forward_head")
+    needed = ("grid_size", "patch_size", "in_chans", "num_prefix_tokens", "forward_features", "forward_head")
     if not all(hasattr(encoder, name) for name in needed):
         raise TypeError(f"extract_features needs an encoder of this library, got {type(model).__name__}")
     if len(encoder.patch_size) != 3:

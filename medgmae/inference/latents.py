@@ -124,7 +124,7 @@ def latent_map_defaults(
 ) -> tuple[Mode, Reduction]:
     """What :func:`latent_to_spatial` does with this model where mode or reduction is None."""
     if mode is None:
-        mode = "pretrained" if hasattr(model, "encoder") else "finetuned"
+        mode = "pretrained" if hasattr(model, "decoder") else "finetuned"
     if reduction is None:
         reduction = "max" if mode == "pretrained" or _encoder(model).map_reduction == "max" else "pca"
     return mode, reduction

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def reconstruct_scan(
         ValueError: the model predicts normalised intensities, whose mean only the hidden voxels know; or an overlap,
             ratio or number of channels that is not possible.
     """
-    if not hasattr(model, "reconstruct") or not hasattr(model, "encoder"):
+    if not hasattr(model, "reconstruct") or not hasattr(model, "decoder"):
         raise TypeError(f"reconstruct_scan needs a masked autoencoder of this library, got {type(model).__name__}")
     owner: Any = model
     if scan.channels != owner.encoder.in_chans:
@@ -90,7 +91,7 @@ def reconstruct_scan(
         world = Gaussians.concat(parts)
         rendered = owner.renderer(world.to_grid(scan.grid), scan.size)[0].float().cpu()
     found = _result(scan, padded, hidden, patch, scan.with_data(rendered))
-    return found._replace(gaussians=Gaussians(*(t.cpu() for t in world)), apart=apart)
+    return found._replace(gaussians=world.to("cpu"), apart=apart)
 
 
 def _check_intensities(model: Any) -> None:
@@ -158,7 +159,7 @@ def _predict(
         if hasattr(model, "gaussians"):
             gaussians: Gaussians = model.gaussians(piece, masking)
             found = model.renderer(gaussians, cover.window)
-            counted = gaussians._replace(densities=gaussians.densities * cover.shares(start, gaussians.means))
+            counted = replace(gaussians, densities=gaussians.densities * cover.shares(start, gaussians.means))
             parts.append(counted.to_world(padded.grid.part(start, cover.window)))
         else:
             found = model.reconstruct(piece, masking, paste_visible=False)

@@ -7,6 +7,7 @@ The mixer is Vision Mamba's "v2" (Zhu et al. 2024, https://arxiv.org/abs/2401.09
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medgmae.layers.blocks import DropPath, initialize
-from medgmae.layers.rope import rotate, widened
+from medgmae.layers.patches import Shape
+from medgmae.layers.rope import Rope, Rotary, rotate, widened
 from medgmae.ops import causal_conv1d, selective_scan
 
 
@@ -173,24 +175,100 @@ class MambaBlock(nn.Module):
         return self.drop_path(self.mixer(self.norm(residual))), residual
 
 
-def advance(
-    block: nn.Module,
-    hidden: Tensor,
-    residual: Tensor | None,
-    table: Tensor | None,
-    rope_residual: bool,
-    recompute: bool,
-) -> tuple[Tensor, Tensor]:
-    """Rotate by ``table``, then run a :class:`MambaBlock`; ``recompute`` both in the backward pass if asked.
+class MambaStack(nn.ModuleList):
+    """Mamba blocks one after the other, with rotary positions before each: what a Vim and its decoder share.
 
-    With ``rope_residual`` the stream is turned as well, before every block anew.
+    Args:
+        dim: width of the tokens.
+        depth: number of blocks.
+        d_state: states per channel; likewise ``expand`` and ``divide_output``, see :class:`BidirectionalMamba`.
+        norm_eps: epsilon of the norms.
+        drop_path_rate: of the last block; grows linearly from 0.
+        rope: rotary positions, see :class:`~medgmae.layers.rope.Rotary`; None for none.
+        rope_residual: turn the residual stream too before every block.
     """
-    if residual is not None and (rope_residual or table is None):
-        # A rotation is linear: one of the sum instead of two. And for the backward pass one tensor is kept, not two.
-        hidden, residual = hidden + residual, None
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(_turn_and_run, block, hidden, residual, table, use_reentrant=False)
-    return _turn_and_run(block, hidden, residual, table)
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        *,
+        d_state: int = 16,
+        expand: int = 2,
+        divide_output: bool = True,
+        norm_eps: float = 1e-5,
+        drop_path_rate: float = 0.0,
+        rope: Rope | None = "axial",
+        rope_residual: bool = True,
+    ) -> None:
+        super().__init__(
+            MambaBlock(
+                dim,
+                d_state,
+                expand=expand,
+                divide_output=divide_output,
+                out_scale=depth**-0.5,
+                norm_eps=norm_eps,
+                drop_path=drop_path_rate * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
+        )
+        self.rope, self.rope_residual = rope, rope_residual
+        self._rotary = None if rope is None else Rotary(rope, dim)
+
+    def rotations(self, tokens: Tensor, grid: Shape, places: Tensor | None) -> Tensor | None:
+        """Rotations of a sequence (B, L, dim): (L, dim / 2, 2) or, where samples differ, (B, L, dim / 2, 2).
+
+        Args:
+            tokens: the sequence.
+            grid: of the patches.
+            places: (1 or B, L) long, raster number of each token's patch, prod(grid) for a token without a place; None
+                for all patches in raster order.
+        """
+        if self._rotary is None:
+            return None
+        table = self._rotary.table(grid, tokens.shape[1], tokens)
+        if self.rope == "sequence":
+            return table
+        return table[:-1] if places is None else table[places]
+
+    def scan(
+        self,
+        tokens: Tensor,
+        table: Tensor | None,
+        taps: Sequence[int] = (),
+        depth: int | None = None,
+        *,
+        recompute: bool = False,
+    ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
+        """Run the blocks over a sequence (B, L, dim).
+
+        Args:
+            tokens: the sequence.
+            table: its :meth:`rotations`.
+            taps: numbers of blocks.
+            depth: how many blocks to run; None for all.
+            recompute: run the blocks again in the backward pass instead of keeping their activations.
+
+        Returns:
+            what the last mixer returns; the stream that it is still to be added to (None without blocks); and the
+            streams, with the block's output added, after the blocks ``taps``.
+        """
+        hidden, residual = tokens, None
+        tapped: dict[int, Tensor] = {}
+        for i, block in enumerate(self):
+            if i == depth:
+                break
+            if residual is not None and (self.rope_residual or table is None):
+                # A rotation is linear: one of the sum instead of two. And the backward pass keeps one tensor, not two.
+                hidden, residual = hidden + residual, None
+            if recompute and torch.is_grad_enabled():
+                hidden, residual = checkpoint(_turn_and_run, block, hidden, residual, table, use_reentrant=False)
+            else:
+                hidden, residual = _turn_and_run(block, hidden, residual, table)
+            if i in taps:
+                tapped[i] = hidden + residual
+        return hidden, residual, tapped
 
 
 def _turn_and_run(
@@ -198,9 +276,3 @@ def _turn_and_run(
 ) -> tuple[Tensor, Tensor]:
     hidden = hidden if table is None else rotate(hidden, table)
     return block(hidden, residual)  # type: ignore[no-any-return]
-
-
-def undecayed(model: nn.Module) -> set[str]:
-    """Names of the parameters of a model's mixers that optimisers leave undecayed."""
-    mixers = {name: module for name, module in model.named_modules() if isinstance(module, BidirectionalMamba)}
-    return {f"{name}.{parameter}" for name, mixer in mixers.items() for parameter in mixer.no_weight_decay()}

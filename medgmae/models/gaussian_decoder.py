@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medgmae.gaussians.rendering import Gaussians
-from medgmae.layers.blocks import Block, exact_linear, initialize
+from medgmae.layers.blocks import Block, exact_linear, initialize, run_block
+from medgmae.models.parts import Part, Setting, given
 
 Kind = Literal["standard", "residual", "hierarchical", "cgs"]
 
 # Output widths of the four heads.
 HEADS = {"position": 3, "scale": 3, "rotation": 4, "density": 1}
 # Published start of the biases: sigmoid(-1.386) = 0.2, sigmoid(-0.405) = 0.4.
-BIAS = {"position": 0.0, "scale": -1.386, "rotation": 0.0, "density": -0.405}
+SCALE_BIAS = -1.386
+DENSITY_BIAS = -0.405
 
 # Additional Gaussians per query and group of heads. MedGMAE's command line has 13 residuals and the ratios 12 and 7;
 # its dead code for "hierarchical" falls back to 3 and 16, the same number in all.
@@ -66,7 +68,57 @@ class Head(nn.Module):
         nn.init.constant_(self.bias, self.first_bias)
 
 
-class GaussianDecoder(nn.Module):
+class HeadGroup(NamedTuple):
+    """How many heads of each kind a level has, and their names in a state dictionary.
+
+    name: of the group; None for level 0, which has one head of each kind.
+    heads: of each kind.
+    """
+
+    name: str | None
+    heads: int
+
+    def attribute(self, what: str) -> str:
+        """Where the decoder keeps the heads that give ``what``."""
+        return f"{what}_head" if self.name is None else f"{self.name}_{what}_heads"
+
+
+def head_groups(kind: Kind, ratios: Sequence[int]) -> tuple[HeadGroup, ...]:
+    """Level 0 and the groups that a kind adds, with ``ratios`` heads each."""
+    added = (HeadGroup(GROUPS[kind].format(i + 1), count) for i, count in enumerate(ratios))
+    return (HeadGroup(None, 1), *added)
+
+
+class Start(NamedTuple):
+    """bias: first value of every bias of a head. std: spread of its first weights; None for Xavier-uniform ones."""
+
+    bias: float
+    std: float | None = None
+
+
+def first_values(kind: Kind, ratios: Sequence[int], spread: bool) -> list[dict[str, Start]]:
+    """The starts of every level's heads, level 0 first. Small weights leave a quantity where its bias puts it."""
+    place = 0.01 if spread else None
+    level0 = {
+        "position": Start(0.0, place),
+        "scale": Start(SCALE_BIAS, 0.01),
+        "rotation": Start(0.0),
+        "density": Start(DENSITY_BIAS, 0.001 if ratios else None),
+    }
+    if not ratios:
+        return [level0]
+    # 20 Gaussians in the place of one would be 20 times too bright.
+    brightness = 1 / (1 + math.exp(-DENSITY_BIAS))
+    if kind == "cgs":  # together as bright as level 0
+        share = brightness / sum(ratios)
+        group = {**level0, "density": Start(math.log(share / (1 - share)), 0.001)}
+    else:  # around an intensity of 0
+        group = dict.fromkeys(HEADS, Start(0.0))
+        group["density"] = Start(math.atanh(-brightness / REACH["density"]), 0.001)
+    return [level0, *(group for _ in ratios)]
+
+
+class GaussianDecoder(Part):
     """Learned queries read the visible tokens and become Gaussians (MedGMAE, equations 3 to 5).
 
     The sequence is: prefix tokens, K queries, visible patches in the order of ``Masking.keep``. No position is added
@@ -124,12 +176,16 @@ class GaussianDecoder(nn.Module):
         prefix_tokens: int = 1,
         norm_eps: float = 1e-6,
     ) -> None:
+        built = given(locals())
         super().__init__()
         if num_gaussians < 1:
             raise ValueError(f"num_gaussians must be positive, got {num_gaussians}")
+        self._built = built
         self.kind, self.ratios = kind, _check_ratios(kind, ratios)
         self.num_gaussians, self.total_gaussians = num_gaussians, num_gaussians * (1 + sum(self.ratios))
-        self.density_scale, self.prefix_tokens = density_scale, prefix_tokens
+        self.density_scale, self.num_prefix_tokens = density_scale, prefix_tokens
+        self.grad_checkpointing = False
+        self.groups = head_groups(kind, self.ratios)
         self.taps = self._taps(depth)
         self.embed = nn.Linear(in_dim, embed_dim)
         self.query_tokens = nn.Parameter(torch.empty(1, num_gaussians, embed_dim))
@@ -137,11 +193,10 @@ class GaussianDecoder(nn.Module):
         self.position_bias = nn.Parameter(torch.empty(1, anchors, 3)) if spread else None
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        for what in HEADS:
-            setattr(self, f"{what}_head", self._head(what, embed_dim, group=False))
-            for group, count in zip(self._groups(), self.ratios, strict=True):
-                made = (self._head(what, embed_dim, group=True) for _ in range(count))
-                setattr(self, f"{group}_{what}_heads", nn.ModuleList(made))
+        for what, width in HEADS.items():
+            for group, starts in zip(self.groups, first_values(kind, self.ratios, spread), strict=True):
+                heads = [Head(embed_dim, width, *starts[what]) for _ in range(group.heads)]
+                self.add_module(group.attribute(what), heads[0] if group.name is None else nn.ModuleList(heads))
         self.apply(initialize)
 
     def reset_parameters(self) -> None:
@@ -163,26 +218,37 @@ class GaussianDecoder(nn.Module):
         """
         x = self.embed(tokens)
         queries = self.query_tokens.to(x.dtype).expand(x.shape[0], -1, -1)
-        x = torch.cat([x[:, : self.prefix_tokens], queries, x[:, self.prefix_tokens :]], dim=1)  # (B, P + K + n, E)
+        x = torch.cat(
+            [x[:, : self.num_prefix_tokens], queries, x[:, self.num_prefix_tokens :]], dim=1
+        )  # (B, P + K + n, E)
         levels: list[Gaussians] = []
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = run_block(block, x, self.grad_checkpointing)
             wanted = [level for level, tap in enumerate(self.taps) if tap == i]
             if wanted:
-                queries = self.norm(x[:, self.prefix_tokens : self.prefix_tokens + self.num_gaussians])
+                queries = self.norm(x[:, self.num_prefix_tokens : self.num_prefix_tokens + self.num_gaussians])
                 for level in wanted:
                     levels.append(self._level(level, queries, levels))
         means, scales, quats, densities = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
         return Gaussians(means, scales, quats, densities * self.density_scale)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that optimisers leave undecayed."""
-        return {"query_tokens", "position_bias"}
+    def settings(self) -> dict[str, Setting]:
+        """Heads, epsilon, kind, and the factor of the density."""
+        return {
+            "num_heads": Setting(self._built["num_heads"], "decoder_num_heads"),
+            "norm_eps": Setting(self._built["norm_eps"], "norm_eps"),
+            "kind": Setting(self.kind, "kind", "lenient"),
+            "density_scale": Setting(self.density_scale, "density_scale"),
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
 
     def _level(self, level: int, queries: Tensor, levels: list[Gaussians]) -> Gaussians:
         """Gaussians of one level from the queries (B, K, E); 0 is the base, the others are the groups."""
-        count = self.ratios[level - 1] if level else 1
-        raw = self._apply_heads(queries, level, count)
+        count = self.groups[level].heads
+        raw = self._apply_heads(queries, level)
         if level == 0 or self.kind == "cgs":
             if self.position_bias is not None:
                 first = self.num_gaussians * (1 + sum(self.ratios[: level - 1]) if level else 0)
@@ -190,44 +256,23 @@ class GaussianDecoder(nn.Module):
             return _activate(raw)
         return _displace(levels[0], raw, count, SHRINK[self.kind][level - 1])
 
-    def _apply_heads(self, queries: Tensor, level: int, count: int) -> dict[str, Tensor]:
+    def _apply_heads(self, queries: Tensor, level: int) -> dict[str, Tensor]:
         """The outputs (B, count * K, width) of a level's heads, by one product; in float32 at least."""
+        group = self.groups[level]
         heads: list[Any] = []
         for what in HEADS:
-            if level:
-                group = getattr(self, f"{self._groups()[level - 1]}_{what}_heads")
-                heads += [group[i] for i in range(count)]  # torch 2.6 compiles this, not `heads += group`
-            else:
-                heads.append(getattr(self, f"{what}_head"))
+            module: Any = getattr(self, group.attribute(what))
+            # torch 2.6 compiles this, not `heads += module`
+            heads += [module] if group.name is None else [module[i] for i in range(group.heads)]
         weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
         # bfloat16 would put a centre a fifth of a voxel of a 96³ crop off.
         values = exact_linear(queries, weight, bias)  # (B, K, 11 * count)
         values = values if values.dtype == torch.float64 else values.float()
-        parts = torch.split(values, [count * width for width in HEADS.values()], dim=-1)
+        parts = torch.split(values, [group.heads * width for width in HEADS.values()], dim=-1)
         return {
-            what: part.reshape(*part.shape[:2], count, width).transpose(1, 2).flatten(1, 2)
+            what: part.reshape(*part.shape[:2], group.heads, width).transpose(1, 2).flatten(1, 2)
             for (what, width), part in zip(HEADS.items(), parts, strict=True)
         }
-
-    def _groups(self) -> list[str]:
-        return [GROUPS[self.kind].format(i + 1) for i in range(len(self.ratios))] if self.ratios else []
-
-    def _head(self, what: str, embed_dim: int, group: bool) -> Head:
-        """A head of level 0 or of a group, with its start."""
-        bias, residual = BIAS[what], group and self.kind != "cgs"
-        # Small weights leave the scale, and positions that are spread, where their biases put them.
-        small = what == "scale" or (what == "position" and self.position_bias is not None)
-        std = 0.01 if small else None
-        if residual:
-            bias, std = 0.0, None
-        if self.ratios and what == "density":
-            # 20 Gaussians in the place of one would be 20 times too bright. Residuals start around an intensity of 0,
-            # the groups of "cgs" so that they are together as bright as level 0.
-            std, level0 = 0.001, 1 / (1 + math.exp(-BIAS[what]))
-            share = level0 / sum(self.ratios)
-            if group:
-                bias = math.atanh(-level0 / REACH[what]) if residual else math.log(share / (1 - share))
-        return Head(embed_dim, HEADS[what], bias, std)
 
     def _taps(self, depth: int) -> tuple[int, ...]:
         """For each level the block after which its heads read."""
@@ -245,12 +290,12 @@ def _check_ratios(kind: Any, ratios: Sequence[int] | None) -> tuple[int, ...]:
     if kind not in RATIOS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, got {kind!r}")
     default = RATIOS[kind]
-    found = default if ratios is None else tuple(ratios)
-    if len(found) != len(default) or any(ratio < 1 for ratio in found):
+    counts = default if ratios is None else tuple(ratios)
+    if len(counts) != len(default) or any(count < 1 for count in counts):
         raise ValueError(
-            f"ratios of kind={kind!r} must be {len(default)} positive numbers (default {default}), got {found}"
+            f"ratios of kind={kind!r} must be {len(default)} positive numbers (default {default}), got {counts}"
         )
-    return found
+    return counts
 
 
 def even_points(count: int) -> Tensor:

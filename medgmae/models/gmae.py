@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medgmae.gaussians.rendering import GaussianRenderer, Gaussians
-from medgmae.layers.masking import Masking, random_masking
-from medgmae.layers.patches import Shape, Size, check_multiple, patchify, take_tokens, unpatchify
+from medgmae.layers.masking import Masking
+from medgmae.layers.patches import Size, patchify, take_tokens, unpatchify
 from medgmae.losses import image_norm, scale_penalty, ssim3d, uniformity
+from medgmae.models.autoencoder import Autoencoder
+from medgmae.models.encoder import Encoder
 from medgmae.models.gaussian_decoder import GaussianDecoder
-from medgmae.models.registry import build, register_model
+from medgmae.models.parts import Setting, given
+from medgmae.models.registry import build, register_class, register_model
 from medgmae.models.vit import BASE, NANO, TINY, WIDE, ViT
 
 Loss = Literal["paper", "reference"]
@@ -39,7 +42,7 @@ class GaussianMAEOutput(NamedTuple):
     terms: dict[str, Tensor]
 
 
-class GaussianMAE(nn.Module):
+class GaussianMAE(Autoencoder):
     """Encoder on visible patches, a decoder that makes Gaussians of them, a renderer, and a loss on voxels.
 
     The loss compares the rendering with the scan, in which visible voxels are set to 0:
@@ -65,7 +68,7 @@ class GaussianMAE(nn.Module):
         encoder: a :class:`~medgmae.models.vit.ViT` for volumes of one channel whose tokens are normalised.
         decoder: a :class:`~medgmae.models.gaussian_decoder.GaussianDecoder`.
         renderer: a :class:`~medgmae.gaussians.rendering.GaussianRenderer`.
-        mask_ratio: share of hidden patches when ``forward`` is given no masking.
+        mask_ratio: share of hidden patches when ``forward`` is given neither a masking nor a ratio.
         loss: "paper" or "reference".
         image_norm: for "mse", normalise rendering and scan over the whole crop, see :func:`medgmae.losses.image_norm`.
         loss_weights: weight by term.
@@ -77,7 +80,7 @@ class GaussianMAE(nn.Module):
 
     def __init__(
         self,
-        encoder: ViT,
+        encoder: Encoder,
         decoder: GaussianDecoder,
         renderer: GaussianRenderer,
         *,
@@ -87,31 +90,50 @@ class GaussianMAE(nn.Module):
         loss_weights: Mapping[str, float] | None = None,
         max_scale: float = 0.5,
     ) -> None:
-        super().__init__()
+        built = given(locals())
+        _check_encoder(encoder)
+        super().__init__(encoder, decoder, mask_ratio)
         if loss not in get_args(Loss):
             raise ValueError(f"loss must be 'paper' or 'reference', got {loss!r}")
         weights = {"mse": 1.0} if loss_weights is None else dict(loss_weights)
         if not weights or not set(weights) <= set(TERMS):
             raise ValueError(f"loss_weights must have terms of {', '.join(TERMS)}, got {sorted(weights)}")
-        _check_encoder(encoder)
-        self.encoder, self.decoder, self.renderer = encoder, decoder, renderer
-        self.mask_ratio, self.loss, self.image_norm = mask_ratio, loss, image_norm
+        self._built = {**built, "loss_weights": weights}
+        self.renderer, self.loss, self.image_norm = renderer, loss, image_norm
         self.loss_weights, self.max_scale = weights, max_scale
 
-    def forward(self, x: Tensor, masking: Masking | None = None, step: int | Tensor = 0) -> GaussianMAEOutput:
+    def settings(self) -> dict[str, Setting]:
+        """The settings of both parts, and the renderer's support."""
+        return {
+            **self._part_settings(),
+            "renderer.support": Setting(self.renderer.support, "support", "lenient"),
+        }
+
+    def forward(
+        self,
+        x: Tensor,
+        masking: Masking | None = None,
+        step: int | Tensor = 0,
+        *,
+        mask_ratio: float | None = None,
+    ) -> GaussianMAEOutput:
         """Mask, encode, decode, render and compare.
 
         Args:
             x: (B, 1, D, H, W), every axis a multiple of the patch.
-            masking: which patches are visible; random at ``mask_ratio`` when None.
+            masking: which patches are visible; random when None.
             step: training steps so far; only the weight of the "scale" term depends on it.
+            mask_ratio: share of hidden patches of a random masking; the model's own when None.
+
+        Raises:
+            ValueError: an input that does not fit the encoder, a masking for another input, or one beside a ratio.
         """
-        masking = self._check_or_draw(x, masking)
+        masking = self._masking(x, masking, mask_ratio)
         gaussians = self.gaussians(x, masking)
         counted = _masked_patches(masking)
         if counted.shape[1] == 0:
             counted = masking.keep
-        size, patch = x.shape[2:], self.encoder.patch_size
+        size, patch = x.shape[2:], self.patch_size
         if self.loss == "paper":
             volume = self._place(self.renderer(gaussians, size, counted, patch), counted, x)
         else:
@@ -123,11 +145,11 @@ class GaussianMAE(nn.Module):
 
     def gaussians(self, x: Tensor, masking: Masking | None = None) -> Gaussians:
         """The Gaussians that the decoder makes of what is visible of ``x`` (B, 1, D, H, W); see :meth:`forward`."""
-        masking = self._check_or_draw(x, masking)
+        masking = self._masking(x, masking, None)
         return self.decoder(self.encoder.forward_features(x, keep=masking.keep))  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, masking: Masking | None = None, paste_visible: bool = False) -> Tensor:
+    def reconstruct(self, x: Tensor, masking: Masking | None = None, paste_visible: bool = True) -> Tensor:
         """The whole rendering, (B, 1, D, H, W) in the units of ``x``.
 
         Args:
@@ -135,33 +157,20 @@ class GaussianMAE(nn.Module):
             masking: which patches are visible; random at ``mask_ratio`` when None.
             paste_visible: show the true voxels where the patch was visible.
         """
-        masking = self._check_or_draw(x, masking)
+        masking = self._masking(x, masking, None)
         volume: Tensor = self.renderer(self.gaussians(x, masking), x.shape[2:])
         if not paste_visible:
             return volume
-        patch, hidden = self.encoder.patch_size, _masked_patches(masking)
+        patch, hidden = self.patch_size, _masked_patches(masking)
         rendered = self._place(take_tokens(patchify(volume, patch), hidden), hidden, x)
         return rendered + self._place(take_tokens(patchify(x, patch), masking.keep), masking.keep, x)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that optimisers leave undecayed."""
-        names = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-        return names | {f"decoder.{name}" for name in self.decoder.no_weight_decay()}
-
-    def _check_or_draw(self, x: Tensor, masking: Masking | None) -> Masking:
-        expected = (x.shape[0], math.prod(self._grid(x)))
-        masking = masking or random_masking(*expected, ratio=self.mask_ratio, device=x.device)
-        shape = tuple(masking.mask.shape)
-        if shape != expected:
-            raise ValueError(f"the masking is for {shape} (batch, patches), the input has {expected}")
-        return masking
 
     def _place(self, patches: Tensor, where: Tensor, x: Tensor) -> Tensor:
         """A volume (B, 1, D, H, W) as large as ``x``, 0 but for the patches (B, m, L) with numbers (B, m)."""
         grid = self._grid(x)
         every = patches.new_zeros(patches.shape[0], math.prod(grid), patches.shape[2])
         every = every.scatter(1, where.unsqueeze(-1).expand_as(patches), patches)
-        return unpatchify(every, self.encoder.patch_size, grid, 1)
+        return unpatchify(every, self.patch_size, grid, 1)
 
     def _terms(self, volume: Tensor, target: Tensor, gaussians: Gaussians, counted: Tensor) -> dict[str, Tensor]:
         compared = image_norm(volume) - image_norm(target) if self.image_norm else volume - target
@@ -178,32 +187,26 @@ class GaussianMAE(nn.Module):
         """The voxels over which the loss takes its mean."""
         if self.loss == "reference":
             return volume
-        return take_tokens(patchify(volume, self.encoder.patch_size), counted)
+        return take_tokens(patchify(volume, self.patch_size), counted)
 
     def _weight(self, name: str, step: int | Tensor) -> Any:
         return self.loss_weights[name] * (0.1 ** (step / 1000) if name == "scale" else 1)
 
-    def _grid(self, x: Tensor) -> Shape:
-        check_multiple(x.shape[2:], self.encoder.patch_size)
-        return tuple(s // p for s, p in zip(x.shape[2:], self.encoder.patch_size, strict=True))
 
-
-def _check_encoder(encoder: ViT) -> None:
+def _check_encoder(encoder: Encoder) -> None:
     if encoder.in_chans != 1 or len(encoder.patch_size) != 3:
         raise ValueError(
             "a Gaussian has one intensity and lies in a volume: the encoder must have in_chans=1 and dims=3, got "
             f"in_chans={encoder.in_chans} and dims={len(encoder.patch_size)}; for several channels use a mae_* model"
-        )
-    if not isinstance(encoder.norm, nn.LayerNorm):
-        raise ValueError(
-            "the encoder of a masked autoencoder normalises its tokens, not the pooled vector: build it with "
-            f"pool='cls' or fc_norm=False, got pool={encoder.pool!r}"
         )
 
 
 def _masked_patches(masking: Masking) -> Tensor:
     """Numbers of the masked patches, (B, m) long."""
     return masking.restore.argsort(dim=1)[:, masking.keep.shape[1] :]
+
+
+register_class(GaussianRenderer)
 
 
 def gaussian_vit(

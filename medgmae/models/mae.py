@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from medgmae.layers.blocks import Block, initialize, run_block
-from medgmae.layers.mamba import undecayed
-from medgmae.layers.masking import Masking, random_masking
-from medgmae.layers.patches import Shape, Size, patchify, take_tokens, unpatchify
-from medgmae.layers.positions import PositionCache, sincos_pos_embed
+from medgmae.layers.masking import Masking
+from medgmae.layers.patches import Shape, Size, patchify, unpatchify
 from medgmae.losses import PATCH_EPS, NormTarget, patch_mse, patch_statistics
+from medgmae.models.autoencoder import Autoencoder
+from medgmae.models.decoder import MaskDecoder
+from medgmae.models.encoder import Encoder
+from medgmae.models.parts import Setting, given
 from medgmae.models.registry import build, register_model
 from medgmae.models.vit import BASE, HUGE, LARGE, NANO, TINY, WIDE, ViT
 
@@ -31,13 +33,13 @@ class MAEOutput(NamedTuple):
     mask: Tensor
 
 
-class ViTDecoder(nn.Module):
+class ViTDecoder(MaskDecoder):
     """A narrow transformer that turns visible tokens and mask tokens into patch vectors.
 
     Args:
         in_dim: width of the encoder's tokens.
         out_dim: length of a patch vector.
-        grid: patch grid (d, h, w) of the table of positions.
+        grid_size: patch grid (d, h, w) of the table of positions.
         embed_dim: own width.
         depth: number of blocks.
         num_heads: attention heads per block.
@@ -51,7 +53,7 @@ class ViTDecoder(nn.Module):
         self,
         in_dim: int,
         out_dim: int,
-        grid: Shape,
+        grid_size: Shape,
         embed_dim: int = 512,
         depth: int = 8,
         num_heads: int = 16,
@@ -61,127 +63,69 @@ class ViTDecoder(nn.Module):
         sigmoid: bool = False,
         norm_eps: float = 1e-6,
     ) -> None:
-        super().__init__()
-        self.grid, self.prefix_tokens, self.sigmoid = grid, prefix_tokens, sigmoid
-        self.grad_checkpointing = False
-        self.embed = nn.Linear(in_dim, embed_dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(grid), embed_dim), requires_grad=False)
-        # Position of the prefix tokens: zero in every published recipe, but GL-MAE's files can hold another value.
-        self.prefix_pos_embed = nn.Parameter(torch.empty(1, prefix_tokens, embed_dim), requires_grad=False)
+        built = given(locals())
+        super().__init__(in_dim, grid_size, embed_dim, prefix_tokens)
+        self._built, self.sigmoid = built, sigmoid
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head = nn.Linear(embed_dim, out_dim)
-        self._positions = PositionCache()
         self.apply(initialize)
 
-    def reset_parameters(self) -> None:
-        """Initialise the mask token and the table of positions."""
-        nn.init.normal_(self.mask_token, std=0.02)
-        nn.init.zeros_(self.prefix_pos_embed)
-        with torch.no_grad():
-            self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[2], self.grid))
+    def settings(self) -> dict[str, Setting]:
+        """Heads, epsilon and the last activation."""
+        return {
+            "num_heads": Setting(self._built["num_heads"], "decoder_num_heads"),
+            "norm_eps": Setting(self._built["norm_eps"], "norm_eps"),
+            "sigmoid": Setting(self.sigmoid, "sigmoid"),
+        }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    def forward(self, tokens: Tensor, restore: Tensor | None = None, grid: Shape | None = None) -> Tensor:
-        """Predict every patch.
-
-        Args:
-            tokens: (B, P + n, in_dim), prefix tokens, then visible patches in the order of ``Masking.keep``.
-            restore: (B, N) long from :class:`~medgmae.layers.masking.Masking`; None for all patches in raster order.
-            grid: patch grid of the input; None for the grid of the table.
-
-        Returns:
-            (B, N, out_dim) in raster order.
-        """
-        tokens = self.embed(tokens)
-        prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
-        if restore is not None:
-            hidden = restore.shape[1] - patches.shape[1]
-            masks = self.mask_token.to(patches.dtype).expand(patches.shape[0], hidden, -1)
-            patches = take_tokens(torch.cat([patches, masks], dim=1), restore)
-        patches = patches + self._positions(self.pos_embed, self.grid, grid or self.grid)
-        x = torch.cat([prefix + self.prefix_pos_embed, patches], dim=1)
+    def _mix(self, x: Tensor, grid: Shape) -> Tensor:
         for block in self.blocks:
             x = run_block(block, x, self.grad_checkpointing)
-        x = self.head(self.norm(x[:, self.prefix_tokens :]))  # (B, N, out_dim)
-        return x.sigmoid() if self.sigmoid else x  # type: ignore[no-any-return]
+        return x
+
+    def _activate(self, pred: Tensor) -> Tensor:
+        return pred.sigmoid() if self.sigmoid else pred
 
 
-class Encoder(Protocol):
-    """What a masked autoencoder asks of its encoder: :class:`~medgmae.ViT` and :class:`~medgmae.Vim` have it."""
-
-    @property
-    def patch_size(self) -> Shape:
-        """Voxels per axis."""
-        ...
-
-    @property
-    def norm(self) -> nn.Module:
-        """The last norm of the tokens; an identity where there is none."""
-        ...
-
-    def forward_features(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens (B, P + n, E) of the patches ``keep`` (B, n), in their order, behind P class tokens."""
-        ...
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass."""
-        ...
-
-
-class Decoder(Protocol):
-    """What it asks of its decoder: :class:`ViTDecoder` and :class:`~medgmae.VimDecoder` have it."""
-
-    def __call__(self, tokens: Tensor, restore: Tensor | None = None, grid: Shape | None = None) -> Tensor:
-        """Patch vectors (B, N, prod(patch) * C) in raster order."""
-        ...
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass."""
-        ...
-
-
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(Autoencoder):
     """Encoder on visible patches, decoder on all, mean squared error on the masked ones (He et al. 2022).
 
     Args:
-        encoder: a :class:`~medgmae.ViT` whose tokens are normalised (``pool="cls"``), or a :class:`~medgmae.Vim`.
+        encoder: a :class:`~medgmae.ViT` whose tokens are normalised (``global_pool="token"``), or a
+            :class:`~medgmae.Vim`.
         decoder: a :class:`ViTDecoder` or a :class:`~medgmae.VimDecoder`.
-        mask_ratio: share of hidden patches when ``forward`` is given no masking.
+        mask_ratio: share of hidden patches when ``forward`` is given neither a masking nor a ratio.
         norm_target: None predicts intensities; "unbiased" or "biased" predicts each patch normalised by its own
             statistics, see :func:`medgmae.losses.patch_statistics`.
     """
 
     def __init__(
-        self, encoder: Encoder, decoder: Decoder, mask_ratio: float = 0.75, norm_target: NormTarget | None = None
+        self, encoder: Encoder, decoder: MaskDecoder, mask_ratio: float = 0.75, norm_target: NormTarget | None = None
     ) -> None:
-        super().__init__()
+        built = given(locals())
+        super().__init__(encoder, decoder, mask_ratio)
         if norm_target not in (None, "unbiased", "biased"):
             raise ValueError(f"norm_target must be None, 'unbiased' or 'biased', got {norm_target!r}")
-        if isinstance(encoder.norm, nn.Identity):
-            raise ValueError(
-                "the encoder of a masked autoencoder normalises its tokens, not the pooled vector: build it with "
-                f"pool='cls' or fc_norm=False, got pool={getattr(encoder, 'pool', None)!r}"
-            )
-        self.encoder, self.decoder = encoder, decoder
-        self.mask_ratio, self.norm_target = mask_ratio, norm_target
+        self._built, self.norm_target = built, norm_target
 
-    def forward(self, x: Tensor, masking: Masking | None = None) -> MAEOutput:
+    def settings(self) -> dict[str, Setting]:
+        """The settings of both parts."""
+        return self._part_settings()
+
+    def forward(self, x: Tensor, masking: Masking | None = None, mask_ratio: float | None = None) -> MAEOutput:
         """Mask, encode, decode and compare.
 
         Args:
             x: (B, C, D, H, W), every axis a multiple of the patch.
-            masking: which patches are visible; random at ``mask_ratio`` when None.
+            masking: which patches are visible; random when None.
+            mask_ratio: share of hidden patches of a random masking; the model's own when None.
+
+        Raises:
+            ValueError: an input that does not fit the encoder, a masking for another input, or both of the last two.
         """
-        target = patchify(x, self.encoder.patch_size)  # (B, N, L)
-        masking = masking or self._draw(target)
-        shape, expected = tuple(masking.mask.shape), tuple(target.shape[:2])
-        if shape != expected:
-            raise ValueError(f"the masking is for {shape} (batch, patches), the input has {expected}")
+        target = patchify(x, self.patch_size)  # (B, N, L)
+        masking = self._masking(x, masking, mask_ratio)
         tokens = self.encoder.forward_features(x, keep=masking.keep)  # (B, P + n, E)
         pred = self.decoder(tokens, masking.restore, self._grid(x))  # (B, N, L)
         return MAEOutput(patch_mse(pred, target, masking.mask, self.norm_target), pred, masking.mask)
@@ -204,8 +148,8 @@ class MaskedAutoencoder(nn.Module):
                 knows): "exact" inverts the normalisation of the loss; "reference" multiplies by the unbiased standard
                 deviation + 1e-6, as SelfMedMAE and MedGMAE do for their pictures.
         """
-        target = patchify(x, self.encoder.patch_size)
-        masking = masking or self._draw(target)
+        masking = self._masking(x, masking, None)
+        target = patchify(x, self.patch_size)
         pred = self.forward(x, masking).pred.to(target.dtype)
         if self.norm_target is not None:
             mean, std = patch_statistics(target, self.norm_target)
@@ -214,22 +158,7 @@ class MaskedAutoencoder(nn.Module):
             pred = pred * std + mean
         if paste_visible:
             pred = torch.where(masking.mask.unsqueeze(-1) > 0, pred, target)
-        return unpatchify(pred, self.encoder.patch_size, self._grid(x), x.shape[1])
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks of both parts in the backward pass instead of keeping their activations."""
-        self.encoder.set_grad_checkpointing(enable)
-        self.decoder.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that optimisers leave undecayed: a state space's own. A transformer's recipe decays its tokens."""
-        return undecayed(self)
-
-    def _draw(self, patches: Tensor) -> Masking:
-        return random_masking(patches.shape[0], patches.shape[1], self.mask_ratio, device=patches.device)
-
-    def _grid(self, x: Tensor) -> Shape:
-        return tuple(s // p for s, p in zip(x.shape[2:], self.encoder.patch_size, strict=True))
+        return unpatchify(pred, self.patch_size, self._grid(x), x.shape[1])
 
 
 def masked_vit(
@@ -259,7 +188,7 @@ def masked_vit(
     decoder = ViTDecoder(
         encoder.embed_dim,
         math.prod(encoder.patch_size) * in_chans,
-        encoder.grid,
+        encoder.grid_size,
         decoder_embed_dim,
         decoder_depth,
         decoder_num_heads,

@@ -9,23 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from medgmae.layers.blocks import initialize
-from medgmae.layers.mamba import MambaBlock, RMSNorm, advance
-from medgmae.layers.patches import Shape, Size, take_tokens
-from medgmae.layers.positions import PositionCache, sincos_pos_embed
-from medgmae.layers.rope import Rope, Rotary
+from medgmae.layers.mamba import MambaStack, RMSNorm
+from medgmae.layers.patches import Shape, Size
+from medgmae.layers.rope import Rope
 from medgmae.losses import NormTarget
+from medgmae.models.decoder import MaskDecoder
 from medgmae.models.mae import MaskedAutoencoder
+from medgmae.models.parts import Setting, given
 from medgmae.models.registry import build, register_model
 from medgmae.models.vim import BASE, LARGE, NANO, SMALL, TINY, Vim
 
 
-class VimDecoder(nn.Module):
+class VimDecoder(MaskDecoder):
     """Narrow Mamba blocks that turn visible tokens and mask tokens, in raster order, into patch vectors.
 
     Args:
         in_dim: width of the encoder's tokens.
         out_dim: length of a patch vector.
-        grid: patch grid (d, h, w) of the table of positions.
+        grid_size: patch grid (d, h, w) of the table of positions.
         embed_dim: own width.
         depth: number of blocks.
         prefix_tokens: class tokens in front of the patches that the encoder hands over.
@@ -43,11 +44,13 @@ class VimDecoder(nn.Module):
         ValueError: ``off_by_one`` with class tokens, for which the reference decodes as everybody does.
     """
 
+    blocks: MambaStack
+
     def __init__(
         self,
         in_dim: int,
         out_dim: int,
-        grid: Shape,
+        grid_size: Shape,
         embed_dim: int = 192,
         depth: int = 8,
         *,
@@ -60,86 +63,59 @@ class VimDecoder(nn.Module):
         divide_output: bool = True,
         norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__()
+        built = given(locals())
         if off_by_one and prefix_tokens:
             raise ValueError(
                 f"off_by_one is for encoders without class tokens, this one has {prefix_tokens}: leave it out"
             )
-        self.grid, self.off_by_one, self.rope, self.rope_residual = grid, off_by_one, rope, rope_residual
-        self.prefix_tokens = 1 if off_by_one else prefix_tokens  # of the decoder's own sequence
-        self.grad_checkpointing = False
-        self.embed = nn.Linear(in_dim, embed_dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(grid), embed_dim), requires_grad=False)
-        self.prefix_pos_embed = nn.Parameter(torch.empty(1, self.prefix_tokens, embed_dim), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            MambaBlock(
-                embed_dim,
-                d_state,
-                expand=expand,
-                divide_output=divide_output,
-                out_scale=depth**-0.5,
-                norm_eps=norm_eps,
-            )
-            for _ in range(depth)
+        super().__init__(in_dim, grid_size, embed_dim, 1 if off_by_one else prefix_tokens)
+        self._built, self.off_by_one = built, off_by_one
+        self.blocks = MambaStack(
+            embed_dim,
+            depth,
+            d_state=d_state,
+            expand=expand,
+            divide_output=divide_output,
+            norm_eps=norm_eps,
+            rope=rope,
+            rope_residual=rope_residual,
         )
         self.norm = RMSNorm(embed_dim, norm_eps)
         self.head = nn.Linear(embed_dim, out_dim)
-        self._positions = PositionCache()
-        self._rotary = None if rope is None else Rotary(rope, embed_dim)
         self.apply(initialize)
 
-    def reset_parameters(self) -> None:
-        """Initialise the mask token and the tables of positions."""
-        nn.init.normal_(self.mask_token, std=0.02)
-        nn.init.zeros_(self.prefix_pos_embed)
-        with torch.no_grad():
-            self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[2], self.grid))
+    @property
+    def rope(self) -> Rope | None:
+        """Rotary positions of the sequence."""
+        return self.blocks.rope
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
+    @property
+    def rope_residual(self) -> bool:
+        """Whether the residual stream is turned too."""
+        return self.blocks.rope_residual
 
-    def forward(self, tokens: Tensor, restore: Tensor | None = None, grid: Shape | None = None) -> Tensor:
-        """Predict every patch.
+    def settings(self) -> dict[str, Setting]:
+        """Rotations, how a block puts its directions together, and how visible tokens are told from the class token."""
+        return {
+            "norm_eps": Setting(self._built["norm_eps"], "norm_eps"),
+            "divide_output": Setting(self._built["divide_output"], "divide_output"),
+            "rope": Setting(self.rope, "rope"),
+            "rope_residual": Setting(self.rope_residual, "rope_residual"),
+            "off_by_one": Setting(self.off_by_one, "off_by_one"),
+        }
 
-        Args:
-            tokens: (B, P + n, in_dim), class tokens, then visible patches in the order of ``Masking.keep``.
-            restore: (B, N) long from :class:`~medgmae.layers.masking.Masking`; None for all patches in raster order.
-            grid: patch grid of the input; None for the grid of the table.
-
-        Returns:
-            (B, N, out_dim) in raster order.
-        """
-        grid = grid or self.grid
-        tokens = self.embed(tokens)
-        prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
-        hidden = math.prod(grid) - patches.shape[1]
-        if hidden:
-            masks = self.mask_token.to(patches.dtype).expand(patches.shape[0], hidden, -1)
-            patches = torch.cat([patches, masks], dim=1)
-        if restore is not None:
-            patches = take_tokens(patches, restore)
-        patches = patches + self._positions(self.pos_embed, self.grid, grid)
-        x = torch.cat([prefix + self.prefix_pos_embed, patches], dim=1) if self.prefix_tokens else patches
-        x = self._mix(x, self._table(grid, x))
-        return self.head(self.norm(x[:, self.prefix_tokens :]))  # type: ignore[no-any-return]
-
-    def _mix(self, hidden: Tensor, table: Tensor | None) -> Tensor:
-        residual = None
-        for block in self.blocks:
-            hidden, residual = advance(block, hidden, residual, table, self.rope_residual, self.grad_checkpointing)
+    def _mix(self, x: Tensor, grid: Shape) -> Tensor:
+        places = None
+        if self.num_prefix_tokens:
+            count = math.prod(grid)
+            numbers = torch.arange(count, device=x.device)
+            places = torch.cat([numbers.new_full((self.num_prefix_tokens,), count), numbers]).unsqueeze(0)
+        table = self.blocks.rotations(x, grid, places)
+        hidden, residual, _ = self.blocks.scan(x, table, recompute=self.grad_checkpointing)
         return hidden if residual is None else hidden + residual
 
-    def _table(self, grid: Shape, x: Tensor) -> Tensor | None:
-        """Rotations of the sequence, (P + N, E / 2, 2)."""
-        if self._rotary is None:
-            return None
-        table = self._rotary.table(grid, x.shape[1], x)
-        if self.rope == "sequence":
-            return table
-        patches, still = table[:-1], table[-1:]
-        return torch.cat([still.expand(self.prefix_tokens, -1, -1), patches]) if self.prefix_tokens else patches
+    def _activate(self, pred: Tensor) -> Tensor:
+        return pred
 
 
 def masked_vim(
@@ -181,7 +157,7 @@ def masked_vim(
     decoder = VimDecoder(
         encoder.embed_dim,
         math.prod(encoder.patch_size) * in_chans,
-        encoder.grid,
+        encoder.grid_size,
         decoder_embed_dim,
         decoder_depth,
         prefix_tokens=encoder.num_prefix_tokens,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import importlib
 import inspect
+import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -15,10 +17,11 @@ from torch import nn
 Builder = Callable[..., nn.Module]
 B = TypeVar("B", bound=Builder)
 
-# A family is one module under medgmae.models; a new one is added here and nowhere else.
-FAMILIES = ("vit", "vim", "mae", "mae_vim", "gmae")
+# Arguments of create_model that are not an architecture's, for the hint about a misspelt option.
+LOADING = ("checkpoint_path", "strict", "source_grid", "inflate", "cache_dir", "token", "force_download", "progress")
 
 _builders: dict[str, Builder] = {}
+_classes: dict[str, type[nn.Module]] = {}
 
 
 def register_model(builder: B) -> B:
@@ -34,27 +37,58 @@ def register_model(builder: B) -> B:
     return builder
 
 
+def register_class(cls: type[nn.Module]) -> None:
+    """Enter a class under its own name: a saved model that no registered function builds is built from its classes."""
+    _classes[cls.__name__] = cls
+
+
+@functools.cache
 def _load_families() -> None:
-    for family in FAMILIES:
-        importlib.import_module(f"medgmae.models.{family}")
+    """Import every module beside this one: a family is known by lying there."""
+    package = importlib.import_module(__name__.rpartition(".")[0])
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
 
 
-def model_names(pattern: str = "*") -> list[str]:
-    """Sorted architecture names that match a shell-style pattern."""
+def model_names(pattern: str | Sequence[str] = "*") -> list[str]:
+    """Sorted architecture names that match a pattern, or one of several; see :func:`matching`."""
     _load_families()
-    return sorted(fnmatch.filter(_builders, pattern))
+    return matching(_builders, pattern)
+
+
+def matching(names: Iterable[str], pattern: str | Sequence[str]) -> list[str]:
+    """Sorted names that match a shell-style pattern; one without a wildcard may stand anywhere in the name."""
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    wild = [one if set(one) & set("*?[") else f"*{one}*" for one in patterns]
+    return sorted(name for name in names if any(fnmatch.fnmatchcase(name, one) for one in wild))
+
+
+def is_registered(name: str) -> bool:
+    """Whether ``name`` is a registered architecture."""
+    _load_families()
+    return name in _builders
 
 
 def model_builder(name: str) -> Builder:
-    """The function that builds architecture ``name`` (without a weight tag).
+    """The function that builds architecture ``name`` (no weight tag), or the class of that name from its options.
 
     Raises:
         ValueError: unknown name; the message offers the nearest ones.
     """
     _load_families()
-    if name not in _builders:
-        raise ValueError(unknown("model", name, _builders))
-    return _builders[name]
+    if name in _builders:
+        return _builders[name]
+    if name in _classes:
+        return functools.partial(_build_class, _classes[name])
+    raise ValueError(unknown("model", name, _builders))
+
+
+def _build_class(cls: type[nn.Module], **options: Any) -> nn.Module:
+    """``cls`` with its options; one that is {"class": name, ...} is a part, which is built first."""
+    parts = {name: value for name, value in options.items() if isinstance(value, Mapping) and "class" in value}
+    for name, part in parts.items():
+        options[name] = model_builder(part["class"])(**{key: part[key] for key in part if key != "class"})
+    return cls(**options)
 
 
 def unknown(kind: str, name: str, choices: Any) -> str:
@@ -74,8 +108,8 @@ def build(cls: Callable[..., nn.Module], defaults: dict[str, Any], overrides: di
     try:
         return cls(**{**defaults, **overrides})
     except TypeError as error:
-        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if found is None or found[1] not in overrides:
+        named = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if named is None or named[1] not in overrides:
             raise
         options = [name for name in inspect.signature(cls).parameters if not name.endswith("options")]
-        raise TypeError(unknown("option", found[1], {*options, *defaults})) from None
+        raise TypeError(unknown("option", named[1], {*options, *defaults, *LOADING})) from None

@@ -130,7 +130,7 @@ def classifier(case: Case) -> None:
     size = geometry(settings) | {"in_chans": settings("in_channels", 1)}
     options = transformer(settings)
     model = medgmae.ViT(
-        **size, **options, class_token=False, pool="avg", fc_norm=False, num_classes=settings("num_classes")
+        **size, **options, class_token=False, global_pool="avg", fc_norm=False, num_classes=settings("num_classes")
     )
     settings.done()
     load(model, write_file(case, case.weights))
@@ -160,7 +160,7 @@ def load_file(case: Case) -> None:
         model = _mae(settings) if whole else _vit(settings)
         report = medgmae.load_pretrained(model.eval(), file, source_grid=source, strict=strict)
         encoder: Any = model.encoder if whole else model
-        case.same("grid", list(encoder.grid), target("grid"))
+        case.same("grid", list(encoder.grid_size), target("grid"))
         missing = [name for name in target("missing_keys") if not name.startswith("head.")]
         case.same("missing", report.missing, missing)
         unused = {name.removeprefix(_prefix(case)).removeprefix("module.") for name in report.unused}
@@ -240,7 +240,7 @@ def pos_embed_interpolate(case: Case) -> None:
         rows = timm_shapes(table.shape[2], patch=(1, 1, 1), rows=table.shape[1], class_token=bool(extra))
         state = random_state(rows)
         state["pos_embed"] = table
-        pool: dict[str, Any] = {"pool": "cls"} if extra else {"pool": "avg", "fc_norm": False}
+        pool: dict[str, Any] = {"global_pool": "token"} if extra else {"global_pool": "avg", "fc_norm": False}
         model = medgmae.ViT(target, 1, 1, table.shape[2], 1, 1, class_token=bool(extra), **pool)
         load(model, write_file(case, state), source)
         ours = with_class_row(model, state["cls_token"]) if extra else model.pos_embed

@@ -111,7 +111,7 @@ def manifest(case: Case) -> None:
     case.same("our names", sorted(report.loaded), sorted(model.state_dict()))
     unused = [name for name in shapes if re.search(WITHOUT_TOKEN, name)]
     case.same("names that find no place", sorted(report.unused), sorted(unused))
-    case.same("patches", math.prod(encoder.grid), spec["num_patches"])
+    case.same("patches", math.prod(encoder.grid_size), spec["num_patches"])
     case.same("elements of the file", sum(map(math.prod, shapes.values())), spec["n_state_dict_elements"])
     _check_counts(case, model, {name: math.prod(shapes[name]) for name in unused})
     _check_sizes(case, model, encoder)
@@ -175,7 +175,7 @@ def _check_sizes(case: Case, model: Any, encoder: Any) -> None:
         "d_conv": mixer.conv1d.kernel_size[0],
         "expand": mixer.out_proj.in_features // encoder.embed_dim,
         "dt_rank": mixer.dt_rank,
-        "n_visible_at_0_75": medgmae.random_masking(1, math.prod(encoder.grid), 0.75).keep.shape[1],
+        "n_visible_at_0_75": medgmae.random_masking(1, math.prod(encoder.grid_size), 0.75).keep.shape[1],
     }
     if hasattr(model, "decoder"):
         found["decoder_dt_rank"] = model.decoder.blocks[0].mixer.dt_rank

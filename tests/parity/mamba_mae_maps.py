@@ -24,7 +24,7 @@ def pretrained(case: Case) -> None:
         case.offer("latent", model.encoder.forward_features(x, keep=masking.keep))
         pred = model(x, masking).pred
     case.offer("latent_space", medgmae.latent_to_spatial(model.train(), x, masking=masking))
-    grid, patch, channels = model.encoder.grid, model.encoder.patch_size, x.shape[1]
+    grid, patch, channels = model.encoder.grid_size, model.encoder.patch_size, x.shape[1]
     predicted = medgmae.unpatchify(pred, patch, grid, channels)
     hidden = medgmae.unpatchify(masking.mask.unsqueeze(-1).expand_as(pred), patch, grid, channels)
     case.offer("masked", x * (1 - hidden))

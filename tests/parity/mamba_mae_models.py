@@ -27,7 +27,7 @@ COMPUTED = r"(?:^|\.)((decoder_)?rope\.freqs(_cos|_sin)?)$"
 # The same, and the class token of files whose models have none.
 WITHOUT_TOKEN = COMPUTED[:-2] + r"|cls_token)$"
 
-POOLS = {"mean": "avg", "none": "last", "max": "max", "all": "all"}
+POOLS = {"mean": "avg", "none": "last", "max": "max_logit", "all": "none"}
 
 
 def divides(settings: Options, default: bool = False) -> bool:
@@ -72,10 +72,10 @@ def classifier(settings: Options) -> Any:
     model = Vim(
         in_chans=settings("channels"),
         num_classes=settings("num_classes"),
-        drop_path=settings("drop_path_rate", 0.0),
+        drop_path_rate=settings("drop_path_rate", 0.0),
         pos_embed="learned",
         class_token=place if has_token else None,  # type: ignore[arg-type]
-        pool="cls" if has_token else POOLS[pool],  # type: ignore[arg-type]
+        global_pool="token" if has_token else POOLS[pool],  # type: ignore[arg-type]
         **options,
     )
     settings.done()
@@ -93,7 +93,7 @@ def autoencoder(settings: Options) -> Any:
         decoder_depth=settings("decoder_depth"),
         mask_ratio=settings("mask_ratio", 0.75),
         norm_target="unbiased" if settings("norm_pix_loss") else None,
-        drop_path=settings("drop_path_rate", 0.0),
+        drop_path_rate=settings("drop_path_rate", 0.0),
         class_token="front" if has_token else None,
         scan_order="given",
         off_by_one=not has_token,
@@ -206,10 +206,10 @@ def encoder(case: Case) -> None:
     with _streams(model) as streams:
         tokens = model.forward_features(x)
     logits = model.forward_head(tokens)
-    if model.pool == "cls" and case.spec["config"].get("final_pool_type") == "max":
+    if model.global_pool == "token" and case.spec["config"].get("final_pool_type") == "max":
         logits = logits.amax(1)  # the reference's largest logit of all tokens, among the classes of one
     _offer_streams(case, model, x, streams)
-    per_patch = model.pool in ("max", "all")  # their features are what the classifier is applied to
+    per_patch = model.global_pool in ("max_logit", "none")  # their features are what the classifier is applied to
     case.offer("features", tokens if per_patch else model.forward_head(tokens, pre_logits=True))
     case.offer("tokens", tokens)
     case.offer("logits", logits)
@@ -224,7 +224,7 @@ def encoder(case: Case) -> None:
 def _names(case: Case, model: nn.Module) -> dict[str, str]:
     """Official name to the model's own."""
     names = renamed(case.weights, model)
-    return names if hasattr(model, "encoder") else {n: ours.removeprefix("encoder.") for n, ours in names.items()}
+    return names if hasattr(model, "decoder") else {n: ours.removeprefix("encoder.") for n, ours in names.items()}
 
 
 @contextmanager

@@ -148,7 +148,7 @@ def check_manifest(case: Case, manifest: Manifest, unused: tuple[str, ...] = ())
     _check_own_counts(case, manifest)
     model = build(manifest)
     encoder = getattr(model, "encoder", model)
-    case.same("grid", tuple(encoder.grid), manifest.grid)
+    case.same("grid", tuple(encoder.grid_size), manifest.grid)
     state = {name: torch.empty(shape, device="meta") for name, shape in manifest.shapes.items()}
     report = medgmae.load_pretrained(model, state, source_grid=manifest.grid)
     case.same("names that find no place", sorted(report.unused), sorted(unused))

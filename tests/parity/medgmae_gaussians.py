@@ -136,7 +136,7 @@ def gaussian_mae(case: Case) -> None:
     unused = [tensor.numel() for name, tensor in case.weights.items() if re.search(UNUSED, name)]
     ours = sum(parameter.numel() for parameter in model.parameters())
     case.same("parameters", ours + sum(unused), case.spec["parameters"])
-    case.same("grid", list(model.encoder.grid), list(case.spec["grid"]))
+    case.same("grid", list(model.encoder.grid_size), list(case.spec["grid"]))
     x, shuffle = case.input("x"), case.input("shuffle_indices").long()
     # The permutation is what sorting the noise gives: patch shuffle[i] has the i-th smallest noise.
     noise = shuffle.argsort(dim=1).double()
@@ -173,7 +173,7 @@ def check_losses(case: Case, model: GaussianMAE, x: Tensor, masking: medgmae.Mas
     case.equal("the weighted sum of the terms", output.loss, weighted, case.tolerance("loss"))
     paper = GaussianMAE(model.encoder, model.decoder, model.renderer, mask_ratio=model.mask_ratio)(x, masking)
     case.offer("mse_masked_only", paper.loss, "loss")
-    patch, grid = model.encoder.patch_size, model.encoder.grid
+    patch, grid = model.encoder.patch_size, model.encoder.grid_size
     # Where it masks nothing, the reference's pixel mask is full of ones.
     mask = masking.mask if masking.mask.any() else torch.ones_like(masking.mask)
     voxels = medgmae.unpatchify(mask.unsqueeze(-1).expand(-1, -1, torch.Size(patch).numel()), patch, grid, 1)

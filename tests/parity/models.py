@@ -81,8 +81,8 @@ def decoder_table(model: medgmae.MaskedAutoencoder) -> Tensor:
 def renamed(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
     """Official name to ours, as the names of a masked autoencoder (``encoder.``, ``decoder.``)."""
     encoder: Any = getattr(model, "encoder", model)
-    target = Target(encoder.grid, encoder.patch_size, encoder.in_chans)
-    return convert(state, target=target, source_grid=encoder.grid).renamed
+    target = Target(encoder.grid_size, encoder.patch_size, encoder.in_chans)
+    return convert(state, target=target, source_grid=encoder.grid_size).renamed
 
 
 def check_gradients(case: Case, model: medgmae.MaskedAutoencoder, loss: Tensor, prefix: str = "grad/") -> None:

@@ -30,8 +30,8 @@ def mae_voxel(case: Case) -> None:
     model = _mae3d(case.spec["config"])
     words = ("patches", "masked", "encoded", "decoded", "recon", "loss")
     check_mae3d(case, model, {word: word for word in words})
-    tokens = math.prod(model.encoder.grid)
-    case.same("grid", list(model.encoder.grid), list(case.spec.get("grid_size", model.encoder.grid)))
+    tokens = math.prod(model.encoder.grid_size)
+    case.same("grid", list(model.encoder.grid_size), list(case.spec.get("grid_size", model.encoder.grid_size)))
     case.same("patches", tokens, case.spec.get("num_patches", tokens))
     visible = medgmae.random_masking(1, tokens, model.mask_ratio).keep.shape[1]
     case.same("visible", visible, case.spec.get("visible", visible))
@@ -108,7 +108,7 @@ def _unetr_encoder(config: dict[str, Any]) -> medgmae.ViT:
 def _check_loaded(case: Case, name: str, model: nn.Module, file: Path, state: dict[str, Tensor]) -> None:
     """Every tensor of the file is in the model, unchanged but for what conversion states."""
     encoder: Any = getattr(model, "encoder", model)
-    report = medgmae.load_pretrained(model, file, source_grid=encoder.grid)
+    report = medgmae.load_pretrained(model, file, source_grid=encoder.grid_size)
     case.same(f"{name}: missing", report.missing, [])
     prefix = "" if encoder is not model else "encoder."
     ours = {prefix + key: value for key, value in model.state_dict().items()}

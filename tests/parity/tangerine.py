@@ -36,7 +36,7 @@ def vit(config: dict[str, Any]) -> medgmae.ViT:
     model = medgmae.ViT(
         **geometry(settings),
         **transformer(settings),
-        pool="cat" if pooled else "cls",
+        global_pool="token_avg" if pooled else "cls",
         num_classes=settings("num_classes", 0),
         head_hidden=tuple(settings("hidden_layers", ())),
     )
@@ -48,7 +48,7 @@ def embeddings(model: medgmae.ViT, x: Tensor) -> dict[str, Tensor]:
     """What the reference's extraction script calls its embeddings; all but ``pre_logits`` are not normalised."""
     tokens = raw_tokens(model, x)
     concat = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
-    pooled = model.pool == "cat"
+    pooled = model.global_pool == "cat"
     return {
         "tokens": tokens,
         "class": tokens[:, 0],
@@ -175,7 +175,9 @@ def finetune_optim(case: Case) -> None:
     hidden = sorted(int(name.split(".")[1]) for name in case.spec["groups"] if re.fullmatch(r"head\.\d+\.weight", name))
     # A hidden layer is three modules, two of which have weights: head.0, head.2 | head.3, head.5 | ... | the last.
     head: dict[str, Any] = {"num_classes": 2, "head_hidden": (4,) * (len(hidden) // 2)} if _has_head(case) else {}
-    model = medgmae.ViT(8, 4, embed_dim=12, depth=depth, num_heads=2, pool="cat" if pooled else "cls", **head)
+    model = medgmae.ViT(
+        8, 4, embed_dim=12, depth=depth, num_heads=2, global_pool="token_avg" if pooled else "cls", **head
+    )
     groups = param_groups(model, settings("weight_decay"), layer_decay=settings("layer_decay"))
     optimizer = torch.optim.AdamW(groups, lr=settings("lr"))
     tolerance = case.tolerance()
@@ -275,7 +277,10 @@ def manifest(case: Case) -> None:
     config = case.spec["config"]
     overrides: dict[str, Any] = {}
     if "global_pool" in config:
-        overrides = {"pool": "cat" if config["global_pool"] else "cls", "num_classes": config["num_classes"]}
+        overrides = {
+            "global_pool": "token_avg" if config["global_pool"] else "cls",
+            "num_classes": config["num_classes"],
+        }
         if config.get("hidden_layers"):
             overrides["head_hidden"] = tuple(config["hidden_layers"])
     check_manifest(case, Manifest(case.spec, 3, overrides))

@@ -1,0 +1,81 @@
+"""What masked autoencoders share, whatever their decoder predicts: parts, masks, the encoder's features."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from medgmae.layers.masking import Masking, random_masking
+from medgmae.layers.patches import Shape, grid_of
+from medgmae.models.encoder import Encoder, Model
+from medgmae.models.parts import Setting
+
+
+class Autoencoder(Model):
+    """An encoder on the visible patches, and a decoder.
+
+    Args:
+        encoder: one that normalises its tokens, not the pooled vector.
+        decoder: takes its tokens.
+        mask_ratio: share of hidden patches when ``forward`` is given neither a masking nor a ratio.
+
+    Raises:
+        ValueError: an encoder that normalises the pooled vector.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Any, mask_ratio: float) -> None:
+        super().__init__()
+        if isinstance(encoder.norm, nn.Identity):
+            raise ValueError(
+                "the encoder of a masked autoencoder normalises its tokens, not the pooled vector: build it with "
+                f"global_pool='token' or fc_norm=False, got global_pool={encoder.global_pool!r}"
+            )
+        self.encoder, self.decoder, self.mask_ratio = encoder, decoder, mask_ratio
+        self.pretrained_cfg = {}
+
+    @abstractmethod
+    def reconstruct(self, x: Tensor, masking: Masking | None = None, paste_visible: bool = True) -> Tensor:
+        """The volume as the decoder sees it, (B, C, D, H, W) in the units of ``x``, without gradients.
+
+        Args:
+            x: (B, C, D, H, W).
+            masking: which patches are visible; random at ``mask_ratio`` when None.
+            paste_visible: show the true voxels where the patch was visible.
+        """
+
+    def forward_features(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Tokens (B, P + N, E) of the encoder after the last norm; see :meth:`Encoder.forward_features`."""
+        return self.encoder.forward_features(x, keep)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks of both parts in the backward pass instead of keeping their activations."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.decoder.set_grad_checkpointing(enable)
+
+    def _part_settings(self) -> dict[str, Setting]:
+        """The settings of both parts, under their names."""
+        parts = {"encoder": self.encoder, "decoder": self.decoder}
+        return {f"{part}.{name}": value for part, own in parts.items() for name, value in own.settings().items()}
+
+    def _masking(self, x: Tensor, masking: Masking | None, mask_ratio: float | None) -> Masking:
+        """The masking given, checked against the input, or one drawn at the ratio given, or at the model's own.
+
+        Raises:
+            ValueError: a masking for another batch or grid, or beside a ratio.
+        """
+        expected = (x.shape[0], math.prod(self._grid(x)))
+        if masking is None:
+            ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+            return random_masking(*expected, ratio=ratio, device=x.device)
+        if mask_ratio is not None:
+            raise ValueError(f"masking says which patches are hidden: leave out mask_ratio (={mask_ratio})")
+        shape = tuple(masking.mask.shape)
+        if shape != expected:
+            raise ValueError(f"the masking is for {shape} (batch, patches), the input has {expected}")
+        return masking
+
+    def _grid(self, x: Tensor) -> Shape:
+        return grid_of(x.shape[2:], self.patch_size)

@@ -1,0 +1,80 @@
+"""What the decoders of masked autoencoders of voxels share: from visible tokens to a vector for every patch."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from medgmae.layers.patches import Shape, take_tokens
+from medgmae.layers.positions import PositionCache, sincos_pos_embed
+from medgmae.models.parts import Part
+
+
+class MaskDecoder(Part):
+    """Mask tokens in the places of hidden patches, positions, blocks, and a linear layer to patch vectors.
+
+    A family builds ``blocks``, ``norm`` and ``head`` after the constructor of this class, and says in :meth:`_mix` how
+    the sequence goes through the blocks.
+    """
+
+    blocks: nn.ModuleList
+    norm: nn.Module
+    head: nn.Linear
+
+    def __init__(self, in_dim: int, grid_size: Shape, embed_dim: int, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.grid_size, self.num_prefix_tokens = grid_size, num_prefix_tokens
+        self.grad_checkpointing = False
+        self.embed = nn.Linear(in_dim, embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(grid_size), embed_dim), requires_grad=False)
+        # Position of the prefix tokens: zero in every published recipe, but GL-MAE's files can hold another value.
+        self.prefix_pos_embed = nn.Parameter(torch.empty(1, num_prefix_tokens, embed_dim), requires_grad=False)
+        self._positions = PositionCache()
+
+    def reset_parameters(self) -> None:
+        """Initialise the mask token and the tables of positions."""
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.zeros_(self.prefix_pos_embed)
+        with torch.no_grad():
+            self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[2], self.grid_size))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    def forward(self, tokens: Tensor, restore: Tensor | None = None, grid_size: Shape | None = None) -> Tensor:
+        """Predict every patch.
+
+        Args:
+            tokens: (B, P + n, in_dim), prefix tokens, then visible patches in the order of ``Masking.keep``.
+            restore: (B, N) long from :class:`~medgmae.Masking`; None for all patches in raster order.
+            grid_size: patch grid of the input; None for the grid of the table.
+
+        Returns:
+            (B, N, out_dim) in raster order.
+        """
+        grid = grid_size or self.grid_size
+        tokens = self.embed(tokens)
+        prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+        hidden = math.prod(grid) - patches.shape[1]
+        if hidden:
+            masks = self.mask_token.to(patches.dtype).expand(patches.shape[0], hidden, -1)
+            patches = torch.cat([patches, masks], dim=1)
+        if restore is not None:
+            patches = take_tokens(patches, restore)
+        patches = patches + self._positions(self.pos_embed, self.grid_size, grid)
+        x = torch.cat([prefix + self.prefix_pos_embed, patches], dim=1) if self.num_prefix_tokens else patches
+        x = self._mix(x, grid)
+        return self._activate(self.head(self.norm(x[:, self.num_prefix_tokens :])))
+
+    @abstractmethod
+    def _mix(self, x: Tensor, grid: Shape) -> Tensor:
+        """The sequence (B, P + N, E) through the blocks."""
+
+    @abstractmethod
+    def _activate(self, pred: Tensor) -> Tensor:
+        """What is done to the output (B, N, out_dim) of the last layer."""

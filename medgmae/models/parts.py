@@ -1,0 +1,73 @@
+"""Parts that models are built of, which say what they were built with and what their weights need."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from medgmae.models.registry import register_class
+
+
+class Setting(NamedTuple):
+    """Something that no tensor shows and that weights need of the model they are put into.
+
+    value: as it is in the model.
+    option: of ``create_model``, that decides it; "" for none.
+    when: "always"; "lenient": may differ under ``strict=False``; "pretraining": may differ when an encoder goes on
+        without the decoder that it was pre-trained with.
+    """
+
+    value: Any
+    option: str = ""
+    when: Literal["always", "lenient", "pretraining"] = "always"
+
+
+class Part(nn.Module, ABC):
+    """A module that can say what it was built with: an encoder, a decoder, a whole model."""
+
+    _built: dict[str, Any]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        register_class(cls)
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of the constructor that give this module again, as they are now."""
+        current: dict[str, Any] = {}
+        for name, built in self._built.items():
+            value = getattr(self, name, built)
+            if hasattr(value, "described"):
+                current[name] = value.described()
+            else:  # a table of positions, say, has the name of the option that says of which kind it is
+                current[name] = built if isinstance(value, Tensor | nn.Module) else value
+        return current
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that optimisers leave undecayed: tables of positions, tokens, and what blocks name."""
+        names = {name for name, _ in self.named_parameters(recurse=False)}
+        for name, module in self.named_modules():
+            if name and callable(undecayed := getattr(module, "no_weight_decay", None)):
+                names |= {f"{name}.{parameter}" for parameter in undecayed()}
+        return names
+
+    @abstractmethod
+    def settings(self) -> dict[str, Setting]:
+        """What weights need of this module though no tensor shows it, by name."""
+
+    def described(self) -> dict[str, Any]:
+        """:meth:`options` with the name of the class, for the options of a model that this is a part of."""
+        return {"class": type(self).__name__, **self.options()}
+
+
+def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor, from the ``locals()`` of its first line."""
+    return {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, got {value!r}")
