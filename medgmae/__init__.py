@@ -20,6 +20,8 @@ _PUBLIC = {
     "weight_card": "medgmae.checkpoints.cards",
     "save_pretrained": "medgmae.checkpoints.saving",
     "push_to_hub": "medgmae.checkpoints.saving",
+    "Model": "medgmae.models.encoder",
+    "Encoder": "medgmae.models.encoder",
     "ViT": "medgmae.models.vit",
     "ViTDecoder": "medgmae.models.mae",
     "Vim": "medgmae.models.vim",
@@ -58,13 +60,14 @@ _PUBLIC = {
 }
 
 # Modules that a program may use as attributes, without an import of their own.
-_MODULES = ("data", "evaluation", "ops", "training", "visualize")
+_MODULES = ("data", "evaluation", "models", "ops", "training", "visualize")
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from medgmae import data as data
     from medgmae import evaluation as evaluation
+    from medgmae import models as models
     from medgmae import ops as ops
     from medgmae import training as training
     from medgmae import visualize as visualize
@@ -101,6 +104,8 @@ if TYPE_CHECKING:
     from medgmae.layers.positions import sincos_pos_embed as sincos_pos_embed
     from medgmae.losses import psnr as psnr
     from medgmae.losses import ssim3d as ssim3d
+    from medgmae.models.encoder import Encoder as Encoder
+    from medgmae.models.encoder import Model as Model
     from medgmae.models.gaussian_decoder import GaussianDecoder as GaussianDecoder
     from medgmae.models.gmae import GaussianMAE as GaussianMAE
     from medgmae.models.gmae import GaussianMAEOutput as GaussianMAEOutput

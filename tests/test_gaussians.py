@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medgmae import Gaussians, Volume
+from medgmae import GaussianRenderer, Gaussians, Volume
 from medgmae.data import Grid
 from medgmae.data.volume import to_sitk
 from medgmae.ops import voxelize
@@ -306,3 +306,36 @@ def test_no_gaussians_are_a_set_too(tmp_path: Path) -> None:
     assert all(t.shape[1] == 0 for t in empty.to_world(grid()).to_grid(grid()))
     empty.save_ply(tmp_path / "g.ply")
     assert Gaussians.load_ply(tmp_path / "g.ply").means.shape == (1, 0, 3)
+
+
+def test_sets_of_a_batch() -> None:
+    gaussians = some(batch=3)
+    assert len(gaussians) == 3
+    assert_same_bits(gaussians[1], Gaussians(*(t[1:2] for t in gaussians)))
+    assert_same_bits(gaussians[-1], gaussians[2])
+    assert_same_bits(gaussians[:2], Gaussians(*(t[:2] for t in gaussians)))
+    with pytest.raises(IndexError, match="set 3 of a batch of 3"):
+        gaussians[3]
+
+
+def test_to_another_dtype_and_without_gradients() -> None:
+    gaussians = some()
+    assert {t.dtype for t in gaussians.to(torch.float64)} == {torch.float64}
+    assert {t.device.type for t in gaussians.to("meta")} == {"meta"}
+    learning = Gaussians(*(t.clone().requires_grad_() for t in gaussians))
+    assert not any(t.requires_grad for t in learning.detach())
+
+
+def test_how_they_show_themselves() -> None:
+    assert repr(some(batch=2)) == "Gaussians(2 x 20, torch.float32, cpu)"
+    table = some()._repr_html_()
+    assert table.count("<tr>") == 5
+    assert "(1, 20, 4)" in table
+    assert Gaussians(*(t[:, :0] for t in some()))._repr_html_().count("<td>-</td>") == 4
+
+
+def test_one_number_is_a_cube() -> None:
+    renderer, gaussians = GaussianRenderer(), some()
+    assert torch.equal(renderer(gaussians, 8), renderer(gaussians, (8, 8, 8)))
+    patches = torch.tensor([[1, 3]])
+    assert torch.equal(renderer(gaussians, 8, patches, 4), renderer(gaussians, (8, 8, 8), patches, (4, 4, 4)))

@@ -193,7 +193,7 @@ class _Fit:
         if not math.isfinite(error):
             raise ValueError(f"the fit diverged at step {done} of {self.steps}; lower the rates, {self.rates}")
         self.adam.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.adam.step()
         self.decline.step()
         with torch.no_grad():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,17 @@ class Gaussians:
         return Gaussians(*(tensor[sets] for tensor in self))
 
     def __repr__(self) -> str:
-        sets, count = self.means.shape[:2] if self.means.dim() > 1 else (tuple(self.means.shape), "?")
-        return f"Gaussians({sets} x {count}, {self.means.dtype}, {self.means.device})"
+        shape = " x ".join(map(str, self.densities.shape))
+        return f"Gaussians({shape}, {self.densities.dtype}, {self.densities.device})"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: shape and range of each tensor."""
+        rows = ""
+        for field in fields(self):
+            values: Tensor = getattr(self, field.name).detach()
+            span = f"{float(values.min()):.4g} to {float(values.max()):.4g}" if values.numel() else "-"
+            rows += f"<tr><th>{field.name}</th><td>{tuple(values.shape)}</td><td>{span}</td></tr>"
+        return f"<table><tr><th>{html.escape(repr(self))}</th><th>shape</th><th>range</th></tr>{rows}</table>"
 
     def to(self, *args: Any, **kwargs: Any) -> Gaussians:
         """The same Gaussians on another device or in another dtype; arguments as for ``Tensor.to``."""
@@ -165,6 +175,8 @@ class GaussianRenderer(nn.Module):
             a Gaussian ends at 0.03 % of its peak. None: everywhere. "box": MedGMAE's box of ±2 scales that is not
             turned with the Gaussian, for its checkpoints; there a Gaussian ends at 14 % of its peak or less.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, support: Support = 4.0) -> None:
         super().__init__()

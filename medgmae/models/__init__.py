@@ -1,1 +1,29 @@
-"""Model families, one file each; use :func:`medgmae.create_model` to build one by name."""
+"""Model families, one file each. A new family is known by lying here: nothing lists it."""
+
+from medgmae.models.autoencoder import Autoencoder
+from medgmae.models.decoder import MaskDecoder
+from medgmae.models.encoder import Encoder, Model
+from medgmae.models.gaussian_decoder import GaussianDecoder
+from medgmae.models.gmae import GaussianMAE, GaussianMAEOutput
+from medgmae.models.mae import MAEOutput, MaskedAutoencoder, ViTDecoder
+from medgmae.models.mae_vim import VimDecoder
+from medgmae.models.parts import Setting
+from medgmae.models.vim import Vim
+from medgmae.models.vit import ViT
+
+__all__ = [
+    "Autoencoder",
+    "Encoder",
+    "GaussianDecoder",
+    "GaussianMAE",
+    "GaussianMAEOutput",
+    "MAEOutput",
+    "MaskDecoder",
+    "MaskedAutoencoder",
+    "Model",
+    "Setting",
+    "ViT",
+    "ViTDecoder",
+    "Vim",
+    "VimDecoder",
+]

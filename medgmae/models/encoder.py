@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, get_args, overload
 
 import torch
@@ -178,6 +178,8 @@ class Encoder(Model):
     def forward_last_block(self, x: Tensor) -> Tensor:
         """What the last block itself returns for every token, (B, P + N, E), class tokens first. x: (B, C, D, H, W)."""
 
+    __call__: Callable[..., Tensor]
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, D, H, W). Logits (B, num_classes), or the pooled vector (B, F) without a head."""
         return self.forward_head(self.forward_features(x))
@@ -257,6 +259,18 @@ class Encoder(Model):
             image = patches if output_fmt == "NLC" else patches.transpose(1, 2).reshape(len(x), -1, *grid)
             maps.append((image, prefix) if return_prefix_tokens else image)
         return maps if intermediates_only else (self.norm(tokens), maps)
+
+    @overload
+    def get_intermediate_layers(
+        self, x: Tensor, n: int | Sequence[int] = ..., reshape: bool = ..., return_class_token: Literal[False] = ...,
+        norm: bool = ...,
+    ) -> tuple[Tensor, ...]: ...  # fmt: skip
+
+    @overload
+    def get_intermediate_layers(
+        self, x: Tensor, n: int | Sequence[int] = ..., reshape: bool = ..., *, return_class_token: Literal[True],
+        norm: bool = ...,
+    ) -> tuple[Pair, ...]: ...  # fmt: skip
 
     def get_intermediate_layers(
         self,

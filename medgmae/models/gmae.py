@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -101,6 +101,8 @@ class GaussianMAE(Autoencoder):
         self._built = {**built, "loss_weights": weights}
         self.renderer, self.loss, self.image_norm = renderer, loss, image_norm
         self.loss_weights, self.max_scale = weights, max_scale
+
+    __call__: Callable[..., GaussianMAEOutput]
 
     def settings(self) -> dict[str, Setting]:
         """The settings of both parts, and the renderer's support."""

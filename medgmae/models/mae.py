@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -108,6 +109,8 @@ class MaskedAutoencoder(Autoencoder):
         if norm_target not in (None, "unbiased", "biased"):
             raise ValueError(f"norm_target must be None, 'unbiased' or 'biased', got {norm_target!r}")
         self._built, self.norm_target = built, norm_target
+
+    __call__: Callable[..., MAEOutput]
 
     def settings(self) -> dict[str, Setting]:
         """The settings of both parts."""

@@ -1,0 +1,80 @@
+"""What a type checker sees of the library in a user's code."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+import medgmae
+from medgmae.models import names
+
+USER = """
+import torch
+from torch import Tensor
+
+import medgmae
+
+scan = torch.rand(1, 1, 64, 64, 64)
+model = medgmae.create_model("vit_tiny_patch8_64.demo", num_classes=2)
+features: int = model.num_features
+tokens: Tensor = model.forward_features(scan)
+logits: Tensor = model(scan)
+maps: list[Tensor] = model.forward_intermediates(scan, indices=[3, 6], intermediates_only=True)
+model.reset_classifier(3, "avg")
+mae = medgmae.create_model("mae_vit_tiny_patch8_64")
+loss: Tensor = mae(scan).loss
+picture: Tensor = mae.reconstruct(scan)
+gmae = medgmae.create_model("gmae_vit_tiny_patch8_64")
+centres: Tensor = gmae(scan, mask_ratio=0.5).gaussians.means
+rendered: Tensor = medgmae.GaussianRenderer()(gmae(scan).gaussians, 64)
+half: medgmae.Gaussians = gmae.gaussians(scan).to(torch.float64)[0]
+
+
+def by_any_name(name: str) -> int:
+    anything = medgmae.create_model(name)
+    anything.forward_features(scan)
+    return anything.num_features
+
+
+rows: Tensor = medgmae.patchify(scan, 8)
+volume: Tensor = medgmae.ops.voxelize(half.means, half.scales, half.quats, half.densities, (8, 8, 8))
+scan_of_mine = medgmae.read_volume("scan.nii.gz")
+vector: Tensor = medgmae.extract_features(model, scan_of_mine).pooled
+report: medgmae.LoadReport = medgmae.load_pretrained(model, "file.pth")
+"""
+
+
+def test_a_users_code_is_typed(tmp_path: Path) -> None:
+    script = tmp_path / "user.py"
+    script.write_text(USER)
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(script)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(medgmae.__file__).parent.parent, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(n for n in medgmae.__all__ if inspect.isfunction(getattr(medgmae, n))))
+def test_public_functions_return_something_known(name: str) -> None:
+    hint = getattr(medgmae, name).__annotations__["return"]  # as written
+    assert not re.search(r"\bAny\b", hint.replace("dict[str, Any]", "")), hint  # but for what goes into JSON
+
+
+def test_names_of_models_have_types() -> None:
+    every = set(medgmae.list_models(["vi*", "mae_*", "gmae_*"])) | set(medgmae.list_weights())
+    listed = {
+        "Encoder": typing.get_args(names.EncoderName),
+        "MaskedAutoencoder": typing.get_args(names.VoxelName),
+        "GaussianMAE": typing.get_args(names.GaussianName),
+    }
+    assert {n for group in listed.values() for n in group} == every
+    for kind, group in listed.items():
+        for name in group:
+            prefix = {"Encoder": "vi", "MaskedAutoencoder": "mae_", "GaussianMAE": "gmae_"}[kind]
+            assert name.startswith(prefix)
