@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from medgmae.layers.patches import Shape, take_tokens
 from medgmae.layers.positions import PositionCache, sincos_pos_embed
-from medgmae.models.parts import Part
+from medgmae.models.parts import Part, Readable
 
 
-class MaskDecoder(Part):
+class MaskDecoder(Part, Readable):
     """Mask tokens in the places of hidden patches, positions, blocks, and a linear layer to patch vectors.
 
     A family builds ``blocks``, ``norm`` and ``head`` after the constructor of this class, and says in :meth:`_mix` how

@@ -17,7 +17,7 @@ from medgmae.layers.blocks import initialize, make_head
 from medgmae.layers.patches import PatchEmbed, Shape, Size, grid_of, input_grid, take_tokens, tap_indices, to_tuple
 from medgmae.layers.pooling import GlobalPool, check_pool, pool_tokens, pooled_width
 from medgmae.layers.positions import PositionCache, resample_pos_embed, sincos_pos_embed
-from medgmae.models.parts import Part, check_choice
+from medgmae.models.parts import Part, Readable, check_choice
 from medgmae.models.parts import Setting as Setting
 
 OutputFormat = Literal["NCDHW", "NCHW", "NLC"]
@@ -91,7 +91,7 @@ class Model(Part):
         """Recompute the blocks in the backward pass instead of keeping their activations."""
 
 
-class Encoder(Model):
+class Encoder(Model, Readable):
     """A stack of blocks over the patches of a volume: stem, positions, class tokens, pooling and head.
 
     A family builds its blocks and says in :meth:`_encode` how tokens go through them. Any input whose axes are

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from medgmae.gaussians.rendering import Gaussians
 from medgmae.layers.blocks import Block, exact_linear, initialize, run_block
-from medgmae.models.parts import Part, Setting, given
+from medgmae.models.parts import Part, Readable, Setting, count_blocks, given
 
 Kind = Literal["standard", "residual", "hierarchical", "cgs"]
 
@@ -21,6 +22,8 @@ HEADS = {"position": 3, "scale": 3, "rotation": 4, "density": 1}
 # Published start of the biases: sigmoid(-1.386) = 0.2, sigmoid(-0.405) = 0.4.
 SCALE_BIAS = -1.386
 DENSITY_BIAS = -0.405
+
+_HEAD = re.compile(rf"(?:(\w+?\d*)_)?(?:{'|'.join(HEADS)})_heads?\.(\d+)?")
 
 # Additional Gaussians per query and group of heads. MedGMAE's command line has 13 residuals and the ratios 12 and 7;
 # its dead code for "hierarchical" falls back to 3 and 16, the same number in all.
@@ -118,7 +121,7 @@ def first_values(kind: Kind, ratios: Sequence[int], spread: bool) -> list[dict[s
     return [level0, *(group for _ in ratios)]
 
 
-class GaussianDecoder(Part):
+class GaussianDecoder(Part, Readable):
     """Learned queries read the visible tokens and become Gaussians (MedGMAE, equations 3 to 5).
 
     The sequence is: prefix tokens, K queries, visible patches in the order of ``Masking.keep``. No position is added
@@ -159,6 +162,8 @@ class GaussianDecoder(Part):
     Raises:
         ValueError: an unknown kind, ratios that it does not have, fewer blocks than "cgs" reads, or no Gaussians.
     """
+
+    FIXED_SIZES = ("decoder_embed_dim", "decoder_depth", "kind")
 
     def __init__(
         self,
@@ -231,6 +236,25 @@ class GaussianDecoder(Part):
                     levels.append(self._level(level, queries, levels))
         means, scales, quats, densities = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
         return Gaussians(means, scales, quats, densities * self.density_scale)
+
+    @classmethod
+    def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """The options that a decoder's tensors show; None where they are no Gaussian decoder's."""
+        heads = [match for name in state if (match := _HEAD.match(name))]
+        if "query_tokens" not in state and not heads:
+            return None
+        groups = {(match[1], match[2] or "") for match in heads if match[1]}
+        first = min(groups)[0] if groups else "standard"
+        kind = "hierarchical" if first.startswith("level") else "cgs" if first.startswith("cgs") else first
+        ratios = [sum(group == name for group, _ in groups) for name in sorted({group for group, _ in groups})]
+        bridge, queries = state.get("embed.weight"), state.get("query_tokens")
+        return {
+            "decoder_embed_dim": None if bridge is None else len(bridge),
+            "decoder_depth": count_blocks(state),
+            "kind": kind,
+            "num_gaussians": None if queries is None or queries.dim() != 3 else queries.shape[1],
+            "ratios": tuple(ratios),
+        }
 
     def settings(self) -> dict[str, Setting]:
         """Heads, epsilon, kind, and the factor of the density."""

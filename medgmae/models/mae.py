@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from medgmae.losses import PATCH_EPS, NormTarget, patch_mse, patch_statistics
 from medgmae.models.autoencoder import Autoencoder
 from medgmae.models.decoder import MaskDecoder
 from medgmae.models.encoder import Encoder
-from medgmae.models.parts import Setting, given
+from medgmae.models.parts import Setting, count_blocks, given
 from medgmae.models.registry import build, register_model
 from medgmae.models.vit import BASE, HUGE, LARGE, NANO, TINY, WIDE, ViT
 
@@ -50,6 +50,8 @@ class ViTDecoder(MaskDecoder):
         norm_eps: epsilon of every layer norm.
     """
 
+    FIXED_SIZES = ("decoder_embed_dim", "decoder_depth")
+
     def __init__(
         self,
         in_dim: int,
@@ -71,6 +73,15 @@ class ViTDecoder(MaskDecoder):
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head = nn.Linear(embed_dim, out_dim)
         self.apply(initialize)
+
+    @classmethod
+    def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """The options that a decoder's tensors show; None where they are no ViT decoder's."""
+        marks = {"mask_token", "pos_embed", "head.weight"}
+        if not marks & set(state) or any(".mixer." in name for name in state):
+            return None
+        bridge = state.get("embed.weight")
+        return {"decoder_embed_dim": None if bridge is None else len(bridge), "decoder_depth": count_blocks(state)}
 
     def settings(self) -> dict[str, Setting]:
         """Heads, epsilon and the last activation."""

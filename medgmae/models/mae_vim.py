@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from medgmae.layers.rope import Rope
 from medgmae.losses import NormTarget
 from medgmae.models.decoder import MaskDecoder
 from medgmae.models.mae import MaskedAutoencoder
-from medgmae.models.parts import Setting, given
+from medgmae.models.parts import Setting, count_blocks, given
 from medgmae.models.registry import build, register_model
 from medgmae.models.vim import BASE, LARGE, NANO, SMALL, TINY, Vim
 
@@ -43,6 +44,8 @@ class VimDecoder(MaskDecoder):
     Raises:
         ValueError: ``off_by_one`` with class tokens, for which the reference decodes as everybody does.
     """
+
+    FIXED_SIZES = ("decoder_embed_dim", "decoder_depth")
 
     blocks: MambaStack
 
@@ -93,6 +96,14 @@ class VimDecoder(MaskDecoder):
     def rope_residual(self) -> bool:
         """Whether the residual stream is turned too."""
         return self.blocks.rope_residual
+
+    @classmethod
+    def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """The options that a decoder's tensors show; None where they are no Vim decoder's."""
+        if not any(".mixer." in name for name in state):
+            return None
+        bridge = state.get("embed.weight")
+        return {"decoder_embed_dim": None if bridge is None else len(bridge), "decoder_depth": count_blocks(state)}
 
     def settings(self) -> dict[str, Setting]:
         """Rotations, how a block puts its directions together, and how visible tokens are told from the class token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -60,6 +60,23 @@ class Part(nn.Module, ABC):
     def described(self) -> dict[str, Any]:
         """:meth:`options` with the name of the class, for the options of a model that this is a part of."""
         return {"class": type(self).__name__, **self.options()}
+
+
+class Readable(ABC):
+    """A part whose options can be read off a state dictionary, as far as tensors show them."""
+
+    FIXED_SIZES: ClassVar[tuple[str, ...]]
+    """Keys of :meth:`read_sizes` that make an architecture; the others are its options."""
+
+    @classmethod
+    @abstractmethod
+    def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """The options that a state dictionary of this class shows; None for one of another class."""
+
+
+def count_blocks(state: Mapping[str, Tensor]) -> int:
+    """How many blocks a state dictionary has entries of."""
+    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
 
 
 def given(arguments: Mapping[str, Any]) -> dict[str, Any]:

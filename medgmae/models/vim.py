@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ from medgmae.layers.patches import Shape, Size, input_grid, take_tokens
 from medgmae.layers.pooling import GlobalPool
 from medgmae.layers.rope import Rope
 from medgmae.models.encoder import Encoder, PosEmbed
-from medgmae.models.parts import Setting, check_choice, given
+from medgmae.models.parts import Setting, check_choice, count_blocks, given
 from medgmae.models.registry import build, register_model
 
 ClassToken = Literal["front", "middle", "double"]
@@ -54,6 +54,8 @@ class Vim(Encoder):
     Raises:
         ValueError: sizes or options that do not fit each other; the message says which.
     """
+
+    FIXED_SIZES = ("embed_dim", "depth", "inner_dim", "patch_size")
 
     map_reduction: ClassVar[Literal["max"]] = "max"
 
@@ -120,6 +122,28 @@ class Vim(Encoder):
     def rope_residual(self) -> bool:
         """Whether the residual stream is turned too."""
         return self.blocks.rope_residual
+
+    @classmethod
+    def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """The options that an encoder's tensors show; None where they are no Vim's.
+
+        Where a single class token stands is not among them.
+        """
+        stem, states = state.get("patch_embed.proj.weight"), state.get("blocks.0.mixer.A_log")
+        if stem is None or states is None or stem.dim() != 5:
+            return None
+        token = state.get("cls_token")
+        tokens = 0 if token is None else token.shape[1]
+        return {
+            "embed_dim": len(stem),
+            "depth": count_blocks(state),
+            "inner_dim": states.shape[0],
+            "d_state": states.shape[1],
+            "patch_size": tuple(stem.shape[2:]),
+            "in_chans": stem.shape[1],
+            **({} if tokens == 1 else {"class_token": "double" if tokens else None}),
+            "global_pool": "token" if tokens else "avg",
+        }
 
     def settings(self) -> dict[str, Setting]:
         """Class token, rotations, order of the scan, and how a block puts its directions together."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +12,7 @@ from medgmae.layers.blocks import Block, run_block
 from medgmae.layers.patches import Size
 from medgmae.layers.pooling import GlobalPool
 from medgmae.models.encoder import Encoder, PosEmbed
-from medgmae.models.parts import Setting, given
+from medgmae.models.parts import Setting, count_blocks, given
 from medgmae.models.registry import build, register_model
 
 
@@ -41,6 +41,8 @@ class ViT(Encoder):
     Raises:
         ValueError: sizes that do not fit each other; the message says which.
     """
+
+    FIXED_SIZES = ("embed_dim", "depth", "mlp_dim", "patch_size", "dims")
 
     # One feature is often the largest of every token.
     map_reduction: ClassVar[Literal["pca"]] = "pca"
@@ -86,6 +88,29 @@ class ViT(Encoder):
         self.norm = nn.Identity() if fc_norm else nn.LayerNorm(embed_dim, eps=norm_eps)
         self.fc_norm = nn.LayerNorm(self.num_features, eps=norm_eps) if fc_norm else nn.Identity()
         self._add_head(num_classes, head_hidden)
+
+    @classmethod
+    def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """The options that an encoder's tensors show; None where they are no ViT's."""
+        stem, hidden = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1.weight")
+        if stem is None or hidden is None or stem.dim() not in (4, 5):
+            return None
+        class_token, pooled = "cls_token" in state, state.get("fc_norm.weight")
+        pool = "token" if class_token else "avg"
+        if pooled is not None:
+            pool = "token_avg" if len(pooled) == 2 * len(stem) else "avg"
+        return {
+            "embed_dim": len(stem),
+            "depth": count_blocks(state),
+            "mlp_dim": len(hidden),
+            "patch_size": tuple(stem.shape[2:]),
+            "in_chans": stem.shape[1],
+            "class_token": class_token,
+            "global_pool": pool,
+            "fc_norm": False if pool == "avg" and pooled is None else None,
+            "pre_norm": "norm_pre.weight" in state,
+            "dims": stem.dim() - 2,
+        }
 
     def settings(self) -> dict[str, Setting]:
         """Heads and epsilon."""
