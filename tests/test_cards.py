@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ def test_card_says_what_a_user_must_know(tag: str) -> None:
         path = weights_folder() / card.file
         assert path.stat().st_size == card.bytes
         assert file_hashes(path, ("sha256",)) == {"sha256": card.sha256}
+
+
+def test_cards_of_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "medgmae.weights", None)  # as if the package were not there
+    assert weights_folder() == ROOT / "weights"
 
 
 def test_card_is_the_file_in_the_repository() -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import medgmae
 from medgmae import WeightsError
+from medgmae.checkpoints.dialects.entries import Target, strip_prefixes
 from medgmae.checkpoints.dialects.recognise import convert
-from medgmae.checkpoints.dialects.vit import Target, strip_prefixes
 
 NANO = "mae_vit_nano_patch8_32"
 

@@ -175,7 +175,7 @@ def weights_folder() -> Path:
     try:
         return Path(str(importlib.resources.files("medgmae.weights")))
     except ModuleNotFoundError:
-        return Path(__file__).resolve().parent.parent / "weights"
+        return Path(__file__).resolve().parents[2] / "weights"
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import medgmae
-from medgmae.checkpoints.dialects.vit import strip_prefixes
+from medgmae.checkpoints.dialects.entries import strip_prefixes
 from medgmae.layers.blocks import mamba
 from medgmae.models.mae_vim import masked_vim
 from medgmae.models.vim import Vim
