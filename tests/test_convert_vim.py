@@ -353,3 +353,13 @@ def test_inspection_of_class_tokens(place: Any, tmp_path: Path) -> None:
     medgmae.load_pretrained(again, tmp_path / "checkpoint.pth")
     x: Tensor = torch.rand(1, 2, 16, 16, 16)
     torch.testing.assert_close(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("options", [PUBLISHED, {"class_token": "front", "off_by_one": False}])
+def test_inspection_of_our_own_names_without_a_config(options: dict[str, Any], tmp_path: Path) -> None:
+    model = autoencoder(**options)
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    facts = medgmae.inspect_checkpoint(tmp_path / "plain.pth")
+    assert facts["problem"] is None
+    shown = {name: facts["model_args"].get(name) for name in ("off_by_one", "class_token")}
+    assert shown == {"off_by_one": options["off_by_one"] or None, "class_token": options.get("class_token")}
