@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,11 +22,11 @@ ENCODER = {name.removeprefix("encoder."): value for name, value in SOURCE.items(
 
 
 @pytest.fixture
-def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, recognise.Dialect]]:
+def register(monkeypatch: pytest.MonkeyPatch) -> dict[str, recognise.Dialect]:
     """A register that forgets what a test enters."""
     known_dialects()
     monkeypatch.setattr(recognise, "_dialects", dict(recognise._dialects))
-    yield recognise._dialects
+    return recognise._dialects
 
 
 def test_every_module_of_the_folder_enters_its_dialects() -> None:
@@ -98,7 +97,7 @@ def test_the_parts_come_apart() -> None:
     assert converted.file_names("decoder")["mask_token"] == "mask_token"
     assert "prefix_pos_embed" not in converted.file_names("decoder")  # which the conversion added
     assert converted.expects == {"decoder.sigmoid": False}
-    with pytest.raises(ValueError, match="'head.weight' is not a place"):
+    with pytest.raises(ValueError, match=r"'head\.weight' is not a place"):
         split_place("head.weight")
 
 

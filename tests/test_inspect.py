@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import medgmae
+from medgmae.models import registry
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -218,3 +219,14 @@ def test_every_family_is_asked_for_its_own_sizes(name: str, tmp_path: Path) -> N
     facts = medgmae.inspect_checkpoint(tmp_path / "plain.pth")
     assert (facts["architecture"], facts["model_args"], facts["problem"]) == (name, {}, None)
     json.dumps(facts, allow_nan=False)
+
+
+def test_a_registered_module_of_ones_own_does_not_disturb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def my_linear(**options: Any) -> torch.nn.Module:
+        return torch.nn.Linear(2, 2)
+
+    medgmae.list_models()
+    monkeypatch.setattr(registry, "_builders", dict(registry._builders))
+    medgmae.register_model(my_linear)
+    torch.save(medgmae.create_model("vit_nano_patch8_32").state_dict(), tmp_path / "plain.pth")
+    assert medgmae.inspect_checkpoint(tmp_path / "plain.pth")["architecture"] == "vit_nano_patch8_32"

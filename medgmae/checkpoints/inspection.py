@@ -190,17 +190,19 @@ def _recognise(opened: opening.OpenSource, source_grid: Shape | None) -> tuple[C
 
 
 def _architectures() -> Iterator[Known]:
-    """The registered architectures."""
-    return map(_known, model_names())
+    """The registered architectures, but for modules that are not models of this library."""
+    return (known for name in model_names() if (known := _known(name)) is not None)
 
 
 @functools.cache
-def _known(name: str) -> Known:
+def _known(name: str) -> Known | None:
     """A registered architecture, built without storage."""
     with torch.device("meta"):
         model: Any = model_builder(name)()
     encoder = encoder_of(model)
-    parts = [encoder] if encoder is model else [encoder, model.decoder]
+    parts = [encoder] if encoder is model else [encoder, getattr(model, "decoder", None)]
+    if not all(hasattr(part, "read_sizes") for part in parts):
+        return None
     sizes: dict[str, Any] = {}
     for part in parts:
         sizes |= type(part).read_sizes(part.state_dict()) or {}

@@ -85,27 +85,36 @@ def make_plan(
     model: nn.Module, converted: Converted, expects: Mapping[str, Any], *, strict: bool, inflate: Inflate
 ) -> Plan:
     """Decide what of a file goes where in a model; ``expects`` are the settings that the weights need."""
-    encoder = encoder_of(model)
-    decoder = None if encoder is model else getattr(model, "decoder", None)
-    rules = Rules(converted.grid, encoder.grid, strict, inflate)
-    parts = [
-        EncoderPart(
-            encoder, "" if encoder is model else "encoder.", converted.encoder, converted.file_names("encoder")
-        ),
-        DecoderPart(decoder, "decoder.", converted.decoder, converted.file_names("decoder")),
-    ]
+    encoder, decoder = model_parts(model, converted)
+    rules = Rules(converted.grid, encoder_of(model).grid, strict, inflate)
     plan = Plan(unused=dict(converted.unused))
     plan.errors += [f"{name}: in the file, but the model has no such part" for name in converted.unknown]
-    plan.extend(plan_settings(model, expects, parts, strict))
-    for part in parts:
-        plan.extend(plan_part(part, rules))
-    plan.extend(plan_rest(model, parts, strict))
+    plan.extend(plan_settings(model, expects, encoder, decoder, strict))
+    plan.extend(plan_part(encoder, rules))
+    plan.extend(plan_part(decoder, rules))
+    plan.extend(plan_rest(model, (encoder, decoder), strict))
     return plan
 
 
-def plan_settings(model: nn.Module, expects: Mapping[str, Any], parts: list[Part], strict: bool) -> Plan:
+def model_parts(model: nn.Module, converted: Converted) -> tuple[EncoderPart, DecoderPart]:
+    """The parts of a model, each with what a file has for it."""
+    encoder = encoder_of(model)
+    alone = encoder is model
+    return (
+        EncoderPart(encoder, "" if alone else "encoder.", converted.encoder, converted.file_names("encoder")),
+        DecoderPart(
+            None if alone else getattr(model, "decoder", None),
+            "decoder.",
+            converted.decoder,
+            converted.file_names("decoder"),
+        ),
+    )
+
+
+def plan_settings(
+    model: nn.Module, expects: Mapping[str, Any], encoder: EncoderPart, decoder: DecoderPart, strict: bool
+) -> Plan:
     """Compare the settings of the parts that are taken from the file."""
-    encoder, decoder = parts
     if decoder.is_other_type():
         expects = {name: value for name, value in expects.items() if name.startswith("encoder.")}
     alone = decoder.module is None and bool(decoder.tensors)
@@ -117,7 +126,7 @@ def plan_settings(model: nn.Module, expects: Mapping[str, Any], parts: list[Part
     )
 
 
-class Part(ABC):
+class ModelPart(ABC):
     """One part of the model and what the file has for it.
 
     Args:
@@ -150,7 +159,7 @@ class Part(ABC):
         """Whether the file must have this."""
 
 
-class EncoderPart(Part):
+class EncoderPart(ModelPart):
     """The encoder: it must be whole, and nothing that would change the features is left out in silence."""
 
     def is_other_type(self) -> bool:
@@ -178,7 +187,7 @@ class EncoderPart(Part):
         return not name.startswith(HEAD)
 
 
-class DecoderPart(Part):
+class DecoderPart(ModelPart):
     """The decoder: ``strict=False`` takes what of it fits."""
 
     def is_other_type(self) -> bool:
@@ -205,7 +214,7 @@ class DecoderPart(Part):
         return rules.strict
 
 
-def plan_part(part: Part, rules: Rules) -> Plan:
+def plan_part(part: ModelPart, rules: Rules) -> Plan:
     """Decide about every tensor that the file has for a part, and every one that the part needs."""
     if part.is_other_type():
         return _plan_other_type(part, rules)
@@ -232,7 +241,7 @@ def plan_part(part: Part, rules: Rules) -> Plan:
     return plan
 
 
-def _plan_other_type(part: Part, rules: Rules) -> Plan:
+def _plan_other_type(part: ModelPart, rules: Rules) -> Plan:
     """Nothing is taken of a part of another type: its names may be the same, their meaning is not."""
     text = f"the file has another type of decoder than the model's {type(part.module).__name__}"
     return Plan(
@@ -242,14 +251,14 @@ def _plan_other_type(part: Part, rules: Rules) -> Plan:
     )
 
 
-def plan_rest(model: nn.Module, parts: list[Part], strict: bool) -> Plan:
+def plan_rest(model: nn.Module, parts: tuple[ModelPart, ...], strict: bool) -> Plan:
     """What a model has beside its encoder and decoder is in no file that is known."""
     known = {part.prefix + name for part in parts for name in part.slots}
     missing = [name for name in model.state_dict() if name not in known]
     return Plan(missing=missing, errors=[f"{name}: not in the file" for name in missing if strict])
 
 
-def _place(part: Part, name: str, tensor: Tensor, slot: Tensor, rules: Rules) -> Decision:
+def _place(part: ModelPart, name: str, tensor: Tensor, slot: Tensor, rules: Rules) -> Decision:
     """Decide about a tensor that the model has a place for."""
     hollow = tensor.is_meta and not slot.is_meta
     if hollow or tensor.layout != torch.strided or tensor.is_floating_point() < slot.is_floating_point():
