@@ -278,7 +278,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tag_wins_over_a_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("glmae").mkdir()
-    with pytest.raises(WeightsError, match="only a person can download"):
+    with pytest.raises(WeightsError, match="on a page without a direct address"):
         resolve("glmae", architecture="vit_base_patch16_96")
 
 

@@ -171,7 +171,9 @@ def find_state(content: Any, origin: str) -> Checkpoint:
         content = content[entry]
     odd = next((key for key in content if not isinstance(key, str)), None)
     if odd is not None:
-        raise WeightsError(f"{origin}: a weight's name is a {type(odd).__name__}, expected text; fetch the file again")
+        raise WeightsError(
+            f"{origin}: the name of a weight is of type {type(odd).__name__}, expected text; fetch the file again"
+        )
     state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     return Checkpoint(state, ".".join(container), None)
 

@@ -170,9 +170,9 @@ def _by_hand(card: WeightCard) -> str:
             f'load_pretrained(model, "/path/to/checkpoint.pth")'
         )
     return (
-        f"{card.tag}: the authors share these weights on a page that only a person can download from: {card.page}. "
-        f'Fetch {card.page_file} there, then load_pretrained(model, "/path/to/{card.page_file}"), or convert it once: '
-        f"medgmae convert /path/to/{card.page_file} OUT"
+        f"{card.tag}: the authors share these weights on a page without a direct address: {card.page}. "
+        f'Download {card.page_file} there, then load_pretrained(model, "/path/to/{card.page_file}"), or convert it '
+        f"once: medgmae convert /path/to/{card.page_file} OUT"
     )
 
 
