@@ -97,8 +97,7 @@ def create_model(
         WeightsError: the weights cannot be had or do not fit.
     """
     fetching: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "hub_org": hub_org, "progress": progress}
-    if force_download:
-        fetching["force_download"] = True
+    fetching["force_download"] = force_download
     loading = {"strict": strict, "source_grid": source_grid, "inflate": inflate, **fetching}
     if isinstance(name, os.PathLike):
         name = f"local-dir:{os.fspath(name)}"

@@ -37,7 +37,7 @@ TOKEN = "hf_test_token"  # the one token that may write, and read what is privat
 _PRELUDE = """
 import atexit, ctypes, json, os, sys
 from medgmae.checkpoints.cards import WeightCard, WeightsError
-from medgmae.checkpoints.sources import fetch
+from medgmae.checkpoints.sources import Fetching, fetch
 
 out = {}
 atexit.register(lambda: print(json.dumps(out)))

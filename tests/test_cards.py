@@ -159,3 +159,16 @@ def test_cards_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         card.md5 = None  # type: ignore[misc]
     assert len({card, weight_card(card.tag)}) == 1
+
+
+def test_a_card_is_short_in_a_console_and_a_table_in_a_notebook() -> None:
+    card = weight_card("vit_large_patch16_256.tangerine")
+    text = "WeightCard('vit_large_patch16_256.tangerine', availability='url', license='cc-by-nc-4.0')"
+    assert repr(card) == text
+    table = card._repr_html_()
+    assert "<tr><th>license</th><td>cc-by-nc-4.0</td></tr>" in table
+    assert "<tr><th>availability</th><td>url</td></tr>" in table
+    assert "<th>hub</th>" not in table  # what does not apply is not shown
+    shown = dataclasses.replace(card, notes="<b>bold</b>")._repr_html_()
+    assert "&lt;b&gt;bold&lt;/b&gt;" in shown
+    assert "<b>" not in shown

@@ -306,7 +306,11 @@ def test_the_published_pretraining_fits_its_cards(tag: str) -> None:
 def test_a_setting_that_was_changed_by_hand_is_not_saved_as_another(path: str, tmp_path: Path) -> None:
     model = autoencoder()
     owner, name = path.split(".")
-    setattr(getattr(model, owner), name, {"scan_order": "raster", "rope_residual": False}[name])
+    part = getattr(model, owner)
+    if name == "scan_order":
+        part.scan_order = "raster"
+    else:
+        part.blocks.rope_residual = False
     with pytest.raises(WeightsError, match=f"{path} changed"):
         medgmae.save_pretrained(model, tmp_path / "saved")
 
@@ -353,3 +357,13 @@ def test_inspection_of_class_tokens(place: Any, tmp_path: Path) -> None:
     medgmae.load_pretrained(again, tmp_path / "checkpoint.pth")
     x: Tensor = torch.rand(1, 2, 16, 16, 16)
     torch.testing.assert_close(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("options", [PUBLISHED, {"class_token": "front", "off_by_one": False}])
+def test_inspection_of_our_own_names_without_a_config(options: dict[str, Any], tmp_path: Path) -> None:
+    model = autoencoder(**options)
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    facts = medgmae.inspect_checkpoint(tmp_path / "plain.pth")
+    assert facts["problem"] is None
+    shown = {name: facts["model_args"].get(name) for name in ("off_by_one", "class_token")}
+    assert shown == {"off_by_one": options["off_by_one"] or None, "class_token": options.get("class_token")}

@@ -14,7 +14,7 @@ from hub_server import HubServer, finish_client, run_client, start_client
 from medgmae.checkpoints import download as transfer
 from medgmae.checkpoints.cards import WeightCard, WeightsError
 from medgmae.checkpoints.hashes import HashMismatchError
-from medgmae.checkpoints.sources import fetch, read_folder, resolve
+from medgmae.checkpoints.sources import Fetching, fetch, read_folder, resolve
 
 CONTENT = hashlib.shake_256(b"weights").digest(300_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -34,7 +34,7 @@ def card_for(hub: HubServer, **fields: object) -> WeightCard:
 
 
 def get(hub: HubServer, cache: Path, **fields: object) -> Path:
-    return fetch(card_for(hub, **fields), cache_dir=cache, progress=False).path
+    return fetch(card_for(hub, **fields), Fetching(cache, progress=False)).path
 
 
 def part_of(cache: Path) -> Path:
@@ -142,7 +142,31 @@ def test_server_that_falls_silent(hub: HubServer, tmp_path: Path, monkeypatch: p
 def test_no_server(hub: HubServer, tmp_path: Path) -> None:
     card = card_for(hub, url="http://127.0.0.1:9/big.pth")
     with pytest.raises(WeightsError, match=r"127\.0\.0\.1:9/big\.pth: .*refused.*gave up"):
-        fetch(card, cache_dir=tmp_path, progress=False)
+        fetch(card, Fetching(tmp_path, progress=False))
+
+
+def test_force_download_fetches_again(hub: HubServer, tmp_path: Path) -> None:
+    path = get(hub, tmp_path)
+    before = path.stat()
+    path.write_bytes(b"\0" * len(CONTENT))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # damage that the memory of checks does not see
+    part_of(tmp_path).write_bytes(b"left by an earlier attempt")
+    again = Fetching(tmp_path, progress=False, force_download=True)
+    assert fetch(card_for(hub), again).path == path
+    assert path.read_bytes() == CONTENT
+    assert [entry[2] for entry in hub.log] == [None, None]  # from its beginning, not as a continuation
+
+
+def test_a_forced_download_that_fails_leaves_the_file(hub: HubServer, tmp_path: Path) -> None:
+    path = get(hub, tmp_path)
+    again = Fetching(tmp_path, progress=False, force_download=True)
+    hub.status["/big.pth"] = [403]
+    with pytest.raises(WeightsError, match="the server answers 403"):
+        fetch(card_for(hub), again)
+    hub.corrupt.add("/big.pth")
+    with pytest.raises(HashMismatchError, match="nothing was kept"):
+        fetch(card_for(hub), again)
+    assert path.read_bytes() == CONTENT
 
 
 def test_disk_full(hub: HubServer, tmp_path: Path) -> None:
@@ -155,7 +179,7 @@ def test_disk_full(hub: HubServer, tmp_path: Path) -> None:
 
 def test_disk_too_small(hub: HubServer, tmp_path: Path) -> None:
     hub.announce["/big.pth"] = 10**16
-    with pytest.raises(WeightsError, match=r"10000000\.00 GB are to come and .* GB are free"):
+    with pytest.raises(WeightsError, match=r"the download needs 10000000\.00 GB and .* GB are free"):
         get(hub, tmp_path)
 
 
@@ -165,7 +189,7 @@ import contextlib, io
 card = WeightCard("vit_x.y", url="{hub.url}/big.pth", md5="{MD5}")
 for progress in (False, True):
     with contextlib.redirect_stderr(io.StringIO()) as text:
-        fetch(card, cache_dir=f"{tmp_path}/{{progress}}", progress=progress)
+        fetch(card, Fetching(f"{tmp_path}/{{progress}}", progress=progress))
     out[str(progress)] = text.getvalue()
 """
     out = run_client(code, hub, tmp_path, HF_HUB_DISABLE_PROGRESS_BARS="0")
@@ -188,12 +212,12 @@ def test_offline(hub: HubServer, tmp_path: Path) -> None:
     code = f"""
 card = WeightCard("vit_x.y", url="{hub.url}/big.pth", md5="{MD5}")
 out["hit"] = attempt(fetch, card)
-out["miss"] = attempt(fetch, card, cache_dir="{tmp_path}/elsewhere")
+out["miss"] = attempt(fetch, card, Fetching("{tmp_path}/elsewhere"))
 """
     out = run_client(code, hub, tmp_path, HF_HUB_OFFLINE="1")
     assert out["hit"].startswith("FetchedFile")
     assert "elsewhere" in out["miss"]
-    assert "HF_HUB_OFFLINE forbids" in out["miss"]
+    assert "but HF_HUB_OFFLINE is set; unset it once" in out["miss"]
     assert len(hub.log) == 1
 
 
@@ -242,8 +266,8 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "mine.pth"
     file.write_bytes(b"anything")
     for source in (file, str(file), "mine.pth"):
-        found = resolve(source)
-        assert (Path(found.path).resolve(), found.config, found.card) == (file, None, None)
+        resolved = resolve(source)
+        assert (Path(resolved.path).resolve(), resolved.config, resolved.card) == (file, None, None)
     Path("saved").mkdir()
     Path("saved/model.safetensors").write_bytes(b"anything")
     Path("saved/config.json").write_text('{"architecture": "vit_x"}')
@@ -254,7 +278,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tag_wins_over_a_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("glmae").mkdir()
-    with pytest.raises(WeightsError, match="only a person can download"):
+    with pytest.raises(WeightsError, match="on a page without a direct address"):
         resolve("glmae", architecture="vit_base_patch16_96")
 
 

@@ -48,7 +48,10 @@ out["config"], out["weights"] = found.config, open(found.path, "rb").read().hex(
 
 def test_branch_is_asked_for_once_and_brings_its_own_config(hub: HubServer, tmp_path: Path) -> None:
     hub.add("lab/net", FILES)
-    code = 'found = fetch("hf-hub:net", hub_org="lab"); out["config"] = found.config; out["path"] = str(found.path)'
+    code = """
+found = fetch("hf-hub:net", Fetching(hub_org="lab"))
+out["config"], out["path"] = found.config, str(found.path)
+"""
     first = run_client(code, hub, tmp_path)
     requests = len(hub.log)
     assert run_client(code, hub, tmp_path) == first
@@ -83,6 +86,37 @@ out["miss"] = attempt(fetch, "hf-hub:lab/other")
     assert "hf-hub:lab/other@main:model.safetensors: not in the cache, and HF_HUB_OFFLINE is set" in out["miss"]
 
 
+def test_force_download_asks_the_hub_again(hub: HubServer, tmp_path: Path) -> None:
+    commit = hub.add("lab/net", FILES)
+    code = f"""
+found = fetch("hf-hub:lab/net@{commit}", Fetching(force_download=True))
+out["weights"], out["config"] = open(found.path, "rb").read().hex(), found.config
+"""
+    for _ in range(2):
+        out = run_client(code, hub, tmp_path)
+        assert bytes.fromhex(out["weights"]) == WEIGHTS
+        assert out["config"] == json.loads(FILES["config.json"])
+    assert len(hub.requests("GET", "model.safetensors")) == 2
+    assert len(hub.requests("GET", "config.json")) == 2
+    code = f'out["text"] = attempt(fetch, "hf-hub:lab/net@{commit}", Fetching(force_download=True))'
+    text = run_client(code, hub, tmp_path, HF_HUB_OFFLINE="1")["text"]
+    assert "force_download=True needs a connection, and HF_HUB_OFFLINE is set" in text
+
+
+def test_load_pretrained_takes_the_token_that_its_message_asks_for(hub: HubServer, tmp_path: Path) -> None:
+    folder = medgmae.save_pretrained(tiny(), tmp_path / "saved")
+    hub.add("lab/private", {path.name: path.read_bytes() for path in folder.iterdir()}, private=True)
+    code = f"""
+import medgmae
+model = medgmae.create_model("vit_nano_patch8_32")
+out["refused"] = attempt(medgmae.load_pretrained, model, "hf-hub:lab/private")
+out["loaded"] = len(medgmae.load_pretrained(model, "hf-hub:lab/private", token="{TOKEN}", progress=False).loaded)
+"""
+    out = run_client(code, hub, tmp_path / "home")
+    assert "or pass token=" in out["refused"]
+    assert out["loaded"] == len(tiny().state_dict())
+
+
 def test_interrupted_download(hub: HubServer, tmp_path: Path) -> None:
     hub.add("lab/net", FILES)
     hub.cut["/lab/net/resolve/main/model.safetensors"] = 100_000
@@ -111,8 +145,8 @@ def test_card_decides_what_is_right(hub: HubServer, tmp_path: Path) -> None:
     code = f"""
 out["right"] = attempt(fetch, WeightCard("vit_x.y", {card}, sha256="{SHA256}"))
 out["wrong"] = attempt(fetch, WeightCard("vit_x.y", {card}, sha256="{"0" * 64}", {url}))
-out["other_org"] = attempt(fetch, WeightCard("vit_x.y", {card}, sha256="{SHA256}"), hub_org="mine")
-out["url"] = attempt(fetch, WeightCard("vit_x.y", {card}, sha256="{SHA256}", {url}), hub_org="mine")
+out["other_org"] = attempt(fetch, WeightCard("vit_x.y", {card}, sha256="{SHA256}"), Fetching(hub_org="mine"))
+out["url"] = attempt(fetch, WeightCard("vit_x.y", {card}, sha256="{SHA256}", {url}), Fetching(hub_org="mine"))
 """
     out = run_client(code, hub, tmp_path)
     assert out["right"].startswith("FetchedFile")
@@ -132,13 +166,13 @@ def test_refusals_say_what_to_do(hub: HubServer, tmp_path: Path) -> None:
     code = f"""
 for source in {sources}:
     out[source] = attempt(fetch, "hf-hub:" + source)
-out["token"] = attempt(fetch, "hf-hub:lab/private", token="{TOKEN}")
+out["token"] = attempt(fetch, "hf-hub:lab/private", Fetching(token="{TOKEN}"))
 """
     out = run_client(code, hub, tmp_path)
     for source in sources:
         assert out[source].startswith(f"WeightsError: hf-hub:{source.split('@')[0].split(':')[0]}@")
     for source in ("lab/none", "lab/private"):
-        assert f"no such repository on {hub.url}, or no right to it; check the name; if it is private" in out[source]
+        assert f"no such repository on {hub.url}, or no access to it; check the name; if it is private" in out[source]
     assert "the repository is gated; accept its terms" in out["lab/gated"]
     assert "no such revision; give a branch, a tag or a commit" in out["lab/net@v9"]
     assert "no such revision" in out[pinned]
@@ -182,7 +216,7 @@ def test_two_processes_at_once(hub: HubServer, tmp_path: Path) -> None:
 def test_cache_dir_holds_everything(hub: HubServer, tmp_path: Path) -> None:
     hub.add("lab/net", FILES)
     mine = tmp_path / "mine"
-    run_client(f'fetch("hf-hub:lab/net", cache_dir="{mine}")', hub, tmp_path / "home")
+    run_client(f'fetch("hf-hub:lab/net", Fetching("{mine}"))', hub, tmp_path / "home")
     assert {path.name for path in mine.iterdir()} == {"hub", "verified"}
     assert not (tmp_path / "home" / "hub").exists()
     assert not (tmp_path / "home" / "medgmae").exists()
@@ -208,7 +242,7 @@ other = medgmae.create_model("vit_nano_patch8_32", in_chans=2, pretrained="hf-hu
 out["encoder"] = torch.equal(other.blocks[1].mlp.fc2.weight, model.blocks[1].mlp.fc2.weight)
 out["config"] = [back.config["model_args"], back.num_classes]
 out["own"] = medgmae.push_to_hub(model, "net", token="{TOKEN}", private=True, commit_message="first")
-out["stranger"] = attempt(fetch, "hf-hub:me/net", token=False)
+out["stranger"] = attempt(fetch, "hf-hub:me/net", Fetching(token=False))
 from huggingface_hub import ModelCard
 card = ModelCard.load("lab/net")
 out["card"], out["text"] = card.data.to_dict(), card.text
@@ -228,11 +262,14 @@ out["card"], out["text"] = card.data.to_dict(), card.text
     assert 'create_model("hf-hub:lab/net")' in out["text"]
     assert out["own"].startswith(f"{hub.url}/me/net/tree/")
     assert hub.repos["me/net"].private
-    assert "no right to it" in out["stranger"]
+    assert "no access to it" in out["stranger"]
 
 
 def test_push_without_a_model_of_ours() -> None:
-    with pytest.raises(WeightsError, match=r"Linear has no \.config with 'architecture' and 'model_args'"):
+    with pytest.raises(
+        WeightsError,
+        match=r"Linear is not a model of this library and has no \.config with 'architecture' and 'model_args'",
+    ):
         push_to_hub(torch.nn.Linear(2, 2), "lab/net")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import medgmae
+from medgmae.models import registry
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -172,3 +173,60 @@ def test_files_of_nobody(tmp_path: Path) -> None:
         medgmae.inspect_checkpoint(tmp_path / "other.pth")
     with pytest.raises(medgmae.WeightsError, match="no such file"):
         medgmae.inspect_checkpoint(tmp_path / "absent.pth")
+
+
+def test_what_the_file_leaves_open_is_called_unknown(tmp_path: Path) -> None:
+    torch.save(medgmae.create_model("mae_vim_nano_patch8_32").state_dict(), tmp_path / "vim.pth")
+    facts = medgmae.inspect_checkpoint(tmp_path / "vim.pth")
+    assert (facts["sizes"]["rope"], facts["sizes"]["scan_order"]) == ("unknown", "unknown")
+    assert facts["sizes"]["off_by_one"] is False
+    assert "mlp_dim" not in facts["sizes"]  # a transformer's
+    torch.save(medgmae.create_model("vit_nano_patch8_32").state_dict(), tmp_path / "vit.pth")
+    facts = medgmae.inspect_checkpoint(tmp_path / "vit.pth")
+    assert facts["sizes"]["num_heads"] == "unknown"
+    assert not {"d_state", "rope", "decoder_depth"} & set(facts["sizes"])
+
+
+def test_a_saved_models_settings_are_known(tmp_path: Path) -> None:
+    model = medgmae.create_model("mae_vim_nano_patch8_32", rope="sequence", scan_order="given", off_by_one=True)
+    facts = medgmae.inspect_checkpoint(medgmae.save_pretrained(model, tmp_path))
+    shown = {name: facts["sizes"][name] for name in ("rope", "scan_order", "off_by_one")}
+    assert shown == {"rope": "sequence", "scan_order": "given", "off_by_one": True}
+
+
+def test_an_autoencoder_without_a_class_token(tmp_path: Path) -> None:
+    options = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    model = medgmae.create_model("mae_vit_nano_patch8_32", **options)
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    facts = medgmae.inspect_checkpoint(tmp_path / "plain.pth")
+    assert (facts["architecture"], facts["model_args"]) == ("mae_vit_nano_patch8_32", options)
+    assert facts["problem"] is None
+
+
+@pytest.mark.parametrize("hidden", [(), (6, 5)])
+def test_heads_are_read_in_the_order_of_their_layers(hidden: tuple[int, ...], tmp_path: Path) -> None:
+    model = medgmae.create_model("vit_nano_patch8_32", num_classes=3, head_hidden=hidden)
+    torch.save(dict(reversed(model.state_dict().items())), tmp_path / "classifier.pth")
+    facts = medgmae.inspect_checkpoint(tmp_path / "classifier.pth")
+    assert facts["head"] == {"num_classes": 3, "head_hidden": list(hidden)}
+    assert facts["problem"] is None
+
+
+@pytest.mark.parametrize("name", ["vit_nano_patch8_32", "vim_nano_patch8_32", "gmae_vit_nano_patch8_32"])
+def test_every_family_is_asked_for_its_own_sizes(name: str, tmp_path: Path) -> None:
+    model = medgmae.create_model(name)
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    facts = medgmae.inspect_checkpoint(tmp_path / "plain.pth")
+    assert (facts["architecture"], facts["model_args"], facts["problem"]) == (name, {}, None)
+    json.dumps(facts, allow_nan=False)
+
+
+def test_a_registered_module_of_ones_own_does_not_disturb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def my_linear(**options: Any) -> torch.nn.Module:
+        return torch.nn.Linear(2, 2)
+
+    medgmae.list_models()
+    monkeypatch.setattr(registry, "_builders", dict(registry._builders))
+    medgmae.register_model(my_linear)
+    torch.save(medgmae.create_model("vit_nano_patch8_32").state_dict(), tmp_path / "plain.pth")
+    assert medgmae.inspect_checkpoint(tmp_path / "plain.pth")["architecture"] == "vit_nano_patch8_32"

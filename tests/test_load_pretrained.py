@@ -320,5 +320,48 @@ def test_the_fuzzer_finds_nothing_in_a_short_run() -> None:
 
 @pytest.mark.parametrize("name", [7, torch.float32, torch.zeros(1).untyped_storage()], ids=["int", "dtype", "storage"])
 def test_names_that_are_no_text_are_refused(name: Any) -> None:
-    with pytest.raises(medgmae.WeightsError, match="name is a"):
+    with pytest.raises(medgmae.WeightsError, match="the name of a weight is of type"):
         medgmae.load_pretrained(nano(), {**STATE, name: torch.zeros(1)})
+
+
+def test_a_report_is_short_in_a_console_and_a_table_in_a_notebook() -> None:
+    report = medgmae.load_pretrained(nano(), to_masked_autoencoder(SOURCE))
+    loaded, unused = len(report.loaded), len(report.unused)
+    counts = f"loaded={loaded}, resized=0, adapted=0, unused={unused}, missing=0"
+    assert repr(report) == f"LoadReport({report.source!r}, {counts})"
+    table = report._repr_html_()
+    assert f"<tr><th>unused: {unused} tensors</th><td>decoder</td></tr>" in table
+    assert table.count("<tr>") == 3
+
+
+def test_what_looks_like_markup_in_a_file_is_not_run_by_a_notebook(tmp_path: Path) -> None:
+    script = "<script>alert(1)</script>"
+    report = medgmae.load_pretrained(
+        nano(num_classes=2), {**nano(num_classes=2).state_dict(), script: torch.ones(1)}, strict=False
+    )
+    assert script in report.unused
+    shown = medgmae.LoadReport(script, resized={script: script}, adapted={"&": '"'}, unused={"a": script})
+    assert "<script>" not in shown._repr_html_()
+    assert "&lt;script&gt;" in shown._repr_html_()
+
+
+def test_options_are_named() -> None:
+    with pytest.raises(TypeError, match="cachedir"):
+        medgmae.load_pretrained(nano(), STATE, cachedir="/tmp")  # type: ignore[call-arg]
+
+
+def test_settings_of_a_decoder_that_is_not_taken_do_not_matter(tmp_path: Path) -> None:
+    """Another type of decoder is left out whole: its number of heads is no reason to refuse the encoder."""
+    voxels = randomize(medgmae.create_model(f"mae_{ENCODER}", decoder_num_heads=4, sigmoid=True))
+    medgmae.save_pretrained(voxels, tmp_path)
+    model: Any = medgmae.create_model(f"gmae_{ENCODER}")
+    refused(tmp_path, "another type of decoder than the model's GaussianDecoder; strict=False", model)
+    report = medgmae.load_pretrained(model, tmp_path, strict=False)
+    assert report.adapted == {}
+    assert all(name.startswith("decoder.") for name in report.missing)
+    assert_same_state(model.encoder, state_copy(voxels.encoder))
+
+
+def test_a_setting_names_the_option_that_decides_it(tmp_path: Path) -> None:
+    medgmae.save_pretrained(medgmae.create_model(ENCODER, num_heads=4), tmp_path)
+    refused(tmp_path, r"num_heads: 4 in the file's model, 3 in this one; build it with .*num_heads=4")

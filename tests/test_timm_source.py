@@ -22,7 +22,7 @@ def test_clip_needs_its_epsilon_and_then_agrees() -> None:
     state, settings = dict(clip.state_dict()), timm_settings(clip, "timm/clip")
     source = OpenSource("timm/clip", medgmae.checkpoints.reading.Checkpoint(state, "", None), None, settings)
     options = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8, "in_chans": 3}
-    with pytest.raises(medgmae.WeightsError, match=r"norm1\.eps: 1e-05 in the file's model, 1e-06 in this one"):
+    with pytest.raises(medgmae.WeightsError, match=r"norm_eps: 1e-05 in the file's model, 1e-06 in this one"):
         medgmae.create_model("vit2d_base_patch16_224", pretrained=source, pre_norm=True, **options)
     model = medgmae.create_model(
         "vit2d_base_patch16_224", pretrained=source, pre_norm=True, norm_eps=1e-5, **options

@@ -7,15 +7,17 @@ A card is one JSON file in the project's ``weights`` folder (installed as ``medg
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import functools
 import importlib.resources
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from medgmae.checkpoints.report import html_table
+from medgmae.models.registry import matching
 
 HUB_ORG = "medgmae"
 """Organisation of our own copies on the Hugging Face hub: a card's ``hub.repo`` without a slash belongs to it."""
@@ -29,9 +31,9 @@ class WeightsError(RuntimeError):
     """Weights cannot be found, fetched, verified, read, fitted to the model, saved or uploaded."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WeightCard:
-    """What the library knows about one checkpoint.
+    """What the library knows about one checkpoint; a notebook shows it as a table.
 
     Attributes:
         tag: ``<architecture>.<name>``, equal to the stem of the card's file.
@@ -103,6 +105,14 @@ class WeightCard:
             value = getattr(self, name)
             raise WeightsError(f"weight card {self.tag!r}: field {name!r} is {value!r}, expected {expected}")
 
+    def __repr__(self) -> str:
+        return f"WeightCard({self.tag!r}, availability={self.availability!r}, license={self.license!r})"
+
+    def _repr_html_(self) -> str:
+        stated = {name: value for name, value in self.to_json().items() if value not in (None, {})}
+        rows = {name: value if isinstance(value, str) else json.dumps(value) for name, value in stated.items()}
+        return html_table({**rows, "availability": self.availability}.items())
+
     @property
     def architecture(self) -> str:
         """The model's registered name: the tag up to the dot."""
@@ -146,9 +156,13 @@ class WeightCard:
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
 
-def list_weights(pattern: str = "*") -> list[str]:
-    """Tags of the known weights that match a shell ``pattern``, sorted; includes those that no one has published."""
-    return sorted(fnmatch.filter(_cards(), pattern))
+def list_weights(pattern: str | Sequence[str] = "*") -> list[str]:
+    """Tags of the known weights, sorted; includes those that no one has published.
+
+    Args:
+        pattern: shell-style; without a wildcard it may stand anywhere in the tag. Several: those that match any.
+    """
+    return matching(_cards(), pattern)
 
 
 def weight_card(tag: str, architecture: str | None = None) -> WeightCard:
@@ -181,12 +195,12 @@ def weights_folder() -> Path:
 
 @functools.cache
 def _cards() -> dict[str, WeightCard]:
-    found = {}
+    cards: dict[str, WeightCard] = {}
     for entry in weights_folder().iterdir():
         if entry.name.endswith(".json"):
             card = _read_card(entry)
-            found[card.tag] = card
-    return dict(sorted(found.items()))
+            cards[card.tag] = card
+    return dict(sorted(cards.items()))
 
 
 def _read_card(entry: Path) -> WeightCard:

@@ -35,7 +35,15 @@ class _Interrupted(Exception):
 
 
 def download(
-    url: str, target: Path, *, root: Path, md5: str | None, sha256: str | None, size: int | None, progress: bool
+    url: str,
+    target: Path,
+    *,
+    root: Path,
+    md5: str | None,
+    sha256: str | None,
+    size: int | None,
+    progress: bool,
+    again: bool = False,
 ) -> Path:
     """Fetch ``url`` to ``target`` unless a checked copy is there already.
 
@@ -45,14 +53,16 @@ def download(
         url: address of the file.
         target: where the file goes.
         root: our cache folder, see :func:`medgmae.checkpoints.hashes.verify`.
-        md5: expected digest or ``None``; likewise ``sha256``.
+        md5: expected digest or ``None``.
+        sha256: expected digest or ``None``.
         size: size in bytes, if known.
         progress: show a progress bar.
+        again: fetch even if a copy is there, which stays until the new one is whole.
 
     Raises:
         WeightsError: offline, no connection, refused, disk full, cache not writable, wrong content.
     """
-    if _is_there(target, root, md5, sha256):
+    if not again and _is_there(target, root, md5, sha256):
         return target
     _refuse_offline(url, target)
     from filelock import FileLock
@@ -62,12 +72,19 @@ def download(
         lock = FileLock(f"{target}.lock")
         lock.acquire()
     try:
-        if not _is_there(target, root, md5, sha256):  # another process may have fetched it while we waited
+        if again:
+            _part(target).unlink(missing_ok=True)
+        if again or not _is_there(target, root, md5, sha256):  # another process may have fetched it while we waited
             _fetch(url, target, md5, sha256, size, progress)
             remember(target, root=root, md5=md5, sha256=sha256)
     finally:
         lock.release()
     return target
+
+
+def _part(target: Path) -> Path:
+    """Where the bytes of an unfinished download gather."""
+    return target.with_name(target.name + ".part")
 
 
 @contextmanager
@@ -107,13 +124,13 @@ def _refuse_offline(url: str, target: Path) -> None:
 
     if constants.HF_HUB_OFFLINE:
         raise WeightsError(
-            f"{target} is not there and HF_HUB_OFFLINE forbids to fetch it from {url}; unset HF_HUB_OFFLINE once, or "
-            "copy the file to that path from a machine that has it"
+            f"{target} should be fetched from {url}, but HF_HUB_OFFLINE is set; unset it once, or copy the file there "
+            "from a machine that has it"
         )
 
 
 def _fetch(url: str, target: Path, md5: str | None, sha256: str | None, size: int | None, progress: bool) -> None:
-    part = target.with_name(target.name + ".part")
+    part = _part(target)
     resumed = part.exists()
     _stream_all(url, part, target.name, size, progress)
     try:
@@ -190,7 +207,9 @@ def _stream(url: str, part: Path, bar: Any) -> None:
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise WeightsError(f"{folder}: {needed / 1e9:.2f} GB are to come and {free / 1e9:.2f} GB are free; {_MOVE}")
+        raise WeightsError(
+            f"{folder}: the download needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; {_MOVE}"
+        )
 
 
 def _opened(part: Path, mode: str) -> io.FileIO:

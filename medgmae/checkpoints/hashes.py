@@ -46,10 +46,10 @@ def check_hashes(path: Path, *, md5: str | None = None, sha256: str | None = Non
         HashMismatchError: one differs.
     """
     expected = {name: digest for name, digest in (("md5", md5), ("sha256", sha256)) if digest}
-    found = file_hashes(path, tuple(expected))
+    digests = file_hashes(path, tuple(expected))
     for name, digest in expected.items():
-        if found[name] != digest:
-            raise HashMismatchError(f"{path}: wrong content: expected {name} {digest}, found {found[name]}")
+        if digests[name] != digest:
+            raise HashMismatchError(f"{path}: wrong content: expected {name} {digest}, found {digests[name]}")
 
 
 def verify(path: Path, *, root: Path, md5: str | None = None, sha256: str | None = None) -> None:

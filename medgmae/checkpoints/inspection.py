@@ -6,77 +6,132 @@ import functools
 import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from medgmae.checkpoints import loading, opening
 from medgmae.checkpoints.cards import WeightsError
-from medgmae.checkpoints.dialects.entries import STEM, Converted, Target
-from medgmae.checkpoints.dialects.gaussian import decoder_kind, decoder_ratios
+from medgmae.checkpoints.dialects.entries import Converted, Target
 from medgmae.checkpoints.dialects.recognise import convert
-from medgmae.checkpoints.settings import ABSENT, SETTINGS, setting
+from medgmae.checkpoints.settings import encoder_of, model_settings
 from medgmae.checkpoints.sources import WEIGHTS_FILE
 from medgmae.layers.patches import Shape
+from medgmae.models.encoder import Setting
 from medgmae.models.registry import model_builder, model_names
+
+# What stands for an option that the file does not show.
+UNKNOWN = "unknown"
+
+
+class HeadFacts(TypedDict):
+    """The classifier in a file: its classes (0 for none) and the widths of its hidden layers."""
+
+    num_classes: int
+    head_hidden: list[int]
+
+
+class Rehearsal(TypedDict):
+    """What loading a file would do.
+
+    unused: the file's name to the reason why it would be left out.
+    missing: parameters that would keep a random start.
+    resized, adapted: see :class:`~medgmae.LoadReport`.
+    problem: why the file would not load, or None.
+    """
+
+    unused: dict[str, str]
+    missing: list[str]
+    resized: dict[str, str]
+    adapted: dict[str, str]
+    problem: str | None
+
+
+class CheckpointFacts(Rehearsal):
+    """What :func:`inspect_checkpoint` returns, ready for JSON: what a file holds, and what loading it would do.
+
+    path, bytes: the file.
+    container: entry that held the weights, "" for none.
+    source: the dialect.
+    tensors, parameters, dtypes: their number, the number of their values, their kinds.
+    sizes: embed_dim, depth, grid and so on, by the names of the options of the file's family; "unknown" for an option
+        that changes what the weights mean and that the file does not show, such as the number of attention heads.
+    head: the classifier.
+    config: of a file or folder of this library, else None.
+    architecture, model_args: what to give ``create_model``; None when no registered architecture fits.
+    encoder_architecture: the same for the encoder alone, when the file is a masked autoencoder.
+    renamed: the file's name to ours.
+    """
+
+    path: str
+    bytes: int
+    container: str
+    source: str
+    tensors: int
+    parameters: int
+    dtypes: list[str]
+    sizes: dict[str, Any]
+    head: HeadFacts
+    config: dict[str, Any] | None
+    architecture: str | None
+    model_args: dict[str, Any]
+    encoder_architecture: str | None
+    renamed: dict[str, str]
+
+
+class Choice(NamedTuple):
+    """What to give ``create_model``."""
+
+    architecture: str
+    model_args: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """What tells one architecture from another by the shapes of its weights alone."""
+class Reading:
+    """What the tensors of one encoder, or of one masked autoencoder, show of it in the words of its classes.
 
-    embed_dim: int
-    depth: int
-    mlp_dim: int | None
-    inner_dim: int | None
-    d_state: int | None
-    patch_size: Shape
-    in_chans: int
+    classes: of the encoder and, of a masked autoencoder, of the decoder.
+    sizes: option of these classes to its value.
+    grid: patch grid.
+    """
+
+    classes: tuple[type[Any], ...]
+    sizes: dict[str, Any]
     grid: Shape
-    class_token: bool | str | None
-    pre_norm: bool
-    decoder_embed_dim: int | None
-    decoder_depth: int | None
-    sigmoid: bool | None
-    off_by_one: bool | None
-    rope: str | None
-    scan_order: str | None
-    num_gaussians: int | None
-    kind: str | None
-    ratios: tuple[int, ...]
-    support: Any
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The sizes that make an architecture."""
+        return {name: self.sizes.get(name) for owner in self.classes for name in owner.FIXED_SIZES}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The other ones: options of an architecture."""
+        return {name: value for name, value in self.sizes.items() if name not in self.fixed}
 
 
-# What stands for a setting of a Vim that the file does not tell.
-UNTOLD = "not told"
+class Known(NamedTuple):
+    """A registered architecture: how its own tensors read, its settings, and what it is to be filled with."""
 
-# These must be equal; the other sizes are options of the architecture.
-_FIXED = ("embed_dim", "depth", "mlp_dim", "inner_dim", "patch_size")
-_FIXED_DECODER = ("decoder_embed_dim", "decoder_depth", "kind")
+    name: str
+    reading: Reading
+    settings: dict[str, Setting]
+    target: Target
 
 
-def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | None = None) -> dict[str, Any]:
-    """Say what a weight file is and what would be loaded from it.
+def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | None = None) -> CheckpointFacts:
+    """Report what a weight file is and what would be loaded from it.
 
     Args:
         path: a weight file, or a folder that :func:`~medgmae.save_pretrained` wrote.
         source_grid: patch grid (d, h, w) of the file's table of positions, where the file leaves it open.
 
     Returns:
-        JSON-ready facts:
-
-        - path, bytes, container (entry that held the weights), source (the dialect), tensors, parameters, dtypes
-        - sizes: embed_dim, depth, grid and so on; head: num_classes and hidden widths
-        - config: of a file or folder of this library, else None
-        - architecture, model_args: what to give ``create_model``; None when no registered architecture fits. The number
-          of attention heads is the architecture's: files do not tell it
-        - encoder_architecture: the same for the encoder alone, when the file is a masked autoencoder
-        - renamed: the file's name to ours; unused: the file's name to the reason; missing: parameters that would keep
-          a random start; resized, adapted: see :class:`~medgmae.LoadReport`; problem: why it would not load, or None
+        a dictionary for JSON with the keys of :class:`CheckpointFacts`.
 
     Raises:
         WeightsError: the file is not readable or not recognised.
@@ -85,16 +140,16 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | Non
     opened = opening.open_source(path)
     config = opened.config if opened.config and "architecture" in opened.config else None
     converted, chosen = _recognise(opened, source_grid)
-    sizes = _sizes(converted.state, converted.grid, converted.expects)
-    if sizes is None:
+    reading = _read(converted)
+    if reading is None:
         raise WeightsError(
-            f"{path} ({converted.source}): this is neither a ViT nor a Vim, the architecture cannot be told"
+            f"{path} ({converted.source}): its tensors are those of no registered family, the architecture is unknown"
         )
-    whole = sizes.decoder_depth is not None
+    settings = {**converted.assumed, **converted.expects, **opened.expects}
     if config is not None:
-        chosen = str(config["architecture"]), dict(config.get("model_args", {}))
-    chosen = chosen or _fit(sizes, converted.state, whole)
-    encoder = _fit(sizes, converted.state, whole=False) if whole else None
+        chosen = Choice(str(config["architecture"]), dict(config.get("model_args", {})))
+    chosen = chosen or _choose(reading, converted, settings)
+    encoder = _encoders_choice(reading, converted, settings)
     tensors = opened.checkpoint.state.values()
     return {
         "path": str(path),
@@ -104,191 +159,165 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | Non
         "tensors": len(tensors),
         "parameters": sum(tensor.numel() for tensor in tensors),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
-        "sizes": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(sizes).items()},
-        "head": _head(converted.state),
+        "sizes": _sizes(reading, settings),
+        "head": _head(converted.encoder),
         "config": config,
-        "architecture": chosen[0] if chosen else None,
-        "model_args": chosen[1] if chosen else {},
-        "encoder_architecture": encoder[0] if encoder else None,
+        "architecture": chosen.architecture if chosen else None,
+        "model_args": chosen.model_args if chosen else {},
+        "encoder_architecture": encoder.architecture if encoder else None,
         "renamed": dict(converted.renamed),
         **_rehearse(opened, converted, chosen, source_grid),
     }
 
 
-def _recognise(
-    opened: opening.OpenSource, source_grid: Shape | None
-) -> tuple[Converted, tuple[str, dict[str, Any]] | None]:
+def _recognise(opened: opening.OpenSource, source_grid: Shape | None) -> tuple[Converted, Choice | None]:
     """The file in our language; where it does not say its own grid or patch, as the registered model that it fits."""
     config = opened.config if opened.config and "grid" in opened.config else None
     arguments: dict[str, Any] = {"origin": opened.origin, "config": config, "source_grid": source_grid}
     try:
         return convert(opened.checkpoint.state, **arguments), None
     except WeightsError:
-        for name in model_names():
-            sizes = _architecture(name)[0]
-            if sizes is None:
-                continue
-            target = Target(sizes.grid, sizes.patch_size, sizes.in_chans)
+        for known in _architectures():
             try:
-                converted = convert(opened.checkpoint.state, target=target, **arguments)
+                converted = convert(opened.checkpoint.state, target=known.target, **arguments)
             except WeightsError:
                 continue
-            found = _sizes(converted.state, converted.grid, converted.expects)
-            if found is not None and (fit := _fit(found, converted.state, found.decoder_depth is not None)):
-                return converted, fit
+            reading = _read(converted)
+            choice = reading and _choose(reading, converted, {**converted.assumed, **converted.expects})
+            if choice:
+                return converted, choice
         raise
 
 
-def _sizes(state: Mapping[str, Tensor], grid: Shape, settings: Mapping[str, Any]) -> _Sizes | None:
-    """Sizes of a ViT, a Vim or an autoencoder of either from its tensors and settings; None for another family."""
-    stem, hidden = state.get(f"encoder.{STEM}"), state.get("encoder.blocks.0.mlp.fc1.weight")
-    states = state.get("encoder.blocks.0.mixer.A_log")
-    if stem is None or (hidden is None and states is None):
-        return None
-    bridge, queries = state.get("decoder.embed.weight"), state.get("decoder.query_tokens")
-    gaussians = queries is not None and queries.dim() == 3
-    return _Sizes(
-        embed_dim=stem.shape[0],
-        depth=_count_blocks(state, "encoder"),
-        mlp_dim=None if hidden is None else hidden.shape[0],
-        inner_dim=None if states is None else states.shape[0],
-        d_state=None if states is None else states.shape[-1],
-        patch_size=tuple(stem.shape[2:]),
-        in_chans=stem.shape[1],
-        grid=tuple(grid),
-        class_token=_class_token(state, settings),
-        pre_norm="encoder.norm_pre.weight" in state,
-        decoder_embed_dim=None if bridge is None else bridge.shape[0],
-        decoder_depth=None if bridge is None else _count_blocks(state, "decoder"),
-        sigmoid=None if bridge is None else settings.get("decoder.sigmoid"),
-        off_by_one=None if bridge is None or states is None else _off_by_one(state),
-        rope=None if states is None else settings.get("encoder.rope", UNTOLD),
-        scan_order=None if states is None or bridge is None else settings.get("encoder.scan_order", UNTOLD),
-        num_gaussians=queries.shape[1] if queries is not None and gaussians else None,
-        kind=decoder_kind(state) if gaussians else None,
-        ratios=decoder_ratios(state) if gaussians else (),
-        support=settings.get("renderer.support"),
-    )
-
-
-def _class_token(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool | str | None:
-    """Whether a ViT has a class token; where a Vim has it, which a file of one does not tell: as on conversion."""
-    token = state.get("encoder.cls_token")
-    if "encoder.blocks.0.mixer.A_log" not in state:
-        return token is not None
-    if token is None or token.shape[1] == 2:
-        return None if token is None else "double"
-    return settings.get("encoder.class_token") or ("front" if "decoder.embed.weight" in state else "middle")
-
-
-def _off_by_one(state: Mapping[str, Tensor]) -> bool:
-    """Whether the decoder of a Vim has a place for one more token in front than the encoder has class tokens."""
-    prefix, tokens = state.get("decoder.prefix_pos_embed"), state.get("encoder.cls_token")
-    return prefix is not None and prefix.shape[1] > (0 if tokens is None else tokens.shape[1])
-
-
-def _count_blocks(state: Mapping[str, Tensor], part: str) -> int:
-    return len({name.split(".")[2] for name in state if name.startswith(f"{part}.blocks.")})
+def _architectures() -> Iterator[Known]:
+    """The registered architectures, but for modules that are not models of this library."""
+    return (known for name in model_names() if (known := _known(name)) is not None)
 
 
 @functools.cache
-def _architecture(name: str) -> tuple[_Sizes | None, bool]:
-    """Sizes of a registered architecture, and whether it is a whole autoencoder; built without storage."""
+def _known(name: str) -> Known | None:
+    """A registered architecture, built without storage."""
     with torch.device("meta"):
         model: Any = model_builder(name)()
-    whole = hasattr(model, "decoder")
-    state = model.state_dict(prefix="" if whole else "encoder.")
-    grid = getattr(model.encoder if whole else model, "grid", ())
-    settings = {path: value for path in SETTINGS if (value := setting(model, path)) is not ABSENT}
-    return _sizes(state, grid, settings), whole
-
-
-def _fit(sizes: _Sizes, state: Mapping[str, Tensor], whole: bool) -> tuple[str, dict[str, Any]] | None:
-    """The registered architecture that is nearest to ``sizes`` and the options that make it equal."""
-    fixed = _FIXED + (_FIXED_DECODER if whole else ())
-    candidates = []
-    for name in model_names():
-        known, known_whole = _architecture(name)
-        if known is None or known_whole != whole:
-            continue
-        if any(getattr(known, key) != getattr(sizes, key) for key in fixed):
-            continue
-        distance = abs(math.prod(known.grid) - math.prod(sizes.grid))
-        differs = [known.grid != sizes.grid, known.in_chans != sizes.in_chans, whole and known.sigmoid != sizes.sigmoid]
-        candidates.append((sum(differs), distance, name))
-    if not candidates:
+    encoder = encoder_of(model)
+    parts = [encoder] if encoder is model else [encoder, getattr(model, "decoder", None)]
+    if not all(hasattr(part, "read_sizes") for part in parts):
         return None
-    name = min(candidates)[2]
-    known = _architecture(name)[0]
-    assert known is not None
-    return name, _options(sizes, known, state, whole)
+    sizes: dict[str, Any] = {}
+    for part in parts:
+        sizes |= type(part).read_sizes(part.state_dict()) or {}
+    reading = Reading(tuple(type(part) for part in parts), sizes, tuple(encoder.grid_size))
+    target = Target(encoder.grid_size, encoder.patch_size, encoder.in_chans)
+    return Known(name, reading, model_settings(model), target)
 
 
-def _options(sizes: _Sizes, known: _Sizes, state: Mapping[str, Tensor], whole: bool) -> dict[str, Any]:
-    """Options of ``create_model`` that turn the architecture ``known`` into the one of the file."""
+def _read(converted: Converted) -> Reading | None:
+    """What a file shows in the words of the family that knows it; None where none does."""
+    families = [known.reading.classes for known in _architectures()]
+    encoder = _read_part({classes[0] for classes in families}, converted.encoder)
+    decoder = _read_part({classes[1] for classes in families if len(classes) > 1}, converted.decoder)
+    if encoder is None:
+        return None
+    parts = [encoder] if decoder is None else [encoder, decoder]
+    sizes = {name: value for _, sizes in parts for name, value in sizes.items()}
+    return Reading(tuple(owner for owner, _ in parts), sizes, tuple(converted.grid))
+
+
+def _read_part(owners: set[type[Any]], state: Mapping[str, Tensor]) -> tuple[type[Any], dict[str, Any]] | None:
+    """The class that knows a part's tensors, and what it reads off them."""
+    for owner in sorted(owners, key=lambda owner: owner.__qualname__):
+        sizes = owner.read_sizes(state) if state else None
+        if sizes is not None:
+            return owner, sizes
+    return None
+
+
+def _choose(reading: Reading, converted: Converted, settings: Mapping[str, Any]) -> Choice | None:
+    """The registered architecture that is nearest to what a file shows, and the options that make it equal."""
+    choices: list[tuple[int, int, str, dict[str, Any]]] = []
+    for known in _architectures():
+        if known.reading.classes == reading.classes and known.reading.fixed == reading.fixed:
+            options = _options(reading, known, settings) | _head_options(converted.encoder)
+            distance = abs(math.prod(known.reading.grid) - math.prod(reading.grid))
+            choices.append((len(options), distance, known.name, options))
+    if not choices:
+        return None
+    _, _, name, options = min(choices, key=lambda choice: choice[:3])
+    return Choice(name, options)
+
+
+def _encoders_choice(reading: Reading, converted: Converted, settings: Mapping[str, Any]) -> Choice | None:
+    """The same for the encoder of a masked autoencoder alone."""
+    if len(reading.classes) == 1:
+        return None
+    owner = reading.classes[0]
+    alone = Reading((owner,), owner.read_sizes(converted.encoder), reading.grid)
+    return _choose(alone, converted, settings)
+
+
+def _options(reading: Reading, known: Known, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ``create_model`` that turn a registered architecture into the one of the file."""
     options: dict[str, Any] = {}
-    if known.grid != sizes.grid:
-        size = [g * p for g, p in zip(sizes.grid, sizes.patch_size, strict=True)]
+    if known.reading.grid != reading.grid:
+        size = [g * p for g, p in zip(reading.grid, reading.sizes["patch_size"], strict=True)]
         options["img_size"] = size[0] if len(set(size)) == 1 else size
-    keys = ("in_chans", "class_token", "pre_norm", "d_state", *(("sigmoid",) if whole else ()))
-    options |= {key: getattr(sizes, key) for key in keys if getattr(known, key) != getattr(sizes, key)}
-    if sizes.d_state is not None:
-        return options | _vim_options(sizes, known, state, whole)
-    if whole:
-        return options | _gaussian_options(sizes, known)
-    pooled = state.get("encoder.fc_norm.weight")
-    if pooled is not None:
-        options["global_pool"] = "token_avg" if len(pooled) == 2 * sizes.embed_dim else "avg"
-    elif not sizes.class_token:
-        options |= {"global_pool": "avg", "fc_norm": False}
-    return options | {key: value for key, value in _head(state).items() if value}
+    theirs = known.reading.options
+    options |= {name: _plain(value) for name, value in reading.options.items() if value != theirs.get(name)}
+    for name, setting in known.settings.items():
+        if setting.option and name in settings and settings[name] != setting.value:
+            options.setdefault(setting.option, _plain(settings[name]))
+    return options
 
 
-def _vim_options(sizes: _Sizes, known: _Sizes, state: Mapping[str, Tensor], whole: bool) -> dict[str, Any]:
-    """The options of a state-space encoder and its decoder, as far as the file tells them."""
-    found = {key: getattr(sizes, key) for key in ("rope", "scan_order", "off_by_one") if whole or key == "rope"}
-    options = {key: value for key, value in found.items() if value not in (UNTOLD, getattr(known, key))}
-    if whole:
-        return options
-    pool = {"global_pool": "token"} if sizes.class_token else {}
-    return options | pool | {key: value for key, value in _head(state).items() if key == "num_classes" and value}
+def _sizes(reading: Reading, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file shows of its options, and which of those that change the weights' meaning it leaves open."""
+    sizes = {**reading.sizes, "grid": reading.grid}
+    family = next((known for known in _architectures() if known.reading.classes == reading.classes), None)
+    for name, setting in family.settings.items() if family else ():
+        if setting.option:
+            sizes.setdefault(setting.option, settings.get(name, UNKNOWN))
+    return {name: _plain(value) for name, value in sizes.items()}
 
 
-def _gaussian_options(sizes: _Sizes, known: _Sizes) -> dict[str, Any]:
-    """The options of a Gaussian decoder and its renderer; the support where the file's dialect has one."""
-    if sizes.num_gaussians is None:
-        return {}
-    keys = ("num_gaussians", "ratios", *(("support",) if sizes.support is not None else ()))
-    found = {key: getattr(sizes, key) for key in keys if getattr(known, key) != getattr(sizes, key)}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _head(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Classes and hidden widths of the classifier in a file."""
-    layers = {
-        name: t for name, t in state.items() if re.fullmatch(r"encoder\.head\.(\d+\.)?weight", name) and t.dim() == 2
-    }
-    widths = [
-        len(layers[name]) for name in sorted(layers, key=lambda name: int("0" + "".join(filter(str.isdigit, name))))
-    ]
+def _head(encoder: Mapping[str, Tensor]) -> HeadFacts:
+    """Classes and hidden widths of the classifier in an encoder: ``head``, or the linear layers of ``head.N``."""
+    layers: dict[int, int] = {}
+    for name, tensor in encoder.items():
+        match = re.fullmatch(r"head\.(?:(\d+)\.)?weight", name)
+        if match and tensor.dim() == 2:
+            layers[int(match[1] or 0)] = len(tensor)
+    widths = [layers[i] for i in sorted(layers)]
     return {"num_classes": widths[-1] if widths else 0, "head_hidden": widths[:-1]}
 
 
+def _head_options(encoder: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: value for name, value in _head(encoder).items() if value}
+
+
 def _rehearse(
-    opened: opening.OpenSource,
-    converted: Converted,
-    chosen: tuple[str, dict[str, Any]] | None,
-    source_grid: Shape | None,
-) -> dict[str, Any]:
-    """Load into a model without storage and tell what happened."""
-    told: dict[str, Any] = {"unused": dict(converted.unused), "missing": [], "resized": {}, "adapted": {}}
+    opened: opening.OpenSource, converted: Converted, chosen: Choice | None, source_grid: Shape | None
+) -> Rehearsal:
+    """Load into a model without storage and report what happened."""
     if chosen is None:
-        return {**told, "problem": "no registered architecture has these sizes"}
+        return _problem(converted, "no registered architecture has these sizes")
     try:
         with torch.device("meta"):
-            model = model_builder(chosen[0])(**chosen[1])
+            model = model_builder(chosen.architecture)(**chosen.model_args)
         report = loading.load_pretrained(model, opened, source_grid=source_grid)
     except (WeightsError, ValueError, TypeError) as error:
-        return {**told, "problem": str(error)}
-    told = {"unused": report.unused, "missing": report.missing, "resized": report.resized, "adapted": report.adapted}
-    return {**told, "problem": None}
+        return _problem(converted, str(error))
+    return {
+        "unused": report.unused,
+        "missing": report.missing,
+        "resized": report.resized,
+        "adapted": report.adapted,
+        "problem": None,
+    }
+
+
+def _problem(converted: Converted, problem: str) -> Rehearsal:
+    return {"unused": dict(converted.unused), "missing": [], "resized": {}, "adapted": {}, "problem": problem}

@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from medgmae.checkpoints.cards import WeightCard, WeightsError
+from medgmae.checkpoints.cards import HUB_ORG, WeightCard, WeightsError
 from medgmae.checkpoints.reading import Checkpoint, find_state, read_checkpoint
 from medgmae.checkpoints.settings import saved_settings
-from medgmae.checkpoints.sources import resolve
+from medgmae.checkpoints.sources import Fetching, resolve
 
 
 @dataclass(frozen=True)
 class OpenSource:
     """A source of weights, opened: its name for messages, its tensors, and the config that travels with it.
 
-    expects: settings that a model needs for the weights to mean the same.
+    expects: settings that a model needs for the weights to mean the same, such as "encoder.num_heads".
     """
 
     origin: str
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint = field(repr=False)
     config: dict[str, Any] | None
     expects: dict[str, Any] = field(default_factory=dict)
 
@@ -29,14 +29,27 @@ class OpenSource:
 Source = str | os.PathLike[str] | WeightCard | Mapping[str, Any] | OpenSource
 
 
-def open_source(source: Source, architecture: str | None = None, **options: Any) -> OpenSource:
+def open_source(
+    source: Source,
+    architecture: str | None = None,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    hub_org: str = HUB_ORG,
+    token: str | bool | None = None,
+    force_download: bool = False,
+    progress: bool = True,
+) -> OpenSource:
     """Find and read a source of weights.
 
     Args:
         source: a tag ("vit_large_patch16_256.tangerine"), a card, "hf-hub:org/repo[@revision]", "timm/MODEL" (2D
             weights through timm), a file, a folder (also as "local-dir:/path") or a state dictionary.
         architecture: completes a tag that is given without it ("tangerine").
-        **options: handed to :func:`medgmae.checkpoints.sources.resolve`: cache_dir, hub_org, token, progress.
+        cache_dir: see :class:`~medgmae.checkpoints.sources.Fetching`.
+        hub_org: likewise.
+        token: likewise.
+        force_download: likewise.
+        progress: likewise.
 
     Raises:
         WeightsError: nothing is there, it cannot be fetched or read, or its hash is wrong.
@@ -47,10 +60,10 @@ def open_source(source: Source, architecture: str | None = None, **options: Any)
         return OpenSource("state dictionary", find_state(source, "state dictionary"), None)
     if isinstance(source, str) and source.startswith("timm/"):
         return _open_timm(source)
-    found = resolve(source, architecture=architecture, **options)
-    checkpoint = read_checkpoint(found.path)
-    config = found.config or checkpoint.config
-    return OpenSource(found.name, checkpoint, config, saved_settings(config, found.name))
+    resolved = resolve(source, architecture, Fetching(cache_dir, hub_org, token, force_download, progress))
+    checkpoint = read_checkpoint(resolved.path)
+    config = resolved.config or checkpoint.config
+    return OpenSource(resolved.name, checkpoint, config, saved_settings(config, resolved.name))
 
 
 def _open_timm(source: str) -> OpenSource:
@@ -60,7 +73,7 @@ def _open_timm(source: str) -> OpenSource:
     try:
         model: Any = timm.create_model(source.removeprefix("timm/"), pretrained=True, num_classes=0)
     except Exception as error:  # timm and the hub client raise many kinds
-        raise WeightsError(f"{source}: timm could not give these weights ({error})") from error
+        raise WeightsError(f"{source}: timm could not provide these weights ({error})") from error
     return OpenSource(source, Checkpoint(dict(model.state_dict()), "", None), None, timm_settings(model, source))
 
 
@@ -75,4 +88,4 @@ def timm_settings(model: Any, origin: str) -> dict[str, Any]:
         raise WeightsError(f"{origin}: {type(model).__name__} is not a plain ViT; choose a vit_* model of timm")
     if type(block.mlp.act).__name__ != "GELU":
         raise WeightsError(f"{origin}: its activation is {type(block.mlp.act).__name__}, supported is GELU")
-    return {"encoder.blocks.0.attn.num_heads": block.attn.num_heads, "encoder.blocks.0.norm1.eps": block.norm1.eps}
+    return {"encoder.num_heads": block.attn.num_heads, "encoder.norm_eps": block.norm1.eps}

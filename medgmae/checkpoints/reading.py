@@ -54,14 +54,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         head = file.read(16)
     if path.suffix == ".safetensors" or head[8:10] == b'{"':
         return _read_safetensors(path)
-    found = find_state(_torch_load(path, zipped=head.startswith(b"PK\x03\x04")), str(path))
-    hollow = [name for name, tensor in found.state.items() if tensor.is_meta]
+    checkpoint = find_state(_torch_load(path, zipped=head.startswith(b"PK\x03\x04")), str(path))
+    hollow = [name for name, tensor in checkpoint.state.items() if tensor.is_meta]
     if hollow:
         raise WeightsError(
             f"{path}: {len(hollow)} tensors have a shape but no values, {hollow[0]!r} for one. Save the state "
             "dictionary again when every tensor is in memory (gathered from all processes, not on the meta device)"
         )
-    return found
+    return checkpoint
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
@@ -160,21 +160,20 @@ def find_state(content: Any, origin: str) -> Checkpoint:
     while not _is_state(content):
         entry = next((k for k in CONTAINER_KEYS if isinstance(content.get(k), Mapping)), None)
         if entry is None or len(container) > 3:
-            found = (
-                ", ".join(repr(key) if isinstance(key, str) else type(key).__name__ for key in list(content)[:8])
-                or "nothing"
-            )
+            entries = [repr(key) if isinstance(key, str) else type(key).__name__ for key in list(content)[:8]]
             spare = [k for k in OTHER_WEIGHTS if k in content]
             hint = f" ({' and '.join(spare)} alone are not loaded)" if spare else ""
             raise WeightsError(
                 f"{origin}: no weights found. Expected tensors by name, or such a dictionary under one of "
-                f"{', '.join(CONTAINER_KEYS)}; found {found}{hint}"
+                f"{', '.join(CONTAINER_KEYS)}; found {', '.join(entries) or 'nothing'}{hint}"
             )
         container.append(entry)
         content = content[entry]
     odd = next((key for key in content if not isinstance(key, str)), None)
     if odd is not None:
-        raise WeightsError(f"{origin}: a weight's name is a {type(odd).__name__}, expected text; fetch the file again")
+        raise WeightsError(
+            f"{origin}: the name of a weight is of type {type(odd).__name__}, expected text; fetch the file again"
+        )
     state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     return Checkpoint(state, ".".join(container), None)
 

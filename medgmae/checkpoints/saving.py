@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -18,10 +17,14 @@ from torch import Tensor, nn
 from medgmae._version import __version__
 from medgmae.checkpoints.cards import WeightCard, WeightsError
 from medgmae.checkpoints.download import writing
+from medgmae.checkpoints.settings import encoder_of
 from medgmae.checkpoints.sources import CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, hub_errors
-from medgmae.models.registry import model_builder, model_names
+from medgmae.models.registry import model_builder
 
 README_FILE = "README.md"
+
+# Options that methods change after a model was built: reset_classifier and set_input_size.
+CHANGEABLE = ("num_classes", "global_pool", "img_size")
 
 _SOURCES = ("hub", "url", "file", "md5", "sha256", "bytes", "page_file")
 
@@ -36,14 +39,15 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     ``create_model("local-dir:FOLDER")`` or ``load_pretrained(model, FOLDER)``.
 
     Args:
-        model: a module made by ``create_model``.
+        model: a model of this library, made by ``create_model`` or by its class.
         folder: where to write; made if it does not exist.
 
     Returns:
         The folder.
 
     Raises:
-        WeightsError: the model has no ``config``, tensors without values, or the folder cannot be written.
+        WeightsError: nothing says how to build the model again, a tensor has no values, or the folder cannot be
+            written.
     """
     model = unwrap(model)
     config = model_config(model)
@@ -71,7 +75,7 @@ def push_to_hub(
     """Save a model and upload it to the Hugging Face hub; the repository is made if it does not exist.
 
     Args:
-        model: a module made by ``create_model``.
+        model: see :func:`save_pretrained`.
         repo_id: ``"org/name"``, or ``"name"`` for a repository of your own.
         private: whether a new repository is private.
         token: hub token; ``None`` for the one that ``hf auth login`` stored.
@@ -104,36 +108,70 @@ def push_to_hub(
 def model_config(model: nn.Module) -> dict[str, Any]:
     """What ``config.json`` says of a model, in the layout that timm made common.
 
-    ``architecture`` and ``model_args`` build it again; ``grid`` is that of its table of positions; ``pretrained_cfg``
-    is the card of the weights it started from, without where to fetch them; the rest is there for readers.
+    ``architecture`` and ``model_args`` build it again: a registered name and its options or, for a model that was made
+    by its class, the class and its arguments. ``grid`` is that of its table of positions; ``pretrained_cfg`` is the
+    card of the weights it started from, without where to fetch them; the rest is there for readers.
 
     Raises:
-        WeightsError: the model has no ``config`` or one that JSON cannot hold.
+        WeightsError: nothing says how to build the model again, or JSON cannot hold it.
     """
-    made = getattr(model, "config", None)
-    if not isinstance(made, Mapping) or not {"architecture", "model_args"} <= set(made):
-        raise WeightsError(
-            f"{type(model).__name__} has no .config with 'architecture' and 'model_args' to build it again from; "
-            'save a model that create_model made, or set model.config = {"architecture": ..., "model_args": {...}}'
-        )
-    model_args = dict(made["model_args"])
-    if getattr(model, "num_classes", 0) or "num_classes" in model_args:
-        model_args["num_classes"] = model.num_classes  # reset_classifier may have changed it
+    made = _recipe(model)
+    encoder = encoder_of(model)
     config = {
         "architecture": made["architecture"],
         "num_classes": getattr(model, "num_classes", 0),
         "num_features": getattr(model, "num_features", None),
-        "model_args": model_args,
-        "grid": made.get("grid"),
+        "model_args": made["model_args"],
+        "grid": list(encoder.grid_size) if hasattr(encoder, "grid_size") else made.get("grid"),
         "pretrained_cfg": _origin(made.get("card")),
         "library_name": "medgmae",
         "library_version": __version__,
     }
+    return _as_json(config)
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A dictionary as JSON gives it back."""
     try:
         loaded: dict[str, Any] = json.loads(json.dumps(config, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise WeightsError(f"model.config does not fit into JSON: {error}; use numbers, text and lists") from error
     return loaded
+
+
+def _recipe(model: nn.Module) -> Mapping[str, Any]:
+    """What builds a model again: its config with what its methods have changed since, or its class and options."""
+    made: Any = getattr(model, "config", None)
+    described: Any = model
+    if isinstance(made, Mapping) and {"architecture", "model_args"} <= set(made):
+        if not hasattr(model, "options"):
+            return made  # a module of the caller's own
+        if made["architecture"] == type(model).__name__:
+            return {**made, "model_args": described.options()}
+        built = encoder_of(_built(made["architecture"], _as_json(made["model_args"]))).options()
+        options = encoder_of(model).options()
+        changed = {name: options[name] for name in CHANGEABLE if name in options and options[name] != built.get(name)}
+        if "global_pool" in changed and "fc_norm" in options:  # the norms stay where they are, whatever pools
+            changed["fc_norm"] = options["fc_norm"]
+        return {**made, "model_args": {**made["model_args"], **changed}}
+    if hasattr(model, "options"):
+        return {"architecture": type(model).__name__, "model_args": described.options()}
+    raise WeightsError(
+        f"{type(model).__name__} is not a model of this library and has no .config with 'architecture' and "
+        "'model_args' to build it again from; save its state_dict() with torch.save instead"
+    )
+
+
+def _built(architecture: str, model_args: Mapping[str, Any]) -> nn.Module:
+    """The model of a recipe, without storage."""
+    try:
+        with torch.device("meta"):
+            return model_builder(architecture)(**model_args)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(
+            f"create_model could not build {architecture!r} again ({error}); save the model's state_dict() with "
+            "torch.save instead, or give its builder to medgmae.register_model"
+        ) from error
 
 
 def model_readme(config: Mapping[str, Any], repo_id: str | None = None) -> str:
@@ -223,15 +261,16 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
-    """Raise unless ``config`` builds a model with the same tensors: a part that was swapped by hand would be lost."""
-    if config["architecture"] not in model_names():
-        return  # a module of the caller's own; create_model will say that it does not know the name
-    with torch.device("meta"):
-        again = model_builder(config["architecture"])(**config["model_args"])
+    """Raise unless ``config`` builds the model again: what was changed by hand would be lost."""
+    if not hasattr(model, "options"):
+        return  # a module of the caller's own
+    again: Any = _built(config["architecture"], config["model_args"])
+    described: Any = model
     before = {name: tuple(tensor.shape) for name, tensor in again.state_dict().items()}
     after = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    before |= _flat(again.options())
+    after |= _flat(described.options())
     changed = sorted(name for name in before | after if before.get(name) != after.get(name))
-    changed += [path for path in _SETTINGS if _attribute(again, path) != _attribute(model, path)]
     if changed:
         raise WeightsError(
             f"the model is not what create_model({config['architecture']!r}) with its options builds and could not be "
@@ -240,16 +279,12 @@ def _check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
         )
 
 
-# What a model's options decide beside its tensors and a hand could change.
-_SETTINGS = (
-    *("global_pool", "norm_target", "loss", "image_norm", "renderer.support", "decoder.density_scale"),
-    *("scan_order", "rope_residual", "encoder.scan_order", "encoder.rope_residual", "decoder.rope_residual"),
-)
-
-
-def _attribute(model: Any, path: str) -> Any:
-    """A dotted attribute, None if it is not there."""
-    return functools.reduce(lambda value, name: getattr(value, name, None), path.split("."), model)
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def _write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

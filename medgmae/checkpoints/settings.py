@@ -2,71 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from medgmae.checkpoints.cards import WeightsError
+from medgmae.models.encoder import Setting
 from medgmae.models.registry import model_builder
 
-# Settings that change what the weights compute, as dotted attributes in our language.
-SETTINGS = (
-    "encoder.blocks.0.attn.num_heads",
-    "encoder.blocks.0.norm1.eps",
-    "encoder.blocks.0.norm.eps",
-    "encoder.blocks.0.mixer.divide_output",
-    "encoder.class_token",
-    "encoder.rope",
-    "encoder.rope_residual",
-    "encoder.scan_order",
-    "decoder.blocks.0.attn.num_heads",
-    "decoder.blocks.0.norm1.eps",
-    "decoder.blocks.0.norm.eps",
-    "decoder.blocks.0.mixer.divide_output",
-    "decoder.rope",
-    "decoder.rope_residual",
-    "decoder.off_by_one",
-    "decoder.sigmoid",
-    "decoder.kind",
-    "decoder.density_scale",
-    "renderer.support",
-)
 
-# Settings that may differ when ``strict`` is False: a decoder of Gaussians of another kind shares its base part, and
-# another support changes where a Gaussian ends.
-LENIENT = ("decoder.kind", "renderer.support")
-
-# Settings of masked pre-training that an encoder which goes on alone may have otherwise: the authors of the 3D Mamba
-# MAE fine-tune with another rotation, and without hidden patches there is one order to scan in.
-OF_PRETRAINING = ("encoder.rope", "encoder.rope_residual", "encoder.scan_order")
-
-# The option of ``create_model`` that decides a setting.
-OPTIONS = {
-    "encoder.class_token": "class_token",
-    "encoder.rope": "rope",
-    "encoder.rope_residual": "rope_residual",
-    "encoder.scan_order": "scan_order",
-    "encoder.blocks.0.mixer.divide_output": "divide_output",
-    "decoder.rope": "rope",
-    "decoder.rope_residual": "rope_residual",
-    "decoder.off_by_one": "off_by_one",
-    "decoder.sigmoid": "sigmoid",
-}
-
-ABSENT = object()
-"""What :func:`setting` gives where the model has no such part."""
+def encoder_of(model: nn.Module) -> Any:
+    """The encoder in a model; an encoder itself."""
+    return getattr(model, "encoder", model)
 
 
-def setting(model: nn.Module, path: str) -> Any:
-    """Value of a dotted attribute in our language; ``ABSENT`` where the model has no such part."""
-    value: Any = model
-    for part in (path if hasattr(model, "decoder") else path.removeprefix("encoder.")).split("."):
-        value = getattr(value, part, ABSENT)
-    return value
+def model_settings(model: nn.Module) -> dict[str, Setting]:
+    """What a model says of itself, by the part's name: "encoder.norm_eps", "decoder.sigmoid"."""
+    described: Any = model
+    settings: Mapping[str, Setting] = described.settings()
+    prefix = "encoder." if encoder_of(model) is model else ""
+    return {f"{prefix}{name}": setting for name, setting in settings.items()}
 
 
-def saved_settings(config: dict[str, Any] | None, origin: str) -> dict[str, Any]:
+def saved_settings(config: Mapping[str, Any] | None, origin: str) -> dict[str, Any]:
     """The settings of the model that a config of ours describes; none for other configs.
 
     Raises:
@@ -81,11 +41,44 @@ def saved_settings(config: dict[str, Any] | None, origin: str) -> dict[str, Any]
         raise WeightsError(
             f"{origin}: its config describes no model of this version of the library ({error})"
         ) from error
-    found = {path: setting(model, path) for path in SETTINGS}
-    return {path: value for path, value in found.items() if value is not ABSENT}
+    return {name: setting.value for name, setting in model_settings(model).items()}
 
 
-def remedy(path: str, wanted: Any) -> str:
-    """The option of ``create_model`` that gives a setting this value, as the end of a message; "" if there is none."""
-    option = OPTIONS.get(path)
-    return f"; build it with create_model(..., {option}={wanted!r})" if option else ""
+class Comparison(NamedTuple):
+    """How the settings that weights expect compare with a model's.
+
+    accepted: setting to how it differs, where that is allowed; likewise ``refused``.
+    """
+
+    accepted: dict[str, str]
+    refused: dict[str, str]
+
+
+def compare_settings(
+    settings: Mapping[str, Setting], expects: Mapping[str, Any], *, strict: bool, alone: bool
+) -> Comparison:
+    """Compare; what the model does not have, or the weights do not say, is not compared.
+
+    Args:
+        settings: of :func:`model_settings`.
+        expects: what the weights need, by the same names.
+        strict: whether the settings that may be lenient must agree too.
+        alone: whether the encoder of a masked autoencoder goes on alone.
+    """
+    comparison = Comparison({}, {})
+    for name, wanted in expects.items():
+        setting = settings.get(name)
+        if setting is None or setting.value == wanted:
+            continue
+        text = f"{wanted!r} in the file's model, {setting.value!r} in this one"
+        if (setting.when == "lenient" and not strict) or (setting.when == "pretraining" and alone):
+            comparison.accepted[name] = text
+        elif setting.when == "lenient":
+            comparison.refused[name] = f"{text}; strict=False loads what both have"
+        else:
+            comparison.refused[name] = f"{text}{_remedy(setting, wanted)}"
+    return comparison
+
+
+def _remedy(setting: Setting, wanted: object) -> str:
+    return f"; build it with create_model(..., {setting.option}={wanted!r})" if setting.option else ""

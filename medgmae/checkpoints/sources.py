@@ -1,4 +1,4 @@
-"""From a weight card, a hub address or a path to a file on this machine, verified."""
+"""From a weight card, a hub address or a path to a verified file on this machine."""
 
 from __future__ import annotations
 
@@ -29,6 +29,39 @@ _log = logging.getLogger("medgmae")
 
 
 @dataclass(frozen=True)
+class Fetching:
+    """How files are brought to this machine.
+
+    Attributes:
+        cache_dir: replaces the Hugging Face cache and ours.
+        hub_org: organisation of a hub repository that is named without one.
+        token: hub token; ``None`` for the one that ``hf auth login`` stored, ``False`` for none.
+        force_download: fetch again what is in the cache.
+        progress: show a progress bar while downloading.
+    """
+
+    cache_dir: str | os.PathLike[str] | None = None
+    hub_org: str = HUB_ORG
+    token: str | bool | None = None
+    force_download: bool = False
+    progress: bool = True
+
+    @property
+    def root(self) -> Path:
+        """Our own cache folder."""
+        return cache_root(self.cache_dir)
+
+    @property
+    def hub_cache(self) -> Path | None:
+        """The hub client's folder, ``None`` for its default."""
+        return None if self.cache_dir is None else self.root / "hub"
+
+    def repo_id(self, repo: str) -> str:
+        """A repository with its organisation."""
+        return repo if "/" in repo else f"{self.hub_org}/{repo}"
+
+
+@dataclass(frozen=True)
 class FetchedFile:
     """A verified weight file on this machine and the ``config.json`` that came with it, if any."""
 
@@ -54,13 +87,7 @@ class ResolvedSource:
 
 
 def resolve(
-    source: str | os.PathLike[str] | WeightCard,
-    *,
-    architecture: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    hub_org: str = HUB_ORG,
-    token: str | bool | None = None,
-    progress: bool = True,
+    source: str | os.PathLike[str] | WeightCard, architecture: str | None = None, how: Fetching | None = None
 ) -> ResolvedSource:
     """Find the file behind a source, fetching it when it is not on this machine yet.
 
@@ -68,7 +95,7 @@ def resolve(
         source: a card or its tag, ``"hf-hub:org/repo[@revision][:file]"``, a weight file, a folder that
             ``save_pretrained`` wrote (also as ``"local-dir:/path"``).
         architecture: registered name that a bare tag (``"tangerine"``) is looked up for.
-        cache_dir: see :func:`fetch`; likewise ``hub_org``, ``token`` and ``progress``.
+        how: see :class:`Fetching`.
 
     Raises:
         WeightsError: there is no such thing, or see :func:`fetch`.
@@ -76,7 +103,7 @@ def resolve(
     if isinstance(source, str):
         source = _parse_source(source, architecture)
     if isinstance(source, (str, WeightCard)):
-        fetched = fetch(source, cache_dir=cache_dir, hub_org=hub_org, token=token, progress=progress)
+        fetched = fetch(source, how)
         card = source if isinstance(source, WeightCard) else None
         return ResolvedSource(fetched.path, fetched.config, card, card.tag if card else str(source))
     path = Path(source).expanduser()
@@ -91,7 +118,7 @@ def _parse_source(source: str, architecture: str | None) -> WeightCard | Path | 
     path = Path(source.removeprefix(LOCAL_PREFIX)).expanduser()
     if source.startswith(LOCAL_PREFIX) or os.sep in source or path.suffix in _SUFFIXES:
         return path
-    # A tag wins over a file that happens to have its name: what "tangerine" means must not hang on the current folder.
+    # A tag wins over a file that happens to have its name: what "tangerine" means must not depend on the folder.
     try:
         return weight_card(source, architecture)
     except WeightsError as error:
@@ -100,38 +127,29 @@ def _parse_source(source: str, architecture: str | None) -> WeightCard | Path | 
         raise WeightsError(f"{error}. There is no file or folder of that name either") from None
 
 
-def fetch(
-    source: WeightCard | str,
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-    hub_org: str = HUB_ORG,
-    token: str | bool | None = None,
-    progress: bool = True,
-) -> FetchedFile:
+def fetch(source: WeightCard | str, how: Fetching | None = None) -> FetchedFile:
     """Bring a card's weights, or those of a hub repository, to this machine and verify them.
 
     A card is tried in the order of its fields: the file shipped with the package, the hub, the direct address.
 
     Args:
         source: a card, or ``"hf-hub:org/repo[@revision][:file]"``.
-        cache_dir: replaces the Hugging Face cache and ours.
-        hub_org: organisation of a hub repository that is named without one.
-        token: hub token; ``None`` for the one that ``hf auth login`` stored.
-        progress: show a progress bar while downloading.
+        how: see :class:`Fetching`.
 
     Raises:
         WeightsError: it cannot be fetched, or is not what its card or the hub announces. For weights that only a person
             can get, the message says how.
     """
-    options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "progress": progress}
+    how = how or Fetching()
     if isinstance(source, str):
-        return _fetch_repository(source, hub_org, **options)
+        return _fetch_repository(source, how)
     if source.file is not None:
-        return FetchedFile(_shipped(source, cache_root(cache_dir)))
+        return FetchedFile(_shipped(source, how.root))
     if source.hub is not None:
-        repo, revision, file = _repo_id(source.hub["repo"], hub_org), source.hub["revision"], source.hub["file"]
+        repo = how.repo_id(source.hub["repo"])
         try:
-            return FetchedFile(_from_hub(repo, revision, file, sha256=source.sha256, **options))
+            path = _from_hub(repo, source.hub["revision"], source.hub["file"], source.sha256, how)
+            return FetchedFile(path)
         except HashMismatchError:
             raise
         except WeightsError as error:
@@ -139,7 +157,7 @@ def fetch(
                 raise
             _log.warning("%s: %s. Trying %s instead", source.tag, error, source.url)
     if source.url is not None:
-        return FetchedFile(_from_url(source, cache_root(cache_dir), progress))
+        return FetchedFile(_from_url(source, how))
     raise WeightsError(_by_hand(source))
 
 
@@ -152,9 +170,9 @@ def _by_hand(card: WeightCard) -> str:
             f'load_pretrained(model, "/path/to/checkpoint.pth")'
         )
     return (
-        f"{card.tag}: the authors share these weights on a page that only a person can download from: {card.page}. "
-        f'Fetch {card.page_file} there, then load_pretrained(model, "/path/to/{card.page_file}"), or convert it once: '
-        f"medgmae convert /path/to/{card.page_file} OUT"
+        f"{card.tag}: the authors share these weights on a page without a direct address: {card.page}. "
+        f'Download {card.page_file} there, then load_pretrained(model, "/path/to/{card.page_file}"), or convert it '
+        f"once: medgmae convert /path/to/{card.page_file} OUT"
     )
 
 
@@ -169,47 +187,57 @@ def _shipped(card: WeightCard, root: Path) -> Path:
     return path
 
 
-def _from_url(card: WeightCard, root: Path, progress: bool) -> Path:
+def _from_url(card: WeightCard, how: Fetching) -> Path:
     url = str(card.url)
     md5, sha256 = card.url_hashes()
     name = re.sub(r"[^\w.-]", "_", url.partition("?")[0].rpartition("/")[2]) or "weights"
     # The hash in the path keeps two editions of one address apart, and lets two cards share one download.
-    target = root / "url" / str(md5 or sha256)[:16] / name
+    target = how.root / "url" / str(md5 or sha256)[:16] / name
     size = None if card.hub or card.file else card.bytes
-    return download(url, target, root=root, md5=md5, sha256=sha256, size=size, progress=progress)
+    return download(
+        url,
+        target,
+        root=how.root,
+        md5=md5,
+        sha256=sha256,
+        size=size,
+        progress=how.progress,
+        again=how.force_download,
+    )
 
 
-def _repo_id(repo: str, org: str) -> str:
-    return repo if "/" in repo else f"{org}/{repo}"
-
-
-def _fetch_repository(source: str, hub_org: str, **options: Any) -> FetchedFile:
+def _fetch_repository(source: str, how: Fetching) -> FetchedFile:
     match = _HUB_SOURCE.fullmatch(source.removeprefix(HUB_PREFIX))
     if not source.startswith(HUB_PREFIX) or match is None:
         raise WeightsError(f"{source!r} is not a hub address; expected 'hf-hub:org/repo[@revision][:file]'")
-    repo, file = _repo_id(match["repo"], hub_org), match["file"] or WEIGHTS_FILE
-    path = _from_hub(repo, match["revision"] or "main", file, sha256=None, **options)
+    repo, file = how.repo_id(match["repo"]), match["file"] or WEIGHTS_FILE
+    path = _from_hub(repo, match["revision"] or "main", file, None, how)
     # The commit that the weights came from, so that a push in between cannot mix two editions.
     snapshot = path.parents[file.count("/")].name
-    return FetchedFile(path, _hub_config(repo, snapshot, **options))
+    return FetchedFile(path, _hub_config(repo, snapshot, how))
 
 
-def _from_hub(
-    repo: str,
-    revision: str,
-    file: str,
-    *,
-    sha256: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    token: str | bool | None,
-    progress: bool,
-) -> Path:
-    from huggingface_hub import hf_hub_download
+def _from_hub(repo: str, revision: str, file: str, sha256: str | None, how: Fetching) -> Path:
+    from huggingface_hub import constants, hf_hub_download
 
-    with hub_errors(f"{HUB_PREFIX}{repo}@{revision}:{file}"), _bars(progress):
-        path = Path(hf_hub_download(repo, file, revision=revision, cache_dir=_hub_cache(cache_dir), token=token))
+    what = f"{HUB_PREFIX}{repo}@{revision}:{file}"
+    if how.force_download and constants.HF_HUB_OFFLINE:
+        raise WeightsError(
+            f"{what}: force_download=True needs a connection, and HF_HUB_OFFLINE is set; drop one of them"
+        )
+    with hub_errors(what), _bars(how.progress):
+        path = Path(
+            hf_hub_download(
+                repo,
+                file,
+                revision=revision,
+                cache_dir=how.hub_cache,
+                token=how.token,
+                force_download=how.force_download,
+            )
+        )
     try:
-        verify(path, root=cache_root(cache_dir), sha256=sha256 or _announced_sha256(path))
+        verify(path, root=how.root, sha256=sha256 or _announced_sha256(path))
     except HashMismatchError as error:
         raise HashMismatchError(f"{HUB_PREFIX}{repo}@{revision}: {error}; {after_discard(path)}") from None
     return path
@@ -224,24 +252,20 @@ def _announced_sha256(path: Path) -> str | None:
     return name if _SHA256.fullmatch(name) else None
 
 
-def _hub_config(repo: str, revision: str, **options: Any) -> dict[str, Any] | None:
+def _hub_config(repo: str, revision: str, how: Fetching) -> dict[str, Any] | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
-    cached = try_to_load_from_cache(repo, CONFIG_FILE, cache_dir=_hub_cache(options["cache_dir"]), revision=revision)
+    cached = try_to_load_from_cache(repo, CONFIG_FILE, cache_dir=how.hub_cache, revision=revision)
     if cached is not None and not isinstance(cached, str):  # the hub said before that there is none
         return None
     try:
-        return _read_json(_from_hub(repo, revision, CONFIG_FILE, sha256=None, **options))
+        return _read_json(_from_hub(repo, revision, CONFIG_FILE, None, how))
     except WeightsError as error:
         if not isinstance(error.__cause__, EntryNotFoundError):
             raise
         _log.info("%s", error)
         return None
-
-
-def _hub_cache(cache_dir: str | os.PathLike[str] | None) -> Path | None:
-    return None if cache_dir is None else cache_root(cache_dir) / "hub"
 
 
 @contextmanager
@@ -270,7 +294,7 @@ def hub_errors(what: str) -> Iterator[None]:
         remedy = f"accept its terms on {constants.ENDPOINT}, then log in with 'hf auth login' or pass token="
         raise WeightsError(f"{what}: the repository is gated; {remedy}") from error
     except errors.RepositoryNotFoundError as error:
-        problem = f"no such repository on {constants.ENDPOINT}, or no right to it"
+        problem = f"no such repository on {constants.ENDPOINT}, or no access to it"
         remedy = "check the name; if it is private, log in with 'hf auth login' or pass token="
         raise WeightsError(f"{what}: {problem}; {remedy}") from error
     except errors.RevisionNotFoundError as error:
@@ -307,8 +331,8 @@ def read_folder(folder: Path) -> FetchedFile:
         raise WeightsError(f"{folder}: no such file or folder")
     weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     if not weights.is_file():
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise WeightsError(f"{folder}: expected {WEIGHTS_FILE} in this folder, found {found}; or name the weight file")
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise WeightsError(f"{folder}: expected {WEIGHTS_FILE} in this folder, found {names}; or name the weight file")
     return FetchedFile(weights, _read_json(config) if config.is_file() else None)
 
 

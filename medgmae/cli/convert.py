@@ -90,7 +90,7 @@ def _load(file: Path, name: str | None, options: dict[str, Any], source_grid: tu
     path = file.expanduser().resolve()
     card = None
     if name is None:
-        facts = medgmae.inspect_checkpoint(path, source_grid=source_grid)
+        facts: dict[str, Any] = {**medgmae.inspect_checkpoint(path, source_grid=source_grid)}
         name, options = _inferred(facts, options)
         card = (facts["config"] or {}).get("pretrained_cfg")
     try:

@@ -181,7 +181,7 @@ def _file(path: str, source_grid: int | tuple[int, ...] | None) -> dict[str, Any
     import medgmae
 
     try:
-        facts = medgmae.inspect_checkpoint(path, source_grid=per_axis(source_grid))
+        facts: dict[str, Any] = {**medgmae.inspect_checkpoint(path, source_grid=per_axis(source_grid))}
     except medgmae.WeightsError as error:
         raise NotRecognisedError(str(error)) from error
     facts["cards"] = []

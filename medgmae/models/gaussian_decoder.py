@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from medgmae.gaussians.rendering import Gaussians
 from medgmae.layers.blocks import Block, exact_linear, initialize, run_block
 from medgmae.models.parts import Part, Readable, Setting, count_blocks, given
+from medgmae.models.registry import register_class
 
 Kind = Literal["standard", "residual", "hierarchical", "cgs"]
 
@@ -121,6 +122,7 @@ def first_values(kind: Kind, ratios: Sequence[int], spread: bool) -> list[dict[s
     return [level0, *(group for _ in ratios)]
 
 
+@register_class
 class GaussianDecoder(Part, Readable):
     """Learned queries read the visible tokens and become Gaussians (MedGMAE, equations 3 to 5).
 

@@ -42,6 +42,7 @@ class GaussianMAEOutput(NamedTuple):
     terms: dict[str, Tensor]
 
 
+@register_class
 class GaussianMAE(Autoencoder):
     """Encoder on visible patches, a decoder that makes Gaussians of them, a renderer, and a loss on voxels.
 

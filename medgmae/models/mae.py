@@ -17,7 +17,7 @@ from medgmae.models.autoencoder import Autoencoder
 from medgmae.models.decoder import MaskDecoder
 from medgmae.models.encoder import Encoder
 from medgmae.models.parts import Setting, count_blocks, given
-from medgmae.models.registry import build, register_model
+from medgmae.models.registry import build, register_class, register_model
 from medgmae.models.vit import BASE, HUGE, LARGE, NANO, TINY, WIDE, ViT
 
 
@@ -34,6 +34,7 @@ class MAEOutput(NamedTuple):
     mask: Tensor
 
 
+@register_class
 class ViTDecoder(MaskDecoder):
     """A narrow transformer that turns visible tokens and mask tokens into patch vectors.
 
@@ -100,6 +101,7 @@ class ViTDecoder(MaskDecoder):
         return pred.sigmoid() if self.sigmoid else pred
 
 
+@register_class
 class MaskedAutoencoder(Autoencoder):
     """Encoder on visible patches, decoder on all, mean squared error on the masked ones (He et al. 2022).
 

@@ -17,10 +17,11 @@ from medgmae.losses import NormTarget
 from medgmae.models.decoder import MaskDecoder
 from medgmae.models.mae import MaskedAutoencoder
 from medgmae.models.parts import Setting, count_blocks, given
-from medgmae.models.registry import build, register_model
+from medgmae.models.registry import build, register_class, register_model
 from medgmae.models.vim import BASE, LARGE, NANO, SMALL, TINY, Vim
 
 
+@register_class
 class VimDecoder(MaskDecoder):
     """Narrow Mamba blocks that turn visible tokens and mask tokens, in raster order, into patch vectors.
 

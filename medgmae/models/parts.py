@@ -8,8 +8,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from medgmae.models.registry import register_class
-
 
 class Setting(NamedTuple):
     """Something that no tensor shows and that weights need of the model they are put into.
@@ -29,10 +27,6 @@ class Part(nn.Module, ABC):
     """A module that can say what it was built with: an encoder, a decoder, a whole model."""
 
     _built: dict[str, Any]
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        register_class(cls)
 
     def options(self) -> dict[str, Any]:
         """The arguments of the constructor that give this module again, as they are now."""

@@ -16,6 +16,7 @@ from torch import nn
 
 Builder = Callable[..., nn.Module]
 B = TypeVar("B", bound=Builder)
+C = TypeVar("C", bound=type[nn.Module])
 
 # Arguments of create_model that are not an architecture's, for the hint about a misspelt option.
 LOADING = ("checkpoint_path", "strict", "source_grid", "inflate", "cache_dir", "token", "force_download", "progress")
@@ -37,9 +38,16 @@ def register_model(builder: B) -> B:
     return builder
 
 
-def register_class(cls: type[nn.Module]) -> None:
-    """Enter a class under its own name: a saved model that no registered function builds is built from its classes."""
+def register_class(cls: C) -> C:
+    """Enter a class under its own name: a saved model that no registered function builds is built from its classes.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if cls.__name__ in _classes:
+        raise ValueError(f"class {cls.__name__!r} is registered twice, first in {_classes[cls.__name__].__module__}")
     _classes[cls.__name__] = cls
+    return cls
 
 
 @functools.cache

@@ -15,12 +15,13 @@ from medgmae.layers.pooling import GlobalPool
 from medgmae.layers.rope import Rope
 from medgmae.models.encoder import Encoder, PosEmbed
 from medgmae.models.parts import Setting, check_choice, count_blocks, given
-from medgmae.models.registry import build, register_model
+from medgmae.models.registry import build, register_class, register_model
 
 ClassToken = Literal["front", "middle", "double"]
 ScanOrder = Literal["raster", "given"]
 
 
+@register_class
 class Vim(Encoder):
     """A stack of bidirectional Mamba blocks over the patches of a volume: cost and memory linear in their number.
 

@@ -13,9 +13,10 @@ from medgmae.layers.patches import Size
 from medgmae.layers.pooling import GlobalPool
 from medgmae.models.encoder import Encoder, PosEmbed
 from medgmae.models.parts import Setting, count_blocks, given
-from medgmae.models.registry import build, register_model
+from medgmae.models.registry import build, register_class, register_model
 
 
+@register_class
 class ViT(Encoder):
     """A vision transformer over the patches of a volume (or, with ``dims=2``, of an image).
 

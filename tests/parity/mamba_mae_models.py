@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import medgmae
 from medgmae.checkpoints.dialects.entries import strip_prefixes
-from medgmae.layers.blocks import mamba
+from medgmae.layers import mamba
 from medgmae.models.mae_vim import masked_vim
 from medgmae.models.vim import Vim
 from parity import adapter

@@ -1,11 +1,12 @@
-"""A checkpoint's state dictionary, taken apart into our language: what the converters of all dialects share."""
+"""A checkpoint's state dictionary, taken apart entry by entry: what the converters of all dialects share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,79 +20,102 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 
 STEM = "patch_embed.proj.weight"
 
+Part = Literal["encoder", "decoder"]
+
 
 class Target(NamedTuple):
-    """What the model to be filled says about itself.
+    """What is known of the model to be filled.
 
     grid: patch grid.
     patch_size: voxels per axis of a patch.
     in_chans: input channels.
-    class_token: where a state-space encoder scans its class token: "front", "middle" or "double"; None for no such.
+    settings: the encoder's settings by name, for what a file leaves open.
     """
 
     grid: Shape
     patch_size: Shape
     in_chans: int
-    class_token: str | None = None
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Converted:
-    """Weights in our language.
+    """Weights in our language, one dictionary for each part of a model.
 
     source: the dialect that was recognised.
-    state: our name to tensor.
-    renamed: the file's name to ours.
-    unused: the file's name to the reason why it has no place.
-    grid: patch grid of the tables in ``state``.
-    expects: settings that the model must have for the weights to mean the same, as dotted attribute to value.
+    grid: patch grid of the tables of positions.
+    encoder: the encoder's name to tensor; likewise ``decoder``.
+    renamed: the file's name to ours, behind "encoder." or "decoder.".
+    unused: the file's name to the reason why it is left out.
+    unknown: the file's names that belong to neither part.
+    expects: settings that the model must have for the weights to mean the same, such as "decoder.sigmoid".
+    assumed: settings that the file leaves open and that were taken for granted on conversion.
     """
 
     source: str
-    state: dict[str, Tensor] = field(default_factory=dict)
-    renamed: dict[str, str] = field(default_factory=dict)
-    unused: dict[str, str] = field(default_factory=dict)
-    grid: Shape = ()
-    expects: dict[str, Any] = field(default_factory=dict)
+    grid: Shape
+    encoder: Mapping[str, Tensor]
+    decoder: Mapping[str, Tensor]
+    renamed: Mapping[str, str]
+    unused: Mapping[str, str]
+    unknown: tuple[str, ...] = ()
+    expects: Mapping[str, Any] = field(default_factory=dict)
+    assumed: Mapping[str, Any] = field(default_factory=dict)
+
+    def file_names(self, part: Part) -> dict[str, str]:
+        """A part's name to the file's; what conversion added has none."""
+        places = {full: split_place(ours) for full, ours in self.renamed.items()}
+        return {name: full for full, (owner, name) in places.items() if owner == part}
 
 
 class File:
-    """A stripped state dictionary, taken apart entry by entry into a :class:`Converted`."""
+    """A state dictionary without wrappers' prefixes. A dialect moves its entries to their places, then finishes.
 
-    def __init__(self, state: Mapping[str, Tensor], origin: str, target: Target | None, source_grid: Shape | None):
-        self.origin, self.target, self.source_grid = origin, target, source_grid
-        self.rest: dict[str, tuple[str, Tensor]] = {}
-        self.out = Converted("")
+    Args:
+        state: name to tensor.
+        origin: the file's name, for messages.
+        config: the config that travels with one of our own files.
+        target: the model to be filled.
+        source_grid: patch grid of the file's table, where the caller passed it.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        origin: str,
+        config: Mapping[str, Any] | None = None,
+        target: Target | None = None,
+        source_grid: Shape | None = None,
+    ) -> None:
+        self.origin, self.config, self.target, self.source_grid = origin, config, target, source_grid
+        self._rest: dict[str, tuple[str, Tensor]] = {}
+        self._parts: dict[Part, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
+        self._renamed: dict[str, str] = {}
+        self._unused: dict[str, str] = {}
         for full, tensor in state.items():
             name = strip_prefixes(full)
-            if name in self.rest:
-                raise WeightsError(f"{origin}: {full!r} and {self.rest[name][0]!r} are both {name!r} without prefixes")
-            self.rest[name] = (full, tensor)
-        if any(name.startswith("backbone.") for name in self.rest):
-            self._enter_backbone()
+            if name in self._rest:
+                raise WeightsError(f"{origin}: {full!r} and {self._rest[name][0]!r} are both {name!r} without prefixes")
+            self._rest[name] = (full, tensor)
 
-    def _enter_backbone(self) -> None:
-        inside: dict[str, tuple[str, Tensor]] = {}
-        for name, (full, tensor) in self.rest.items():
-            if name.startswith("backbone."):
-                inside[name.removeprefix("backbone.")] = (full, tensor)
-            else:
-                self.out.unused[full] = "beside the backbone (projector or decoder of the pre-training)"
-        self.rest = inside
+    @property
+    def names(self) -> list[str]:
+        """Names of the entries that have not found their place yet, without wrappers' prefixes."""
+        return list(self._rest)
 
     def has(self, name: str) -> bool:
         """Whether an entry of that name has not found its place yet."""
-        return name in self.rest
+        return name in self._rest
 
     def has_any(self, prefix: str) -> bool:
         """Whether an entry that begins so has not found its place yet."""
-        return any(name.startswith(prefix) for name in self.rest)
+        return any(name.startswith(prefix) for name in self._rest)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of an entry; WeightsError where there is none."""
-        if name not in self.rest:
+        if name not in self._rest:
             raise WeightsError(f"{self.origin}: has no {name!r}; the file is incomplete, fetch or export it again")
-        return self.rest[name][1]
+        return self._rest[name][1]
 
     def table(self, name: str) -> Tensor:
         """A table of positions or a token, (1, N, E); WeightsError where the entry is none or of another shape."""
@@ -100,23 +124,96 @@ class File:
             raise WeightsError(f"{self.origin}: {name!r} has shape {tuple(tensor.shape)}, expected (1, rows, width)")
         return tensor
 
-    def take(self, name: str, ours: str, tensor: Tensor | None = None) -> None:
-        """Move an entry to its place, with another tensor if one is given."""
-        full, original = self.rest.pop(name)
-        self.out.state[ours] = original if tensor is None else tensor
-        self.out.renamed[full] = ours
+    def full_name(self, name: str) -> str:
+        """An entry's name as the file spells it."""
+        return self._rest[name][0]
 
-    def drop(self, prefix: str, why: str) -> None:
-        """Leave out every entry that begins so, for a reason that the report gives."""
-        for name in [n for n in self.rest if n.startswith(prefix)]:
-            self.out.unused[self.rest.pop(name)[0]] = why
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Give an entry another tensor."""
+        self._rest[name] = (self._rest[name][0], tensor)
+
+    def shorten(self, prefix: str) -> None:
+        """Take a beginning off the names that have it.
+
+        Raises:
+            WeightsError: a name then stands for two entries.
+        """
+        rest: dict[str, tuple[str, Tensor]] = {}
+        for name, entry in self._rest.items():
+            short = name.removeprefix(prefix)
+            if short in rest:
+                raise WeightsError(f"{self.origin}: {entry[0]!r} and {rest[short][0]!r} are both {short!r}")
+            rest[short] = entry
+        self._rest = rest
+
+    def take(self, name: str, place: str, tensor: Tensor | None = None) -> None:
+        """Move an entry to its place ("encoder.norm.weight"), with another tensor if one is given.
+
+        Raises:
+            WeightsError: the place is taken by another entry.
+        """
+        full, original = self._rest.pop(name)
+        part, ours = split_place(place)
+        if ours in self._parts[part]:
+            raise WeightsError(f"{self.origin}: {full!r} stands for {place!r}, which is in the file twice")
+        self._parts[part][ours] = original if tensor is None else tensor
+        self._renamed[full] = place
+
+    def take_beside(self, name: str, place: str) -> None:
+        """Note that an entry is part of the tensor at a place that another entry has taken."""
+        self._renamed[self._rest.pop(name)[0]] = place
 
     def take_all(self, rename: Callable[[str], str | None]) -> None:
-        """Move every entry that ``rename`` gives a place."""
-        for name in list(self.rest):
-            ours = rename(name)
-            if ours is not None:
-                self.take(name, ours)
+        """Move every entry for which ``rename`` gives a place."""
+        for name in self.names:
+            place = rename(name)
+            if place is not None:
+                self.take(name, place)
+
+    def add(self, place: str, tensor: Tensor) -> None:
+        """Put a tensor that the file does not have to a place."""
+        part, ours = split_place(place)
+        self._parts[part][ours] = tensor
+
+    def drop(self, name: str, why: str) -> None:
+        """Leave out an entry for a reason that the report gives."""
+        self._unused[self._rest.pop(name)[0]] = why
+
+    def drop_all(self, prefix: str, why: str) -> None:
+        """Leave out every entry that begins so."""
+        for name in self.names:
+            if name.startswith(prefix):
+                self.drop(name, why)
+
+    def finish(
+        self,
+        source: str,
+        grid: Shape,
+        expects: Mapping[str, Any] | None = None,
+        assumed: Mapping[str, Any] | None = None,
+    ) -> Converted:
+        """What came out of it; entries without a place are reported as unknown."""
+        return Converted(
+            source,
+            grid,
+            encoder=self._parts["encoder"],
+            decoder=self._parts["decoder"],
+            renamed=self._renamed,
+            unused=self._unused,
+            unknown=tuple(full for full, _ in self._rest.values()),
+            expects=expects or {},
+            assumed=assumed or {},
+        )
+
+
+def split_place(place: str) -> tuple[Part, str]:
+    """ "encoder.norm.weight" as ("encoder", "norm.weight")."""
+    part, _, name = place.partition(".")
+    if part == "encoder":
+        return "encoder", name
+    if part == "decoder":
+        return "decoder", name
+    raise ValueError(f"{place!r} is not a place: it should begin with 'encoder.' or 'decoder.'")
 
 
 def strip_prefixes(name: str) -> str:
@@ -137,7 +234,7 @@ def take_decoder_table(file: File, prefix_rows: int) -> None:
         )
     table = file.table("decoder_pos_embed")
     prefix = table[:, :1] if prefix_rows else torch.zeros(1, 1, table.shape[2])
-    file.out.state["decoder.prefix_pos_embed"] = prefix.to(table.dtype)
+    file.add("decoder.prefix_pos_embed", prefix.to(table.dtype))
     file.take("decoder_pos_embed", "decoder.pos_embed", table[:, prefix_rows:])
 
 
@@ -157,23 +254,32 @@ def table_grid(file: File, table: Tensor, dims: int, class_row: bool) -> tuple[S
     """
     rows, asked = table.shape[1], file.source_grid
     choices = [(rows - has_row, has_row) for has_row in sorted({class_row, False}, reverse=True)]
-    found: set[tuple[Shape, bool]] = set()
     if asked is not None:
-        found = {(tuple(asked), has_row) for n, has_row in choices if math.prod(asked) == n}
+        grids = {(tuple(asked), has_row) for n, has_row in choices if math.prod(asked) == n}
     else:
-        shown = [(sincos_grid(table[:, int(has_row) :], dims), has_row) for _, has_row in choices]
-        found = {(grid, has_row) for grid, has_row in shown if grid is not None}
-    if asked is None and not found:
-        own = [file.target.grid] if file.target and len(file.target.grid) == dims else []
-        for n, has_row in choices:
-            side = round(max(n, 1) ** (1 / dims))
-            found |= {(tuple(grid), has_row) for grid in (*own, (side,) * dims) if math.prod(grid) == n}
-    if len(found) != 1:
-        could = " or ".join(f"{g}{' and a class row' if r else ''}" for g, r in sorted(found)) or "unknown"
+        grids = _shown_grids(table, dims, choices) or _likely_grids(file.target, dims, choices)
+    if len(grids) != 1:
+        could = " or ".join(f"{g}{' and a class row' if r else ''}" for g, r in sorted(grids)) or "unknown"
         raise WeightsError(
             f"{file.origin}: the table of positions has {rows} rows; its patch grid is {could}"
             + (f", not {asked}" if asked else "")
             + ". Pass source_grid=(d, h, w), the grid that the file was trained with"
             + ("" if class_row else " (no row is counted for a class token: the file has no cls_token)")
         )
-    return found.pop()
+    return grids.pop()
+
+
+def _shown_grids(table: Tensor, dims: int, choices: list[tuple[int, bool]]) -> set[tuple[Shape, bool]]:
+    """The grid that a sine-cosine table shows by itself."""
+    shown = [(sincos_grid(table[:, int(has_row) :], dims), has_row) for _, has_row in choices]
+    return {(grid, has_row) for grid, has_row in shown if grid is not None}
+
+
+def _likely_grids(target: Target | None, dims: int, choices: list[tuple[int, bool]]) -> set[tuple[Shape, bool]]:
+    """The model's own grid and the cube, where they have as many patches as the table."""
+    grids: set[tuple[Shape, bool]] = set()
+    own = [target.grid] if target and len(target.grid) == dims else []
+    for n, has_row in choices:
+        side = round(max(n, 1) ** (1 / dims))
+        grids |= {(tuple(grid), has_row) for grid in (*own, (side,) * dims) if math.prod(grid) == n}
+    return grids

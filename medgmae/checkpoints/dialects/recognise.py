@@ -1,29 +1,79 @@
 """State dictionaries of every known dialect become ours, once, here.
 
-Our language: ``encoder.*`` and ``decoder.*``; tables of positions (1, N, E) without class row; a class row of the
-encoder's table added into the class token; patch weights (E, C, *patch). See :func:`convert`.
+Our language: one dictionary for the encoder, one for the decoder; tables of positions (1, N, E) without class row; a
+class row of the encoder's table added into the class token; patch weights (E, C, *patch). See :func:`convert`.
+
+A dialect is a function with :func:`register_dialect` on it, in a module of this folder or anywhere else::
+
+    @register_dialect("my pre-training code", order=25, matches=lambda file: file.has("my_token"))
+    def convert_mine(file: File) -> Converted:
+        file.take_all(lambda name: f"encoder.{name}")
+        return file.finish("my pre-training code", grid=(6, 6, 6), expects={"encoder.num_heads": 12})
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from medgmae.checkpoints import dialects
 from medgmae.checkpoints.cards import WeightsError
-from medgmae.checkpoints.dialects.entries import (
-    STEM,
-    Converted,
-    File,
-    Target,
-    stem_dims,
-    table_grid,
-)
-from medgmae.checkpoints.dialects.vim import convert_vim, holds_vim
-from medgmae.checkpoints.dialects.vit import _mae3d, _plain
+from medgmae.checkpoints.dialects.entries import Converted, File, Target
 from medgmae.layers.patches import Shape
+
+Converter = Callable[[File], Converted]
+
+
+class Dialect(NamedTuple):
+    """How one code base spells its weights.
+
+    order: place in the line, from 0; the first dialect that matches converts. Those with marks of their own come early
+        (10 our saved models, 20 GL-MAE, 30 MedGMAE ...), those that others build upon late (60 timm, 90 any names).
+    name: what it is called in messages.
+    matches: whether a file is written in it, by the names in it.
+    convert: the translation.
+    """
+
+    order: int
+    name: str
+    matches: Callable[[File], bool]
+    convert: Converter
+
+
+_dialects: dict[str, Dialect] = {}
+
+
+def register_dialect(name: str, *, order: int, matches: Callable[[File], bool]) -> Callable[[Converter], Converter]:
+    """Enter a converter; see :class:`Dialect` for the arguments.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def enter(convert: Converter) -> Converter:
+        if name in _dialects:
+            raise ValueError(f"dialect {name!r} is registered twice, first by {_dialects[name].convert.__module__}")
+        _dialects[name] = Dialect(order, name, matches, convert)
+        return convert
+
+    return enter
+
+
+@functools.cache
+def _load_dialects() -> None:
+    for module in pkgutil.iter_modules(dialects.__path__):
+        importlib.import_module(f"{dialects.__name__}.{module.name}")
+
+
+def known_dialects() -> list[Dialect]:
+    """All dialects, in the order in which they are tried."""
+    _load_dialects()
+    return sorted(_dialects.values(), key=lambda dialect: dialect[:2])
 
 
 def convert(
@@ -36,9 +86,6 @@ def convert(
 ) -> Converted:
     """Recognise a state dictionary and translate it.
 
-    Known: TANGERINE (pre-training and fine-tuning), GL-MAE, MedGMAE, SelfMedMAE (3D, UVA, encoders of its UNETR), plain
-    MAE and timm ViT dictionaries, the 3D Mamba MAE (pre-training and fine-tuning), our own files.
-
     Args:
         state: name to tensor.
         origin: file name for messages.
@@ -49,42 +96,12 @@ def convert(
     Raises:
         WeightsError: nothing is recognised, or the grid or patch of the file cannot be known.
     """
-    file = File(state, origin, target, source_grid)
-    if config is not None:
-        _own(file, config["grid"])
-    elif file.has("encoder_pos_embed"):
-        _mae3d(file)
-    elif file.has("encoder.pos_embed") and (file.has("decoder.mask_token") or file.has("decoder.query_tokens")):
-        _own(file, None)
-    elif file.has("encoder.pos_embed") and file.has(f"encoder.{STEM}"):
-        file.drop("decoder.", "decoder of a UNETR")
-        file.rest = {n.removeprefix("encoder."): v for n, v in file.rest.items()}
-        _plain(file, "UNETR encoder of SelfMedMAE")
-    elif file.has(STEM) and file.has("blocks.0.norm1.weight"):
-        _plain(file, "")
-    elif file.has(STEM) and holds_vim(file.rest):
-        convert_vim(file)
-    else:
-        names = ", ".join(list(file.rest)[:6]) or "none"
-        raise WeightsError(
-            f"{origin}: not recognised as a checkpoint of TANGERINE, GL-MAE, MedGMAE, SelfMedMAE, the 3D Mamba MAE, a "
-            f"plain MAE, a timm ViT or of this library. Its first names: {names}. Rename the entries to timm's ViT "
-            "names and try again"
-        )
-    return file.out
-
-
-def _own(file: File, grid: Any) -> None:
-    """Our own names; an encoder's file has them without ``encoder.``. ``grid`` is the config's, if there is one."""
-    file.out.source = "medgmae"
-    prefix = "" if file.has_any("encoder.") else "encoder."
-    table = file.table("encoder.pos_embed" if not prefix else "pos_embed")
-    rows = table.shape[1]
-    if grid is None:
-        dims = stem_dims(file, f"{'' if prefix else 'encoder.'}{STEM}")
-        file.out.grid = table_grid(file, table, dims, class_row=False)[0]
-    elif isinstance(grid, list) and all(type(n) is int and n > 0 for n in grid) and math.prod(grid) == rows:
-        file.out.grid = tuple(grid)
-    else:
-        raise WeightsError(f"{file.origin}: the config's grid is {grid!r}, the table of positions has {rows} rows")
-    file.take_all(lambda name: prefix + name)
+    file = File(state, origin, config, target, source_grid)
+    line = known_dialects()
+    for dialect in line:
+        if dialect.matches(file):
+            return dialect.convert(file)
+    raise WeightsError(
+        f"{origin}: not recognised. Known are {', '.join(dialect.name for dialect in line)}. First names in the file: "
+        f"{', '.join(file.names[:6]) or 'none'}. Rename the entries to timm's ViT names and try again"
+    )

@@ -1,20 +1,23 @@
-"""The border for state-space encoders: files of the 3D Mamba MAE, of both its stages, become ours.
+"""The dialect of the 3D Mamba MAE, of both its stages, and what our own names leave open about a Vim.
 
 A pre-training file holds encoder and decoder; a fine-tuning file an encoder and a head. The authors' models work on
-cubes only, so the rows of their tables tell the grid.
+cubes only, so the number of rows of a table gives its grid.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from medgmae.checkpoints.cards import WeightsError
-from medgmae.checkpoints.dialects.entries import STEM, File, stem_dims, table_grid, take_decoder_table
+from medgmae.checkpoints.dialects.entries import STEM, Converted, File, stem_dims, take_decoder_table
+from medgmae.checkpoints.dialects.own import convert_own, is_own_autoencoder, is_own_encoder
+from medgmae.checkpoints.dialects.recognise import register_dialect
 from medgmae.layers.patches import Shape
 
 # Official names of a double class token: before and behind the patches.
@@ -37,42 +40,57 @@ _NAMES = (
     (r"^mask_token$", "decoder.mask_token"),
 )
 
-
-def holds_vim(names: Iterable[str]) -> bool:
-    """Whether an encoder with these names is one of state-space blocks."""
-    return "blocks.0.mixer.A_log" in names
+_STATES = "blocks.0.mixer.A_log"
 
 
-def convert_vim(file: File) -> None:
-    """Translate a file of the 3D Mamba MAE, or a bare encoder with our own names.
+@register_dialect(
+    "the 3D Mamba MAE",
+    order=70,
+    matches=lambda file: file.has(STEM) and file.has(_STATES) and file.has("norm_f.weight"),
+)
+def convert_mamba_mae(file: File) -> Converted:
+    """A file of either stage.
 
     Raises:
         WeightsError: the grid cannot be known, or the file was made with other rotary angles than the published ones.
     """
-    if not file.has("norm_f.weight"):
-        _own_encoder(file)
-        return
     whole = file.has("decoder_pred.weight")
-    file.out.source = f"3D Mamba MAE, {'pre-training' if whole else 'fine-tuning'}"
     tokens = _class_tokens(file)
     table = file.table("pos_embed")
-    file.out.grid = _grid(file, table.shape[1] - tokens)
-    _take_tables(file, tokens, whole)
-    file.out.expects["encoder.rope"] = _drop_rotary(file, table.shape[2])
+    grid = _grid(file, table.shape[1] - tokens)
+    place = _place_of_class_token(file, whole)
+    _take_tables(file, tokens, place)
+    expects: dict[str, Any] = {"encoder.rope": _drop_rotary(file, grid, table.shape[2])}
     if whole:
-        take_decoder_table(file, file.table("decoder_pos_embed").shape[1] - math.prod(file.out.grid))
-        file.out.expects |= {
+        take_decoder_table(file, file.table("decoder_pos_embed").shape[1] - math.prod(grid))
+        expects |= {
             "encoder.scan_order": "given",
             "decoder.rope": "sequence" if _drop_sequence_rope(file, "decoder_rope.freqs") else None,
             "decoder.off_by_one": not tokens,
         }
     file.take_all(_rename)
+    source = f"3D Mamba MAE, {'pre-training' if whole else 'fine-tuning'}"
+    return file.finish(source, grid, expects, {"encoder.class_token": place} if tokens == 1 else {})
 
 
-def _own_encoder(file: File) -> None:
-    file.out.source = "medgmae"
-    file.out.grid = table_grid(file, file.table("pos_embed"), stem_dims(file, STEM), class_row=False)[0]
-    file.take_all(lambda name: f"encoder.{name}")
+def _is_own(file: File) -> bool:
+    if is_own_autoencoder(file):
+        return file.has(f"encoder.{_STATES}")
+    return is_own_encoder(file) and file.has(_STATES) and not file.has("norm_f.weight")
+
+
+@register_dialect("Vims with medgmae's names", order=38, matches=_is_own)
+def convert_own_vim(file: File) -> Converted:
+    """Our own names without a config: what only both parts together show, and where a class token is taken to be."""
+    converted = convert_own(file)
+    token, prefix = converted.encoder.get("cls_token"), converted.decoder.get("prefix_pos_embed")
+    tokens = 0 if token is None else token.shape[1]
+    place = _place_of_class_token(file, whole=bool(converted.decoder))
+    return replace(
+        converted,
+        expects={} if prefix is None else {"decoder.off_by_one": prefix.shape[1] > tokens},
+        assumed={"encoder.class_token": place} if tokens == 1 else {},
+    )
 
 
 def _rename(name: str) -> str:
@@ -88,7 +106,8 @@ def _class_tokens(file: File) -> int:
     The patch embedding has a norm exactly where there is no class token.
     """
     if file.has("patch_embed.norm.weight"):
-        file.drop("cls_token", UNUSED["cls_token"])
+        if file.has("cls_token"):
+            file.drop("cls_token", UNUSED["cls_token"])
         return 0
     return sum(file.has(name) for name in ("cls_token", *DOUBLE))
 
@@ -100,45 +119,45 @@ def _grid(file: File, rows: int) -> Shape:
     choices = [(side,) * dims, *([file.target.grid] if file.target is not None else [])]
     if file.source_grid is not None:
         choices = [tuple(file.source_grid)]
-    found = next((grid for grid in choices if len(grid) == dims and math.prod(grid) == rows), None)
-    if found is None:
+    grid = next((grid for grid in choices if len(grid) == dims and math.prod(grid) == rows), None)
+    if grid is None:
         raise WeightsError(
             f"{file.origin}: the table of positions has {rows} rows for patches, which are not those of "
             f"{' or '.join(map(str, choices))}. Pass source_grid=(d, h, w), the grid that the file was trained with"
         )
-    return found
+    return grid
 
 
-def _take_tables(file: File, tokens: int, whole: bool) -> None:
+def _take_tables(file: File, tokens: int, place: str) -> None:
     """The encoder's table; rows of class tokens go into the tokens, where they would be added anyway."""
     table = file.table("pos_embed")
     patches = table.shape[1] - tokens
     if tokens == 2:
         parts = [file.table(name) + table[:, row : row + 1] for name, row in zip(DOUBLE, (0, patches + 1), strict=True)]
         file.take(DOUBLE[0], "encoder.cls_token", torch.cat(parts, dim=1))
-        file.take(DOUBLE[1], "encoder.cls_token", file.out.state["encoder.cls_token"])
+        file.take_beside(DOUBLE[1], "encoder.cls_token")
         table = table[:, 1:-1]
     elif tokens:
-        place = _class_row(file, patches, whole)
-        file.take("cls_token", "encoder.cls_token", file.table("cls_token") + table[:, place : place + 1])
-        table = torch.cat([table[:, :place], table[:, place + 1 :]], dim=1)
+        row = 0 if place == "front" else patches // 2
+        file.take("cls_token", "encoder.cls_token", file.table("cls_token") + table[:, row : row + 1])
+        table = torch.cat([table[:, :row], table[:, row + 1 :]], dim=1)
     file.take("pos_embed", "encoder.pos_embed", table)
 
 
-def _class_row(file: File, patches: int, whole: bool) -> int:
-    """Row of the class token in the official table, which follows the sequence: no file tells it, the model does.
+def _place_of_class_token(file: File, whole: bool) -> str:
+    """Where a single class token stands in the sequence, which no file says: where the model to be filled has it.
 
-    Without a model it is taken to be first in a masked autoencoder, in the middle of a classifier.
+    Without such a model it is taken to be in front in a masked autoencoder, in the middle of a classifier.
     """
-    place = file.target.class_token if file.target is not None else None
-    return 0 if place == "front" or (whole and place is None) else patches // 2
+    place = file.target.settings.get("class_token") if file.target is not None else None
+    return str(place) if place else "front" if whole else "middle"
 
 
-def _drop_rotary(file: File, width: int) -> str | None:
+def _drop_rotary(file: File, grid: Shape, width: int) -> str | None:
     """Leave out what the model computes by itself, and say which rotation it is."""
     if file.has("rope.freqs_cos"):
-        _check_axial(file, width)
-        file.drop("rope.freqs_", UNUSED["rope.freqs_cos"])
+        _check_axial(file, grid, width)
+        file.drop_all("rope.freqs_", UNUSED["rope.freqs_cos"])
         return "axial_published"
     return "sequence" if _drop_sequence_rope(file, "rope.freqs") else None
 
@@ -147,9 +166,9 @@ def _drop_sequence_rope(file: File, name: str) -> bool:
     """Leave out rotary frequencies, if there are any, after a look whether they are the published ones."""
     if not file.has(name):
         return False
-    found = file.tensor(name)
-    expected = _frequencies(len(found) if found.dim() else 1)
-    if found.shape != expected.shape or not _near(found, expected):
+    frequencies = file.tensor(name)
+    expected = _frequencies(len(frequencies) if frequencies.dim() else 1)
+    if frequencies.shape != expected.shape or not _near(frequencies, expected):
         raise WeightsError(
             f"{file.origin}: {name!r} holds other rotary frequencies than 10000^(-i/n), i = 0 .. n - 1, which is what "
             "the models of this library rotate by; the file cannot be used with them"
@@ -158,16 +177,16 @@ def _drop_sequence_rope(file: File, name: str) -> bool:
     return True
 
 
-def _check_axial(file: File, width: int) -> None:
+def _check_axial(file: File, grid: Shape, width: int) -> None:
     """Compare the last row of a fine-tuning file's rotary table, where every coordinate is g - 1, with the formula."""
-    side = file.out.grid[-1]
+    side = grid[-1]
     angles = (side - 1) / side * 14 * _frequencies(width // 4).repeat_interleave(2).repeat(2)
     for name, expected in (("rope.freqs_cos", angles.cos()), ("rope.freqs_sin", angles.sin())):
         table = file.tensor(name)
-        shape = (math.prod(file.out.grid), len(angles))
+        shape = (math.prod(grid), len(angles))
         if tuple(table.shape) != shape or not _near(table[-1], expected):
             raise WeightsError(
-                f"{file.origin}: {name!r} of shape {tuple(table.shape)} is not the rotary table of a {file.out.grid} "
+                f"{file.origin}: {name!r} of shape {tuple(table.shape)} is not the rotary table of a {grid} "
                 f"grid, {shape} with the angles i / {side} * 14 / 10000^(4 j / {len(angles)}); the models of this "
                 "library have no other"
             )
@@ -177,6 +196,6 @@ def _frequencies(count: int) -> Tensor:
     return 10000 ** -(torch.arange(count, dtype=torch.float32) / max(count, 1))
 
 
-def _near(found: Tensor, expected: Tensor) -> bool:
+def _near(tensor: Tensor, expected: Tensor) -> bool:
     """Whether a tensor of any precision holds these values; without values, it does."""
-    return found.is_meta or torch.allclose(found.float().cpu(), expected, rtol=1e-2, atol=2e-3)
+    return tensor.is_meta or torch.allclose(tensor.float().cpu(), expected, rtol=1e-2, atol=2e-3)

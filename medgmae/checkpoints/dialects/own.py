@@ -1,0 +1,55 @@
+"""The dialect of this library: saved models with their config, and bare state dictionaries with our own names."""
+
+from __future__ import annotations
+
+import math
+
+from medgmae.checkpoints.cards import WeightsError
+from medgmae.checkpoints.dialects.entries import STEM, Converted, File, stem_dims, table_grid
+from medgmae.checkpoints.dialects.recognise import register_dialect
+from medgmae.layers.patches import Shape
+
+SOURCE = "medgmae"
+
+
+def is_own_autoencoder(file: File) -> bool:
+    """Whether a file has our names of a masked autoencoder."""
+    return file.has("encoder.pos_embed") and (file.has("decoder.mask_token") or file.has("decoder.query_tokens"))
+
+
+def is_own_encoder(file: File) -> bool:
+    """Whether a file may have our names of an encoder."""
+    return file.has(STEM) and file.has("pos_embed")
+
+
+@register_dialect("models saved by medgmae", order=10, matches=lambda file: file.config is not None)
+def convert_saved(file: File) -> Converted:
+    """Our own names beside a config, which says the grid; an encoder's file has them without ``encoder.``."""
+    prefix = _encoders_prefix(file)
+    rows = file.table(f"{prefix}pos_embed").shape[1]
+    grid = (file.config or {})["grid"]
+    if not isinstance(grid, list) or not all(type(n) is int and n > 0 for n in grid) or math.prod(grid) != rows:
+        raise WeightsError(f"{file.origin}: the config's grid is {grid!r}, the table of positions has {rows} rows")
+    return _take(file, tuple(grid))
+
+
+@register_dialect("masked autoencoders with medgmae's names", order=40, matches=is_own_autoencoder)
+@register_dialect("encoders with medgmae's names", order=90, matches=is_own_encoder)
+def convert_own(file: File) -> Converted:
+    """Our own names without a config."""
+    prefix = _encoders_prefix(file)
+    dims = stem_dims(file, f"{prefix}{STEM}")
+    return _take(file, table_grid(file, file.table(f"{prefix}pos_embed"), dims, class_row=False)[0])
+
+
+def _encoders_prefix(file: File) -> str:
+    """What stands in front of the encoder's names in the file."""
+    return "encoder." if file.has_any("encoder.") else ""
+
+
+def _take(file: File, grid: Shape) -> Converted:
+    if _encoders_prefix(file):
+        file.take_all(lambda name: name if name.startswith(("encoder.", "decoder.")) else None)
+    else:
+        file.take_all(lambda name: f"encoder.{name}")
+    return file.finish(SOURCE, grid)
