@@ -191,7 +191,7 @@ def built_by_hand(kind: str) -> torch.nn.Module:
     encoder = medgmae.ViT((16, 32, 24), 8, 2 if kind != "gmae" else 1, 24, 3, 2, drop_path_rate=0.2)
     length = 2 * 8**3
     if kind == "mae":
-        decoder = medgmae.ViTDecoder(24, length, encoder.grid, 12, 1, 2, sigmoid=True)
+        decoder = medgmae.ViTDecoder(24, length, encoder.grid_size, 12, 1, 2, sigmoid=True)
         return medgmae.MaskedAutoencoder(encoder, decoder, mask_ratio=0.6, norm_target="unbiased")
     if kind == "gmae":
         decoder = medgmae.GaussianDecoder(24, 7, 12, 1, 2, kind="residual", ratios=(2,), spread=True)
@@ -201,7 +201,7 @@ def built_by_hand(kind: str) -> torch.nn.Module:
         return medgmae.Vim(16, 8, 1, 24, 3, class_token="middle", global_pool="token", num_classes=2)
     if kind == "mae_vim":
         vim = medgmae.Vim(16, 8, 1, 24, 2, scan_order="given", rope="sequence")
-        return medgmae.MaskedAutoencoder(vim, medgmae.VimDecoder(24, 8**3, vim.grid, 12, 1, off_by_one=True))
+        return medgmae.MaskedAutoencoder(vim, medgmae.VimDecoder(24, 8**3, vim.grid_size, 12, 1, off_by_one=True))
     return medgmae.ViT(16, 8, 1, 24, 3, 2, class_token=False, global_pool="avg", fc_norm=False, num_classes=3)
 
 
