@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from medgmae.data import (
+    Grid,
     Volume,
     VolumeError,
     crop_foreground,
@@ -53,7 +54,7 @@ BRATS = {
 def tilted(size: tuple[int, int, int] = (5, 6, 7), channels: int = 1) -> Volume:
     matrix = np.array(sitk.VersorTransform((0.1, -0.2, 0.3), 0.5).GetMatrix()).reshape(3, 3)[:, ::-1]
     data = torch.randn(channels, *size, generator=torch.Generator().manual_seed(0))
-    return Volume(data, (2.5, 0.8, 0.7), (10.0, -20.0, 5.0), matrix)
+    return Volume(data, Grid(size, (2.5, 0.8, 0.7), (10.0, -20.0, 5.0), matrix))
 
 
 def by_simpleitk(volume: Volume, like: Volume, interpolator: int, outside: float) -> np.ndarray:
@@ -124,7 +125,7 @@ def test_resample_keeps_what_it_says_it_keeps() -> None:
     ("interpolation", "interpolator"), [("linear", sitk.sitkLinear), ("nearest", sitk.sitkNearestNeighbor)]
 )
 def test_a_map_on_an_oblique_grid(interpolation: str, interpolator: int) -> None:
-    upright = Volume(torch.zeros(1, 12, 13, 14), (1.0, 1.0, 1.0), (8.0, -22.0, 3.0))
+    upright = Volume(torch.zeros(1, 12, 13, 14), Grid((12, 13, 14), origin=(8.0, -22.0, 3.0)))
     ours = resample_like(tilted(channels=2), upright, interpolation=interpolation, outside=-7.0)
     for channel in range(2):
         one = tilted(channels=2)
@@ -206,9 +207,8 @@ def test_official_preprocessing_of_tangerine(tmp_path: Path) -> None:
     case = json.loads((FIXTURES / "tangerine/preprocess_int16.json").read_text())
     tensors = load_file(FIXTURES / "tangerine/preprocess_int16.safetensors")
     given = case["config"]["input"]
-    scan = Volume(
-        torch.from_numpy(tensors["inputs/voxels"])[None], tuple(given["spacing_xyz"][::-1]), tuple(given["origin"])
-    )
+    voxels = torch.from_numpy(tensors["inputs/voxels"])
+    scan = Volume(voxels[None], Grid(voxels.shape, given["spacing_xyz"][::-1], given["origin"]))
     write_volume(scan, tmp_path / "scan.nii.gz")
     for x, y, z in case["config"]["new_sizes_xyz"]:
         key = f"x{x}_y{y}_z{z}"

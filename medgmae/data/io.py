@@ -41,13 +41,9 @@ def _guarded(path: Path, read: Callable[[], tuple[Grid, Tensor]]) -> tuple[Grid,
         raise VolumeError(f"{path}: cannot be read: {reason(error)}; expected {_READABLE}") from None
 
 
-def _from_affine(affine_xyz: Floats, size: Sequence[int]) -> Grid:
+def _grid(affine_xyz: Floats, size: Sequence[int]) -> Grid:
     """A grid from a 4x4 that takes the index (x, y, z) to LPS millimetres; ``size`` is (d, h, w)."""
-    columns = affine_xyz[:3, :3][:, ::-1]
-    spacing = np.linalg.norm(columns, axis=0)
-    if not (np.isfinite(affine_xyz).all() and spacing.min() > 0):
-        raise VolumeError(f"the geometry is {affine_xyz[:3].tolist()}; expected finite numbers and a positive spacing")
-    return Grid((size[0], size[1], size[2]), tuple(spacing), tuple(affine_xyz[:3, 3]), columns / spacing)
+    return Grid.from_affine(affine_xyz[:, [2, 1, 0, 3]], size)
 
 
 def _tensor(voxels: NDArray[Any]) -> Tensor:
@@ -78,7 +74,7 @@ def _read_nifti(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
     image = nifti.read_nifti(path)
     size = image.voxels.shape[1:]
     _expect_channels(len(image.voxels), image.frames, " x ".join(map(str, size[::-1])), channels)
-    return _from_affine(image.affine, size), _tensor(image.voxels)
+    return _grid(image.affine, size), _tensor(image.voxels)
 
 
 def _read_itk(path: Path, channels: int | None, bytes_on_disk: int) -> tuple[Grid, Tensor]:
@@ -118,7 +114,7 @@ def _read_itk(path: Path, channels: int | None, bytes_on_disk: int) -> tuple[Gri
         image.GetSpacing()[:3]
     )
     affine[:3, 3] = image.GetOrigin()[:3]
-    return _from_affine(affine, spatial), _tensor(voxels)
+    return _grid(affine, spatial), _tensor(voxels)
 
 
 def _read_dicom_folder(path: Path, series: str | None, channels: int | None) -> tuple[Grid, Tensor]:
@@ -128,7 +124,7 @@ def _read_dicom_folder(path: Path, series: str | None, channels: int | None) -> 
     affine[:3, :3], affine[:3, 3] = stack.direction * np.array(stack.spacing), stack.origin
     size = stack.voxels.shape[1:]
     _expect_channels(len(stack.voxels), 0, " x ".join(map(str, size[::-1])), channels)
-    return _from_affine(affine, size), _tensor(stack.voxels)
+    return _grid(affine, size), _tensor(stack.voxels)
 
 
 def _read_file(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
@@ -179,7 +175,7 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None, chan
         raise VolumeError(f"{path}: series={series!r} is for DICOM folders, and this is a file")
     else:
         grid, data = _guarded(path, lambda: _read_file(path, channels))
-    return Volume.on(grid, data, str(path))
+    return Volume(data, grid, str(path))
 
 
 def write_volume(volume: Volume, path: str | os.PathLike[str]) -> None:

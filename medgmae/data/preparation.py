@@ -235,7 +235,7 @@ class Preparation:
         if not same_place(volume.grid, like):
             return sample(volume, target, rule["interpolation"] if rule else "linear", 0.0)
         rule = rule or {"interpolation": "nearest", "outside": None, "keep_dtype": False}
-        volume = Volume.on(like, volume.data, volume.source)
+        volume = Volume(volume.data, like, volume.source)
         return onto(volume, target, rule["interpolation"], rule["outside"], rule["keep_dtype"])
 
     def _windowed(self, volume: Volume) -> Volume:

@@ -135,17 +135,17 @@ def sample(volume: Volume, target: Grid, interpolation: Interpolation, outside: 
         volume = volume.with_data(volume.data.float())
     maps = axis_maps(volume.grid, target)
     if maps is not None and (interpolation != "bspline" or all(m.whole for m in maps)):
-        return Volume.on(target, _separable(volume.data, maps, interpolation, outside), volume.source)
+        return Volume(_separable(volume.data, maps, interpolation, outside), target, volume.source)
     if interpolation != "nearest" and not volume.data.is_floating_point():
         volume = volume.with_data(volume.data.to(torch.float32))
-    return Volume.on(target, _itk(volume, target, interpolation, outside), volume.source)
+    return Volume(_itk(volume, target, interpolation, outside), target, volume.source)
 
 
 def onto(volume: Volume, target: Grid, interpolation: Interpolation, outside: float | None, keep_dtype: bool) -> Volume:
     """``sample``; with ``keep_dtype`` integers come back rounded, B-splines as SimpleITK gives them when it is handed
     integers."""
     if keep_dtype and interpolation == "bspline":
-        return Volume.on(target, _itk(volume, target, "bspline", outside), volume.source)
+        return Volume(_itk(volume, target, "bspline", outside), target, volume.source)
     result = sample(volume, target, interpolation, outside)
     if keep_dtype and result.data.dtype != volume.data.dtype:
         result = result.with_data(

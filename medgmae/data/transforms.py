@@ -96,9 +96,14 @@ def feature_map(data: torch.Tensor, of: Volume) -> Volume:
     steps = [n // m for n, m in zip(of.size, data.shape[1:], strict=True)]
     if data.ndim != 4 or any(step * m != n for step, m, n in zip(steps, data.shape[1:], of.size, strict=True)):
         raise VolumeError(f"a map of {tuple(data.shape)} does not divide a volume of {of.size} into patches")
-    spacing = tuple(step * mm for step, mm in zip(steps, of.spacing, strict=True))
     centre = of.grid.world([(step - 1) / 2 for step in steps])
-    return Volume(data, (spacing[0], spacing[1], spacing[2]), tuple(centre), of.direction, of.source)
+    return Volume(
+        data,
+        Grid(
+            data.shape[1:], [step * mm for step, mm in zip(steps, of.spacing, strict=True)], tuple(centre), of.direction
+        ),
+        of.source,
+    )
 
 
 def percentiles(volume: Volume, low: float, high: float) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,58 +14,61 @@ from medgmae.data.formats.itk import simpleitk
 from medgmae.data.geometry import Floats, Grid, VolumeError
 
 
-def _dhw(data: Tensor) -> tuple[int, int, int]:
-    _, d, h, w = data.shape
-    return d, h, w
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class Volume:
     """A scan, feature map or label map, and where its voxels lie.
 
-    ``world = origin + direction @ (spacing * index)`` with LPS millimetres (x, y, z) and an index (d, h, w).
-
     Attributes:
         data: (C, D, H, W); axes as SimpleITK's arrays give them, (z, y, x) of the file unless reoriented.
-        spacing: millimetres between voxel centres (d, h, w).
-        origin: LPS position (x, y, z) in millimetres of voxel (0, 0, 0).
-        direction: 3x3 array; column k is the LPS unit vector along which array axis k grows.
+        grid: where the voxels lie; by default voxels of 1 mm with the first one at the origin, along the body's axes.
         source: the file that it came from, for messages.
 
     Raises:
-        VolumeError: data of another rank, or a geometry that is none (see ``Grid``).
+        VolumeError: data of another rank, or of another size than the grid.
     """
 
     data: Tensor
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    direction: Floats = field(default_factory=lambda: np.eye(3)[:, ::-1])
-    source: str = "volume"
+    grid: Grid
+    source: str
 
-    def __post_init__(self) -> None:
-        if self.data.ndim != 4 or self.data.shape[0] < 1:
-            raise VolumeError(f"{self.source}: data has shape {tuple(self.data.shape)}; expected (C, D, H, W)")
-        try:
-            grid = Grid(_dhw(self.data), self.spacing, self.origin, self.direction)
-        except VolumeError as error:
-            raise VolumeError(f"{self.source}: {error}") from None
-        object.__setattr__(self, "spacing", grid.spacing)
-        object.__setattr__(self, "origin", grid.origin)
-        object.__setattr__(self, "direction", grid.direction)
-
-    @classmethod
-    def on(cls, grid: Grid, data: Tensor, source: str = "volume") -> Volume:
-        """The volume of ``data`` (C, D, H, W) on a grid of the same size."""
+    def __init__(self, data: Tensor, grid: Grid | None = None, source: str = "volume") -> None:
+        if data.ndim != 4 or data.shape[0] < 1:
+            raise VolumeError(f"{source}: data has shape {tuple(data.shape)}; expected (C, D, H, W)")
+        if grid is None:
+            grid = Grid(data.shape[1:])
         if tuple(data.shape[1:]) != grid.size:
             raise VolumeError(
-                f"{source}: data has shape {tuple(data.shape)}; expected (C, {', '.join(map(str, grid.size))})"
+                f"{source}: data has shape {tuple(data.shape)}, and the grid has the size {grid.size}; expected data "
+                f"of shape (C, {', '.join(map(str, grid.size))})"
             )
-        return cls(data, grid.spacing, grid.origin, grid.direction, source)
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "grid", grid)
+        object.__setattr__(self, "source", source)
 
     @property
-    def grid(self) -> Grid:
-        """The geometry without the voxels."""
-        return Grid(_dhw(self.data), self.spacing, self.origin, self.direction)
+    def shape(self) -> tuple[int, ...]:
+        """(C, D, H, W)."""
+        return tuple(self.data.shape)
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres between voxel centres (d, h, w)."""
+        return self.grid.spacing
+
+    @property
+    def origin(self) -> tuple[float, float, float]:
+        """LPS position (x, y, z) in millimetres of voxel (0, 0, 0)."""
+        return self.grid.origin
+
+    @property
+    def direction(self) -> Floats:
+        """3x3 array; column k is the LPS unit vector along which array axis k grows."""
+        return self.grid.direction
+
+    @property
+    def affine(self) -> Floats:
+        """4x4 matrix from index (d, h, w, 1) to LPS millimetres (x, y, z, 1)."""
+        return self.grid.affine
 
     @property
     def channels(self) -> int:
@@ -90,7 +93,7 @@ class Volume:
 
     def with_data(self, data: Tensor) -> Volume:
         """Other voxels (C', D, H, W) on the same grid."""
-        return Volume.on(self.grid, data, self.source)
+        return Volume(data, self.grid, self.source)
 
     def __repr__(self) -> str:
         spacing = ", ".join(f"{s:.4g}" for s in self.spacing)
@@ -130,4 +133,4 @@ def stack_channels(volumes: Sequence[Volume]) -> Volume:
     for other in volumes[1:]:
         if other.size != first.size or np.abs(other.grid.affine - first.grid.affine).max() > 1e-2:
             raise VolumeError(f"{other} and {first} lie on different grids; resample one like the other first")
-    return replace(first, data=torch.cat([v.data for v in volumes]))
+    return first.with_data(torch.cat([v.data for v in volumes]))
