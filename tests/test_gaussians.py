@@ -16,7 +16,6 @@ from torch import Tensor
 
 from medgmae import Gaussians, Volume
 from medgmae.data import Grid
-from medgmae.data.volume import to_sitk
 from medgmae.ops import voxelize
 from medgmae.ops.rotations import rotation_matrix
 
@@ -232,7 +231,7 @@ def test_places_and_covariances_in_the_patient(direction: str) -> None:
     """Against SimpleITK for the centres, and the matrix product A Σ Aᵀ for the covariance."""
     gaussians, place = some(dtype=torch.float64, batch=2), grid(direction)
     world = gaussians.to_world(place)
-    image = to_sitk(Volume(torch.zeros(1, *SIZE), place))
+    image = Volume(torch.zeros(1, *SIZE), place).to_sitk()
     for sample, index in [(0, 0), (1, 13)]:
         where = gaussians.means[sample, index] * (torch.tensor(SIZE) - 1)
         point = image.TransformContinuousIndexToPhysicalPoint(where.flip(0).tolist())

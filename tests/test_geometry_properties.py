@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medgmae.data import Grid, Volume, crop_or_pad, feature_map, reorient, resample, resample_like
-from medgmae.data.volume import to_sitk
 
 CODES = ["".join(p) for sides in itertools.product("RL", "AP", "IS") for p in itertools.permutations(sides)]
 SETTINGS = settings(deadline=None, max_examples=60)
@@ -49,7 +48,7 @@ def world_values(volume: Volume) -> dict[tuple[float, ...], list[int]]:
 @given(grids(), points)
 def test_world_and_index_are_inverses_and_simpleitks(grid: Grid, point: tuple[float, float, float]) -> None:
     np.testing.assert_allclose(grid.world(grid.index(point)), point, atol=1e-6)
-    image = to_sitk(Volume(torch.zeros(1, *grid.size), grid))
+    image = Volume(torch.zeros(1, *grid.size), grid).to_sitk()
     expected = image.TransformPhysicalPointToContinuousIndex(point)[::-1]
     np.testing.assert_allclose(grid.index(point), expected, atol=1e-4)
 

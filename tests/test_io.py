@@ -14,7 +14,6 @@ import SimpleITK as sitk
 import torch
 
 from medgmae.data import Grid, Volume, VolumeError, read_volume, stack_channels, write_volume
-from medgmae.data.volume import to_sitk
 
 ROOT = Path(__file__).parent.parent
 SCANS = sorted((ROOT / "examples/data").glob("*.nii.gz"))
@@ -286,7 +285,7 @@ def test_a_volume_checks_itself() -> None:
     assert Volume(data).orientation == "LPS"
     assert Volume(data.int()).tensor.shape == (1, 1, 2, 3, 4)
     assert Volume(data.int()).tensor.dtype == torch.float32
-    assert_same_place(oblique(), to_sitk(oblique()))
+    assert_same_place(oblique(), oblique().to_sitk())
 
 
 def test_writing_says_what_is_wrong(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from medgmae.data import (
     write_volume,
     zscore,
 )
-from medgmae.data.volume import to_sitk
 from medgmae.factory import create_transform
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +57,7 @@ def tilted(size: tuple[int, int, int] = (5, 6, 7), channels: int = 1) -> Volume:
 
 
 def by_simpleitk(volume: Volume, like: Volume, interpolator: int, outside: float) -> np.ndarray:
-    image = sitk.Resample(to_sitk(volume), to_sitk(like), sitk.Transform(), interpolator, outside)
+    image = sitk.Resample(volume.to_sitk(), like.to_sitk(), sitk.Transform(), interpolator, outside)
     return sitk.GetArrayFromImage(image)
 
 
@@ -67,7 +66,7 @@ def by_simpleitk(volume: Volume, like: Volume, interpolator: int, outside: float
 def test_reorient_is_simpleitks(code: str, start: str) -> None:
     volume = tilted()
     volume = reorient(volume, start)
-    ours, theirs = reorient(volume, code), sitk.DICOMOrient(to_sitk(volume), code)
+    ours, theirs = reorient(volume, code), sitk.DICOMOrient(volume.to_sitk(), code)
     assert ours.orientation == code
     np.testing.assert_array_equal(ours.data[0].numpy(), sitk.GetArrayFromImage(theirs))
     np.testing.assert_allclose(ours.grid.affine, read_back(theirs), atol=1e-6)

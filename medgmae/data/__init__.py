@@ -14,12 +14,13 @@ from medgmae.data.transforms import (
     window,
     zscore,
 )
-from medgmae.data.volume import Volume, stack_channels
+from medgmae.data.volume import Volume, as_volume, stack_channels
 
 __all__ = [
     "Grid",
     "Volume",
     "VolumeError",
+    "as_volume",
     "crop_foreground",
     "crop_or_pad",
     "feature_map",

@@ -35,7 +35,7 @@ def sizes(size: int | Sequence[int]) -> tuple[int, int, int]:
     Raises:
         VolumeError: not positive whole numbers, or another count of them than one or three.
     """
-    values = [size] * 3 if isinstance(size, (int, np.integer)) else list(size)
+    values = list(size) if isinstance(size, Sequence | np.ndarray) else [size] * 3
     if len(values) != 3 or not all(isinstance(n, (int, np.integer)) and n > 0 for n in values):
         raise VolumeError(f"size is {values}; expected three positive numbers of voxels (d, h, w), or one for all axes")
     d, h, w = map(int, values)
@@ -48,7 +48,7 @@ def spacings(spacing: float | Sequence[float]) -> tuple[float, float, float]:
     Raises:
         VolumeError: not positive finite numbers, or another count of them than one or three.
     """
-    numbers = _triple("spacing", [spacing] * 3 if isinstance(spacing, (int, float, np.number)) else spacing)
+    numbers = _triple("spacing", spacing if isinstance(spacing, Sequence | np.ndarray) else [spacing] * 3)
     if min(numbers) <= 0:
         raise VolumeError(
             f"spacing is {list(numbers)} mm; expected three positive numbers (d, h, w), or one for all axes"

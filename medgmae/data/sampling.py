@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medgmae.data.formats.itk import simpleitk
 from medgmae.data.geometry import _SNAP, AxisMap, Floats, Grid, VolumeError, axis_maps
-from medgmae.data.volume import Volume, to_sitk
+from medgmae.data.volume import Volume
 
 Voxels = NDArray[Any]
 Interpolation = Literal["nearest", "linear", "bspline"]
@@ -114,7 +114,7 @@ def _itk(volume: Volume, target: Grid, interpolation: Interpolation, outside: fl
     resampler.SetUseNearestNeighborExtrapolator(outside is None)
     channels: list[Any] = []
     for channel in volume.data:
-        image = to_sitk(volume.with_data(channel[None]))
+        image = volume.with_data(channel[None]).to_sitk()
         channels.append(torch.from_numpy(sitk.GetArrayFromImage(resampler.Execute(image))))
     return torch.stack(channels)
 

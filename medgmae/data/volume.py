@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from medgmae.data.formats.itk import simpleitk
+from medgmae.data import conversion
+from medgmae.data.formats.itk import write_image
 from medgmae.data.geometry import Floats, Grid, VolumeError
+
+if TYPE_CHECKING:
+    import SimpleITK
+    from monai.data.meta_tensor import MetaTensor
+    from nibabel.nifti1 import Nifti1Image
+    from nibabel.spatialimages import SpatialImage
+
+ScanLike: TypeAlias = "Volume | Tensor | NDArray[Any] | SimpleITK.Image | SpatialImage"
+"""A scan in memory, of this library or another; a MONAI ``MetaTensor`` is a tensor."""
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -95,28 +108,72 @@ class Volume:
         """Other voxels (C', D, H, W) on the same grid."""
         return Volume(data, self.grid, self.source)
 
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """The voxels (C, D, H, W), for ``numpy.asarray(volume)``: shared where type and device allow it."""
+        data = self.data.detach()
+        if data.dtype == torch.bfloat16:  # numpy has no such type
+            data = data.float()
+        array: NDArray[Any] = data.cpu().numpy()
+        if copy is False and (data.data_ptr() != self.data.data_ptr() or dtype not in (None, array.dtype)):
+            raise ValueError(f"{self} cannot be an array of {dtype or array.dtype} without a copy")
+        return array.astype(array.dtype if dtype is None else dtype, copy=bool(copy))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the voxels with their geometry; the suffix decides the format, and everything but ``.nii`` and
+        ``.mhd`` is compressed.
+
+        Raises:
+            VolumeError: an unknown suffix, a folder that does not exist, or a file that cannot be written.
+        """
+        write_image(self.to_sitk(), Path(path))
+
+    def to_sitk(self) -> SimpleITK.Image:
+        """A ``SimpleITK.Image``; several channels become vector pixels."""
+        return conversion.to_sitk(self.data, self.grid)
+
+    def to_nibabel(self) -> Nifti1Image:
+        """A ``nibabel.Nifti1Image`` with axes (x, y, z), or (x, y, z, C) of several channels, and an affine to RAS.
+
+        Raises:
+            ImportError: nibabel is not installed.
+        """
+        return conversion.to_nibabel(self.data, self.grid)
+
+    def to_metatensor(self) -> MetaTensor:
+        """A MONAI ``MetaTensor`` (C, x, y, z) with an affine to RAS, what ``LoadImage`` gives with its channel first.
+
+        Raises:
+            ImportError: MONAI is not installed.
+        """
+        return conversion.to_metatensor(self.data, self.grid, self.source)
+
     def __repr__(self) -> str:
         spacing = ", ".join(f"{s:.4g}" for s in self.spacing)
         what = f"{tuple(self.data.shape)} {self.data.dtype}"
         return f"Volume({what}, spacing ({spacing}) mm, {self.orientation}, {self.source})"
 
 
-def to_sitk(volume: Volume) -> Any:
-    """The volume as a ``SimpleITK.Image``; several channels become vector pixels."""
-    sitk = simpleitk()
+def as_volume(scan: ScanLike) -> Volume:
+    """A scan in memory as a volume; a volume comes back as it is.
 
-    data = volume.data.detach().cpu()
-    if data.dtype in (torch.float16, torch.bfloat16):
-        data = data.float()
-    array = (data.to(torch.uint8) if data.dtype == torch.bool else data).numpy()
-    vector = len(array) > 1
-    image = sitk.GetImageFromArray(
-        np.ascontiguousarray(np.moveaxis(array, 0, -1) if vector else array[0]), isVector=vector
-    )
-    image.SetSpacing(volume.spacing[::-1])
-    image.SetOrigin(volume.origin)
-    image.SetDirection(volume.direction[:, ::-1].ravel().tolist())
-    return image
+    Voxels keep their type, unsigned 16 and 32 bits widened; vector pixels and a fourth axis become channels. Images
+    give their geometry in full: ``as_volume(nibabel.load(file))``, ``as_volume(SimpleITK.ReadImage(file))`` and
+    ``as_volume(monai.transforms.LoadImage(ensure_channel_first=True)(file))`` are what ``read_volume(file)`` gives. A
+    bare array has none: voxels of 1 mm along the body's axes are assumed, and ``Volume(tensor, Grid(size, spacing))``
+    says better.
+
+    Args:
+        scan: volume; array or tensor (D, H, W) or (C, D, H, W); ``SimpleITK.Image``; nibabel image with axes (x, y,
+            z) or (x, y, z, C); MONAI ``MetaTensor`` (x, y, z) or (C, x, y, z).
+
+    Raises:
+        VolumeError: another type or rank, axes that are not perpendicular, or numbers that are neither integers nor
+            floats.
+    """
+    if isinstance(scan, Volume):
+        return scan
+    data, grid, source = conversion.read(scan)
+    return Volume(data, grid, source)
 
 
 def stack_channels(volumes: Sequence[Volume]) -> Volume:
@@ -131,6 +188,6 @@ def stack_channels(volumes: Sequence[Volume]) -> Volume:
     if len(volumes) == 1:
         return first
     for other in volumes[1:]:
-        if other.size != first.size or np.abs(other.grid.affine - first.grid.affine).max() > 1e-2:
+        if other.size != first.size or np.abs(other.affine - first.affine).max() > 1e-2:
             raise VolumeError(f"{other} and {first} lie on different grids; resample one like the other first")
     return first.with_data(torch.cat([v.data for v in volumes]))

@@ -9,6 +9,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from medgmae.data.geometry import VolumeError
@@ -16,6 +17,7 @@ from medgmae.data.geometry import VolumeError
 _log = logging.getLogger("medgmae")
 # MetaImage's reader reports these, then hands out what it has.
 _FATAL = ("Uncompress failed", "data not read completely")
+_WRITABLE = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 _lock = threading.RLock()
 
 
@@ -60,3 +62,20 @@ def reason(error: Exception) -> str:
         line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception thrown")
     ]
     return re.sub(r"\(0x[0-9a-f]+\)", "", " ".join(lines[-3:])) or type(error).__name__
+
+
+def write_image(image: Any, path: Path) -> None:
+    """Writes a ``SimpleITK.Image`` in the format of the suffix, compressed but for ``.nii`` and ``.mhd``.
+
+    Raises:
+        VolumeError: an unknown suffix, a folder that does not exist, or a file that cannot be written.
+    """
+    if not path.name.lower().endswith(_WRITABLE):
+        raise VolumeError(f"{path}: unknown suffix; expected one of {', '.join(_WRITABLE)}")
+    if not path.parent.is_dir():
+        raise VolumeError(f"{path}: the folder {path.parent} does not exist")
+    try:
+        with quiet():
+            simpleitk().WriteImage(image, str(path), useCompression=path.suffix.lower() not in (".nii", ".mhd"))
+    except RuntimeError as error:
+        raise VolumeError(f"{path}: cannot be written: {reason(error)}") from None
