@@ -14,12 +14,18 @@ import numpy as np
 
 from medgmae.data.geometry import Floats, Grid, VolumeError
 from medgmae.data.io import read_volume
-from medgmae.data.volume import Volume
+from medgmae.data.volume import ScanLike, Volume, as_volume
 
-Scan: TypeAlias = str | os.PathLike[str] | Volume
+Scan: TypeAlias = "str | os.PathLike[str] | ScanLike"
+"""A scan on disk (a file, or a DICOM folder) or in memory."""
 
 # How files are named: BraTS up to 2021 and from 2023 on, the Medical Segmentation Decathlon, BIDS.
 _SPELLINGS = {"t1": {"t1w", "t1n"}, "t2": {"t2w"}, "t1ce": {"t1c", "t1gd"}, "flair": {"t2f"}}
+
+
+def open_scan(scan: Scan, channels: int | None = None) -> Volume:
+    """A scan as a volume: read if it is on disk, converted if it is of another library."""
+    return read_volume(scan, channels=channels) if isinstance(scan, str | os.PathLike) else as_volume(scan)
 
 
 def _named_in(path: Path, contrasts: Sequence[str]) -> list[str]:
@@ -60,7 +66,7 @@ def read_contrasts(case: Mapping[str, Scan], contrasts: Sequence[str]) -> list[V
     """The volumes (1, D, H, W) of one case, in the order of ``contrasts``, each on its own grid.
 
     Args:
-        case: file, DICOM folder or volume by contrast, in any order.
+        case: a scan by contrast, in any order: file, DICOM folder, or what :func:`~medgmae.data.as_volume` takes.
         contrasts: names of the channels, in order.
 
     Raises:
@@ -76,7 +82,7 @@ def read_contrasts(case: Mapping[str, Scan], contrasts: Sequence[str]) -> list[V
             if given is case[other] or (_path(given) is not None and _path(given) == _path(case[other])):
                 raise VolumeError(f"{other!r} and {name!r} are the same scan, {_source(given)}; expected one for each")
         _check_file_name(name, given, contrasts)
-        volume = given if isinstance(given, Volume) else read_volume(given, channels=1)
+        volume = open_scan(given, channels=1)
         if volume.channels != 1:
             raise VolumeError(f"{name!r}, {volume.source}: {volume.channels} channels; expected one per contrast")
         if volumes and not _overlap(volumes[0].grid, volume.grid):
@@ -120,11 +126,11 @@ def _check_file_name(name: str, given: Scan, contrasts: Sequence[str]) -> None:
 
 
 def _path(given: Scan) -> Path | None:
-    return None if isinstance(given, Volume) else Path(given).absolute()
+    return Path(given).absolute() if isinstance(given, str | os.PathLike) else None
 
 
 def _source(given: Scan) -> str:
-    return given.source if isinstance(given, Volume) else str(given)
+    return str(given) if isinstance(given, str | os.PathLike) else as_volume(given).source
 
 
 def _corners(grid: Grid) -> Floats:

@@ -174,16 +174,16 @@ def to_nibabel(data: Tensor, grid: Grid) -> Nifti1Image:
     nifti: Any = nibabel.nifti1.Nifti1Image  # typed in part
     image = nifti(np.ascontiguousarray(array), affine, dtype=array.dtype)
     image.header.set_xyzt_units("mm")
-    image.set_sform(affine, 1)
-    image.set_qform(affine, 1)
+    image.set_sform(affine, 1, update_affine=False)  # the header rounds to single precision
+    image.set_qform(affine, 1, update_affine=False)
     return image  # type: ignore[no-any-return]
 
 
 def _from_metatensor(image: Any) -> Converted:
     source = str(image.meta.get("filename_or_obj", "MetaTensor"))
     voxels, affine = image.as_tensor(), np.asarray(image.affine, dtype=np.float64)
-    stored = tuple(map(int, image.meta.get("spatial_shape", ())))
-    if voxels.ndim == 4 and stored == tuple(voxels.shape[:3]) != tuple(voxels.shape[1:]):
+    stored, last = tuple(map(int, image.meta.get("spatial_shape", ()))), image.meta.get("original_channel_dim") != 0
+    if voxels.ndim == 4 and last and stored == tuple(voxels.shape[:3]) != tuple(voxels.shape[1:]):
         raise VolumeError(
             f"{source}: the MetaTensor has shape {tuple(voxels.shape)}, channels last; expected (C, x, y, z): "
             "LoadImage(ensure_channel_first=True)"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from medgmae.data.contrasts import Scan, find_contrasts, read_contrasts, same_place
+from medgmae.data.contrasts import Scan, find_contrasts, open_scan, read_contrasts, same_place
+from medgmae.data.conversion import library_of
 from medgmae.data.geometry import Grid, VolumeError
-from medgmae.data.io import read_volume
 from medgmae.data.sampling import onto, sample
 from medgmae.data.transforms import crop_foreground, crop_or_pad, percentiles, window, zscore
 from medgmae.data.volume import Volume, stack_channels
 
+_log = logging.getLogger("medgmae")
 _RESAMPLE: dict[str, Any] = {
     "to": "spacing",
     "interpolation": "linear",
@@ -168,8 +170,9 @@ class Preparation:
         return f"Preparation({said}, whole={self.whole})"
 
     def __call__(self, scan: Scan | Mapping[str, Scan]) -> Volume:
-        """(C, D, H, W) float32 of a scan: path, DICOM folder or volume; of a case in several contrasts also a mapping
-        from their names, or its folder."""
+        """(C, D, H, W) float32 of a scan: a file, a DICOM folder, or in memory what :func:`~medgmae.data.as_volume`
+        takes; of a case in several contrasts also a mapping from their names to scans, or its folder."""
+        self._warn_of_arrays(scan)
         volumes = self._read(scan)
         centred = "center" in self.input["crop"] and not self.whole
         early_crop = centred and self._crop_commutes()
@@ -189,21 +192,32 @@ class Preparation:
             volume = crop_or_pad(volume, size, self.input["pad"])
         return volume.with_data(volume.tensor[0])
 
+    def _warn_of_arrays(self, scan: Scan | Mapping[str, Scan]) -> None:
+        """Bare arrays say nothing of the spacing and orientation that steps of this preparation go by."""
+        bare = any(
+            library_of(one) in ("numpy", "torch") for one in (scan.values() if isinstance(scan, Mapping) else [scan])
+        )
+        if bare and (self.input["spacing"] is not None or self.input["orientation"] is not None):
+            _log.warning(
+                "the array has no geometry: 1 mm voxels (z, y, x) in LPS are assumed; give "
+                "Volume(tensor, Grid(size, spacing)), or an image with its geometry"
+            )
+
     def _read(self, scan: Scan | Mapping[str, Scan]) -> list[Volume]:
         """One volume with all channels, or one per contrast."""
-        due, contrasts = self.input["channels"], self.input["contrasts"]
+        expected, contrasts = self.input["channels"], self.input["contrasts"]
         if isinstance(scan, Mapping):
             if contrasts is None:
                 raise VolumeError(f"the case is a mapping of {list(scan)}; expected one scan: input.contrasts is null")
             return read_contrasts(scan, contrasts)
-        if contrasts is not None and not isinstance(scan, Volume) and os.path.isdir(scan):
+        if contrasts is not None and isinstance(scan, str | os.PathLike) and os.path.isdir(scan):
             return read_contrasts(find_contrasts(scan, contrasts), contrasts)
-        volume = scan if isinstance(scan, Volume) else read_volume(scan, channels=due)
-        if volume.channels != due:
+        volume = open_scan(scan, channels=expected)
+        if volume.channels != expected:
             named = f"; or give a mapping with {', '.join(contrasts)}" if contrasts else ""
             raise VolumeError(
                 f"{volume.source}: the volume has {volume.channels} channel(s); "
-                f"expected {due} ({self.input['modality']}){named}"
+                f"expected {expected} ({self.input['modality']}){named}"
             )
         return [volume]
 
