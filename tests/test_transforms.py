@@ -17,6 +17,7 @@ from medgmae.data import (
     Grid,
     Volume,
     VolumeError,
+    centred_start,
     crop_foreground,
     crop_or_pad,
     feature_map,
@@ -157,15 +158,49 @@ def test_feature_map_covers_its_patches() -> None:
 
 def test_window_and_percentiles() -> None:
     volume = Volume(torch.arange(-5, 5, dtype=torch.int16).reshape(1, 1, 2, 5))
-    result = window(volume, -2, 2, (10.0, 20.0))
+    result = window(volume, (-2, 2), (10.0, 20.0))
     assert result.data.flatten().tolist() == [10, 10, 10, 10, 12.5, 15, 17.5, 20, 20, 20]
     assert percentiles(volume, 0, 100) == (-5.0, 4.0)
     assert percentiles(volume.with_data(volume.data * 0), 1, 99) == (0.0, 1.0)
     assert volume.data.min() == -5
     with pytest.raises(VolumeError, match="increasing"):
-        window(volume, 3, 3)
+        window(volume, (3, 3))
+    with pytest.raises(VolumeError, match=r"the window is \[-2\]; expected two increasing numbers \(low, high\)"):
+        window(volume, -2, 2)  # type: ignore[arg-type]
+    whole = window(volume, percentiles(volume, 0, 100)).data
+    assert (whole.min(), whole.max()) == (0, 1)
     with pytest.raises(VolumeError, match="0 <= low < high"):
         percentiles(volume, 50, 101)
+
+
+def test_one_number_stands_for_all_axes() -> None:
+    volume = tilted((5, 6, 7))
+    for one, three in (
+        (resample(volume, spacing=2), resample(volume, spacing=(2.0, 2.0, 2.0))),
+        (resample(volume, size=4), resample(volume, size=(4, 4, 4))),
+        (crop_or_pad(volume, 4), crop_or_pad(volume, (4, 4, 4))),
+        (crop_or_pad(volume, np.int64(8)), crop_or_pad(volume, np.array([8, 8, 8]))),
+    ):
+        assert torch.equal(one.data, three.data)
+        np.testing.assert_array_equal(one.affine, three.affine)
+    with pytest.raises(VolumeError, match=r"size is \[0, 0, 0\]; expected three positive numbers of voxels"):
+        crop_or_pad(volume, 0)
+    with pytest.raises(VolumeError, match=r"spacing is \[-1.0, -1.0, -1.0\] mm; expected three positive numbers"):
+        resample(volume, spacing=-1)
+    with pytest.raises(VolumeError, match="expected exactly one of them"):
+        resample(volume, spacing=2.0, size=4)
+
+
+@pytest.mark.parametrize(("n", "m", "start"), [(5, 4, 0), (4, 5, 0), (6, 3, 2), (3, 6, -2), (7, 7, 0), (9, 4, 2)])
+def test_the_middle_voxel_stays_in_the_middle(n: int, m: int, start: int) -> None:
+    assert centred_start([n], [m]) == [start]
+    assert centred_start([m], [n]) == [-start]  # a crop undoes a pad
+    cut = crop_or_pad(Volume(torch.arange(1, n + 1).reshape(1, n, 1, 1)), (m, 1, 1))
+    assert cut.data[0, m // 2, 0, 0] == n // 2 + 1
+    ready = create_transform({"size": [m, 1, 1], "crop": ["center"]})(
+        Volume(torch.arange(1, n + 1).reshape(1, n, 1, 1))
+    )
+    assert torch.equal(ready.data, cut.data.float())
 
 
 def test_zscore() -> None:

@@ -1,7 +1,7 @@
 """Scans: reading and writing with geometry, and the preparation that a checkpoint expects."""
 
 from medgmae.data.contrasts import find_contrasts
-from medgmae.data.geometry import Grid, VolumeError
+from medgmae.data.geometry import Grid, VolumeError, centred_start
 from medgmae.data.io import read_volume, write_volume
 from medgmae.data.transforms import (
     crop_foreground,
@@ -21,6 +21,7 @@ __all__ = [
     "Volume",
     "VolumeError",
     "as_volume",
+    "centred_start",
     "crop_foreground",
     "crop_or_pad",
     "feature_map",

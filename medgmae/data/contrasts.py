@@ -45,12 +45,12 @@ def find_contrasts(folder: str | os.PathLike[str], contrasts: Sequence[str]) -> 
     """
     folder = Path(folder)
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    found: dict[str, list[Path]] = {name: [] for name in contrasts}
+    files_of: dict[str, list[Path]] = {name: [] for name in contrasts}
     for entry in entries:
         named = _named_in(entry, contrasts)
         if len(named) == 1:
-            found[named[0]].append(entry)
-    for name, files in found.items():
+            files_of[named[0]].append(entry)
+    for name, files in files_of.items():
         if len(files) != 1:
             names = [entry.name for entry in entries]
             listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
@@ -59,7 +59,7 @@ def find_contrasts(folder: str | os.PathLike[str], contrasts: Sequence[str]) -> 
                 f"{folder}: {held} for the contrast {name!r} among: {listed or 'nothing'}; expected one file each for "
                 f"{', '.join(contrasts)}, with that word in its name, or a mapping {{{name!r}: file, ...}}"
             )
-    return {name: files[0] for name, files in found.items()}
+    return {name: files[0] for name, files in files_of.items()}
 
 
 def read_contrasts(case: Mapping[str, Scan], contrasts: Sequence[str]) -> list[Volume]:

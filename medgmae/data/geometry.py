@@ -42,6 +42,15 @@ def sizes(size: int | Sequence[int]) -> tuple[int, int, int]:
     return d, h, w
 
 
+def centred_start(size: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """First voxel of ``wanted`` voxels in the middle of ``size``, per axis; negative where it takes padding.
+
+    The one rule of the library: voxel ``n // 2`` becomes voxel ``wanted // 2``, so that a crop undoes a pad whatever
+    is odd or even.
+    """
+    return [n // 2 - m // 2 for n, m in zip(size, wanted, strict=True)]
+
+
 def spacings(spacing: float | Sequence[float]) -> tuple[float, float, float]:
     """Millimetres (d, h, w) of a spacing, or of one number for all axes.
 

@@ -46,15 +46,15 @@ def _finite(data: Tensor) -> Tensor:
     return data
 
 
-def _expect_channels(found: int, frames: int, shape: str, channels: int | None) -> None:
+def _expect_channels(stored: int, frames: int, shape: str, channels: int | None) -> None:
     """``frames`` is the length of a fourth axis of the file, 0 when there is none."""
     if channels is None and frames:
         raise VolumeError(
             f"the image is 4-D, {shape} with {frames} frames; expected a 3-D volume "
             f"(channels={frames} reads the last axis as channels)"
         )
-    if channels is not None and found != channels:
-        raise VolumeError(f"the image has {found} channel(s), {shape}; expected {channels}")
+    if channels is not None and stored != channels:
+        raise VolumeError(f"the image has {stored} channel(s), {shape}; expected {channels}")
 
 
 def _read_nifti(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
@@ -129,14 +129,14 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None, chan
     length of its last axis: a time series is not a multi-channel scan.
 
     Args:
-        path: NIfTI, MetaImage, NRRD or multi-frame DICOM file, told by content; or a folder, searched with its
-            subfolders for DICOM.
+        path: NIfTI, MetaImage, NRRD or multi-frame DICOM file, recognised by its content; or a folder, searched
+            with its subfolders for DICOM.
         series: SeriesInstanceUID, needed when a folder holds several.
-        channels: how many channels are due; ``None`` accepts any number of a 3-D image.
+        channels: the number of channels expected; ``None`` accepts any number of a 3-D image.
 
     Raises:
-        VolumeError: the path, what was found there and what was expected: a missing, empty, truncated, broken or
-            unknown file, NaN or infinite voxels, a spacing that is not positive, another rank or channel count,
+        VolumeError: with the path, what is there and what was expected: a missing, empty, truncated, broken or unknown
+            file, NaN or infinite voxels, a spacing that is not positive, another rank or channel count,
             several series, slices that are missing, doubled or of mixed geometry.
     """
     path = Path(path)

@@ -29,8 +29,8 @@ def _fields(text: bytes, separator: str) -> dict[str, str]:
         raise VolumeError("the header holds control characters; expected text")
     fields = {}
     for line in text.decode("latin-1").splitlines():
-        key, found, value = line.partition(separator)
-        if found and not line.startswith("#"):
+        key, separated, value = line.partition(separator)
+        if separated and not line.startswith("#"):
             fields[key.strip().lower()] = value.strip()
     return fields
 

@@ -35,7 +35,7 @@ def quiet() -> Iterator[None]:
     Raises:
         VolumeError: the messages say that voxels are missing, although the reader did not fail.
     """
-    said = ""
+    messages = ""
     with _lock, tempfile.TemporaryFile() as capture:
         try:
             saved = os.dup(2)
@@ -49,11 +49,11 @@ def quiet() -> Iterator[None]:
             os.dup2(saved, 2)
             os.close(saved)
             capture.seek(0)
-            said = capture.read().decode("utf-8", "replace").strip()
-    if said:
-        _log.debug("the reader says: %s", said)
-    if any(phrase in said for phrase in _FATAL):
-        raise VolumeError(f"the voxels are truncated or broken ({said.splitlines()[0]}); expected an intact file")
+            messages = capture.read().decode("utf-8", "replace").strip()
+    if messages:
+        _log.debug("the reader says: %s", messages)
+    if any(phrase in messages for phrase in _FATAL):
+        raise VolumeError(f"the voxels are truncated or broken ({messages.splitlines()[0]}); expected an intact file")
 
 
 def reason(error: Exception) -> str:
