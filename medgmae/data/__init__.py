@@ -3,6 +3,7 @@
 from medgmae.data.contrasts import find_contrasts
 from medgmae.data.geometry import Grid, VolumeError, centred_start
 from medgmae.data.io import read_volume, write_volume
+from medgmae.data.labels import patch_labels
 from medgmae.data.transforms import (
     crop_foreground,
     crop_or_pad,
@@ -26,6 +27,7 @@ __all__ = [
     "crop_or_pad",
     "feature_map",
     "find_contrasts",
+    "patch_labels",
     "percentiles",
     "read_volume",
     "reorient",
