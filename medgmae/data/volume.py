@@ -16,6 +16,7 @@ from torch import Tensor
 from medgmae.data import conversion
 from medgmae.data.formats.itk import write_image
 from medgmae.data.geometry import Floats, Grid, VolumeError
+from medgmae.data.notebook import volume_html
 
 if TYPE_CHECKING:
     import SimpleITK
@@ -146,6 +147,9 @@ class Volume:
             ImportError: MONAI is not installed.
         """
         return conversion.to_metatensor(self.data, self.grid, self.source)
+
+    def _repr_html_(self) -> str:
+        return volume_html(self.data, self.grid, self.source)
 
     def __repr__(self) -> str:
         spacing = ", ".join(f"{s:.4g}" for s in self.spacing)
