@@ -123,7 +123,10 @@ def test_files_are_found_by_the_words_in_their_names(case: dict[str, Any], tmp_p
     ("change", "words"),
     [
         ({"flair": None}, r"\['flair'\] missing, \[\] unknown; expected exactly \['t1', 't2', 't1ce', 'flair'\]$"),
-        ({"flair": None, "FLAIR": contrast(3)}, r"\['flair'\] missing, \['FLAIR'\] unknown.*is 'FLAIR' 'flair'\?"),
+        (
+            {"flair": None, "FLAIR": contrast(3)},
+            r"\['flair'\] missing, \['FLAIR'\] unknown.*did you mean 'flair' by 'FLAIR'\?",
+        ),
         ({"adc": contrast(9)}, r"\[\] missing, \['adc'\] unknown"),
         ({"t1ce": contrast(2).with_data(torch.zeros(2, 6, 7, 8))}, "'t1ce', volume: 2 channels; expected one"),
         ({"t2": moved(contrast(1), (500.0, 0.0, 0.0))}, "'t2', volume, has no place in common with 't1'"),

@@ -273,7 +273,7 @@ def test_no_library_is_imported_that_the_scan_is_not_of() -> None:
     code = (
         "import sys, numpy, medgmae.data as data\n"
         "volume = data.as_volume(numpy.zeros((2, 3, 4)))\n"
-        "numpy.asarray(volume), repr(volume), volume.tensor\n"
-        "assert not {'SimpleITK', 'nibabel', 'monai'} & set(sys.modules)"
+        "numpy.asarray(volume), repr(volume), volume._repr_html_(), volume.tensor\n"
+        "assert not {'SimpleITK', 'nibabel', 'matplotlib', 'monai'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

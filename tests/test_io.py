@@ -271,8 +271,12 @@ def test_a_volume_is_its_voxels_and_a_grid() -> None:
 
 def test_a_volume_checks_itself() -> None:
     data = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(VolumeError, match=r"\(C, D, H, W\)"):
+    with pytest.raises(VolumeError, match=re.escape("(2, 3, 4); expected (C, D, H, W): data[None] adds the channel")):
         Volume(data[0])
+    with pytest.raises(VolumeError, match=re.escape("data is a ndarray; expected a tensor: torch.from_numpy(array)")):
+        Volume(data.numpy())  # type: ignore[arg-type]
+    with pytest.raises(VolumeError, match=re.escape("grid is (2.0, 1.0, 1.0); expected Grid(data.shape[1:], spacing)")):
+        Volume(data, (2.0, 1.0, 1.0))  # type: ignore[arg-type]
     with pytest.raises(VolumeError, match="spacing"):
         Grid((2, 3, 4), (1.0, 0.0, 1.0))
     with pytest.raises(VolumeError, match="orthonormal"):

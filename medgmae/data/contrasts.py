@@ -1,4 +1,4 @@
-"""One case in several contrasts: a file each, told apart by name, that become the channels of one volume."""
+"""One case in several contrasts: a file each, recognised by its name, that become the channels of one volume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def open_scan(scan: Scan, channels: int | None = None) -> Volume:
 
 
 def _named_in(path: Path, contrasts: Sequence[str]) -> list[str]:
-    """The contrasts that the name of a file or folder speaks of."""
+    """The contrasts that the name of a file or folder has words of."""
     words = set(re.split(r"[^a-z0-9]+", path.name.lower()))
     return [name for name in contrasts if words & {name.lower(), *_SPELLINGS.get(name, ())}]
 
@@ -70,7 +70,7 @@ def read_contrasts(case: Mapping[str, Scan], contrasts: Sequence[str]) -> list[V
         contrasts: names of the channels, in order.
 
     Raises:
-        VolumeError: a contrast is missing, unknown or given twice; a file whose name speaks of another contrast (read
+        VolumeError: a contrast is missing, unknown or given twice; a file whose name says another contrast (read
             it with ``read_volume`` first if the name is wrong); more than one channel; contrasts that lie apart in
             space; and what ``read_volume`` raises.
     """
@@ -107,7 +107,7 @@ def _check_names(given: Sequence[str], contrasts: Sequence[str]) -> None:
     unknown = [name for name in given if name not in contrasts]
     if missing or unknown:
         near = [difflib.get_close_matches(str(name).lower(), missing, n=1, cutoff=0.5) for name in unknown]
-        hints = [f"is {name!r} {match[0]!r}?" for name, match in zip(unknown, near, strict=True) if match]
+        hints = [f"did you mean {match[0]!r} by {name!r}?" for name, match in zip(unknown, near, strict=True) if match]
         raise VolumeError(
             f"the case has the contrasts {list(given)}: {missing} missing, {unknown} unknown; expected exactly "
             f"{list(contrasts)}{'; ' if hints else ''}{' '.join(hints)}"
@@ -115,13 +115,13 @@ def _check_names(given: Sequence[str], contrasts: Sequence[str]) -> None:
 
 
 def _check_file_name(name: str, given: Scan, contrasts: Sequence[str]) -> None:
-    """Contrasts that were mixed up look like scans of any patient: the file's name is all there is to tell by."""
+    """Contrasts that were mixed up look like any other scans: only the file's name shows it."""
     path = _path(given)
     named = [] if path is None else _named_in(path, contrasts)
     if named and name not in named:
         raise VolumeError(
-            f"{name!r} is given the file {path}, whose name says {' and '.join(map(repr, named))}; expected that of "
-            f"{name!r} (if the name is wrong, pass read_volume(file) in its place)"
+            f"{name!r} is given the file {path}, whose name says {' and '.join(map(repr, named))}; expected the file "
+            f"of {name!r} (if the name is wrong, pass read_volume(file) in its place)"
         )
 
 

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +22,7 @@ Origin = Literal["centered", "first_voxel"]
 _SIDES = ("RL", "AP", "IS")  # per world axis (x, y, z) in LPS: the side of the negative and of the positive direction
 _PERTURBATION = np.eye(3) + 1e-5 * np.array([[0, -3, 2], [3, 0, -1], [-2, 1, 0]])
 _ORTHONORMAL = 1e-3  # DICOM gives cosines with as few as 4 digits
-_SNAP = 1e-4  # voxels: positions this close to a voxel centre are that voxel (NIfTI stores geometry in float32)
+SNAP = 1e-4  # voxels: positions this close to a voxel centre are that voxel (NIfTI stores geometry in float32)
 
 
 class VolumeError(ValueError):
@@ -146,11 +146,11 @@ class Grid:
         affine[:3, 3] = self.origin
         return affine
 
-    def world(self, index: Any) -> Floats:
+    def world(self, index: ArrayLike) -> Floats:
         """LPS positions (..., 3) in millimetres of voxel indices (..., 3), which need not be whole."""
         return np.asarray(np.asarray(index, dtype=np.float64) @ self.affine[:3, :3].T + np.array(self.origin))
 
-    def index(self, world: Any) -> Floats:
+    def index(self, world: ArrayLike) -> Floats:
         """Continuous voxel indices (..., 3) of LPS positions (..., 3); the inverse of ``world``."""
         offset = np.asarray(world, dtype=np.float64) - np.array(self.origin)
         return np.asarray(offset @ np.linalg.inv(self.affine[:3, :3]).T)
@@ -255,11 +255,11 @@ def axis_maps(source: Grid, target: Grid) -> list[AxisMap] | None:
     order = [int(np.abs(linear[:, k]).argmax()) for k in range(3)]
     drift = linear.copy()
     drift[order, range(3)] = 0.0
-    if sorted(order) != [0, 1, 2] or (np.abs(drift) * np.array(target.size)).max() > 10 * _SNAP:
+    if sorted(order) != [0, 1, 2] or (np.abs(drift) * np.array(target.size)).max() > 10 * SNAP:
         return None
     maps = []
     for k, axis in enumerate(order):
         positions = linear[axis, k] * np.arange(target.size[k]) + matrix[axis, 3]
         rounded = np.round(positions)
-        maps.append(AxisMap(axis, rounded if np.abs(positions - rounded).max() < _SNAP else positions))
+        maps.append(AxisMap(axis, rounded if np.abs(positions - rounded).max() < SNAP else positions))
     return maps

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from medgmae.data.geometry import _SNAP, Floats, Grid, VolumeError
+from medgmae.data.geometry import SNAP, Floats, Grid, VolumeError
 from medgmae.data.volume import ScanLike, Volume, as_volume
 
 _SLAB = 1 << 20  # label voxels that are looked up at a time
@@ -97,7 +97,7 @@ def _at_centres(
 
 def _flat(position: list[Floats], size: tuple[int, int, int]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
     """Flat indices of the voxels that positions lie in, borders to the higher index, and whether there is one."""
-    whole = [np.floor(p + (0.5 + _SNAP)).astype(np.intp) for p in position]
+    whole = [np.floor(p + (0.5 + SNAP)).astype(np.intp) for p in position]
     inside = np.logical_and.reduce([(p >= 0) & (p < n) for p, n in zip(whole, size, strict=True)])
     d, h, w = whole
     return (d * size[1] + h) * size[2] + w, inside

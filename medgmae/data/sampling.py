@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medgmae.data.formats.itk import simpleitk
-from medgmae.data.geometry import _SNAP, AxisMap, Floats, Grid, VolumeError, axis_maps
+from medgmae.data.geometry import SNAP, AxisMap, Floats, Grid, VolumeError, axis_maps
 from medgmae.data.volume import Volume
 
 Voxels = NDArray[Any]
@@ -22,7 +22,7 @@ _SLAB = 1 << 18  # voxels: about 1 MB of float32
 def _inside(positions: Floats, voxels: int) -> tuple[int, int]:
     """The interval of indices whose positions lie within the source's voxels, edges at -0.5 and n - 0.5. Positions
     are monotonic."""
-    inside = np.flatnonzero((positions >= -0.5 - _SNAP) & (positions < voxels - 0.5 + _SNAP))
+    inside = np.flatnonzero((positions >= -0.5 - SNAP) & (positions < voxels - 0.5 + SNAP))
     return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
 
 

@@ -21,10 +21,10 @@ from medgmae.data.notebook import volume_html
 if TYPE_CHECKING:
     import SimpleITK
     from monai.data.meta_tensor import MetaTensor
+    from nibabel.filebasedimages import FileBasedImage
     from nibabel.nifti1 import Nifti1Image
-    from nibabel.spatialimages import SpatialImage
 
-ScanLike: TypeAlias = "Volume | Tensor | NDArray[Any] | SimpleITK.Image | SpatialImage"
+ScanLike: TypeAlias = "Volume | Tensor | NDArray[Any] | SimpleITK.Image | FileBasedImage"
 """A scan in memory, of this library or another; a MONAI ``MetaTensor`` is a tensor."""
 
 
@@ -46,10 +46,14 @@ class Volume:
     source: str
 
     def __init__(self, data: Tensor, grid: Grid | None = None, source: str = "volume") -> None:
+        if not isinstance(data, Tensor):
+            raise VolumeError(f"{source}: data is a {type(data).__name__}; expected a tensor: torch.from_numpy(array)")
         if data.ndim != 4 or data.shape[0] < 1:
-            raise VolumeError(f"{source}: data has shape {tuple(data.shape)}; expected (C, D, H, W)")
-        if grid is None:
-            grid = Grid(data.shape[1:])
+            add = ": data[None] adds the channel" if data.ndim == 3 else ""
+            raise VolumeError(f"{source}: data has shape {tuple(data.shape)}; expected (C, D, H, W){add}")
+        grid = Grid(data.shape[1:]) if grid is None else grid
+        if not isinstance(grid, Grid):
+            raise VolumeError(f"{source}: grid is {grid!r}; expected Grid(data.shape[1:], spacing)")
         if tuple(data.shape[1:]) != grid.size:
             raise VolumeError(
                 f"{source}: data has shape {tuple(data.shape)}, and the grid has the size {grid.size}; expected data "

@@ -214,7 +214,7 @@ def read_folder(folder: Path, series: str | None) -> Stack:
     """The series of a folder, slices sorted by position along the normal of their plane.
 
     Raises:
-        VolumeError: no series, several and none chosen, or slices that are no regular stack.
+        VolumeError: no series, several and none chosen, or slices that do not form a regular stack.
     """
     chosen = _choose(folder, series)
     first = chosen.slices[0]

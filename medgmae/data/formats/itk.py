@@ -1,4 +1,4 @@
-"""SimpleITK at arm's length: imported when first used, kept quiet, and checked where it lets broken headers pass."""
+"""SimpleITK: imported when first used, kept quiet, and checked where it accepts broken files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from medgmae.data.geometry import VolumeError
 
 _log = logging.getLogger("medgmae")
-# MetaImage's reader reports these, then hands out what it has.
+# MetaImage's reader reports these, then returns what it has.
 _FATAL = ("Uncompress failed", "data not read completely")
 _WRITABLE = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 _lock = threading.RLock()
@@ -57,7 +57,7 @@ def quiet() -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """The line of an ITK message that tells something."""
+    """The informative lines of an ITK message."""
     lines = [
         line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception thrown")
     ]

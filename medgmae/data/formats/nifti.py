@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from medgmae.data.geometry import Floats, VolumeError
 
 MAX_BYTES = 16 << 30
-"""No volume of more voxel bytes than this is read: a header that claims more is taken for broken."""
+"""No volume of more voxel bytes than this is read: a header that claims more is treated as broken."""
 MAX_INFLATION = 1032
 """Deflate cannot shrink data more than this."""
 
@@ -254,7 +254,7 @@ def read_nifti(path: Path) -> Nifti:
     """A ``.nii`` or ``.nii.gz`` file.
 
     Raises:
-        VolumeError: the file is truncated, broken, of a type or shape that is no volume, or without a usable geometry.
+        VolumeError: the file is truncated, broken, not a volume by its type or shape, or without a usable geometry.
     """
     header, content = _read(path)
     shape, affine = header.shape, _affine(header.fields)
