@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from medgmae import Reconstruction, Volume, create_model, create_transform, reconstruct_scan
 from medgmae.cli import main as medgmae_command
+from medgmae.data import Grid
 from medgmae.inference.colours import dense_features, feature_colours
 from medgmae.visualize import reconstruction_figure
 
@@ -43,7 +44,8 @@ def read_features(path: Path) -> dict[str, tuple[torch.Tensor, Volume]]:
         for name, scan in facts["scans"].items():
             place = scan["map"]
             data = file.get_tensor(f"{name}/map")
-            volume = Volume(data, tuple(place["spacing"]), tuple(place["origin"]), place["direction"], scan["path"])
+            grid = Grid(data.shape[1:], place["spacing"], place["origin"], place["direction"])
+            volume = Volume(data, grid, scan["path"])
             found[name] = file.get_tensor(f"{name}/pooled"), volume
     return found
 

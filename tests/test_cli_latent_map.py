@@ -49,7 +49,8 @@ def contrasts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     files = [folder / f"a_{name}.nii.gz" for name in CONTRASTS]
     for seed, file in enumerate(files):
         data = (1000 * torch.rand(1, 18, 20, 13, generator=torch.Generator().manual_seed(seed))).short()
-        medgmae.write_volume(medgmae.Volume(data, (3.0, 1.0, 1.5), (7.0, -8.0, 9.0), turn[:, ::-1]), file)
+        grid = medgmae.data.Grid((18, 20, 13), (3.0, 1.0, 1.5), (7.0, -8.0, 9.0), turn[:, ::-1])
+        medgmae.write_volume(medgmae.Volume(data, grid), file)
     return files
 
 

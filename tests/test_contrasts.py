@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 import medgmae
-from medgmae.data import Volume, VolumeError, find_contrasts, read_volume, write_volume, zscore
+from medgmae.data import Grid, Volume, VolumeError, find_contrasts, read_volume, write_volume, zscore
 from medgmae.data.transforms import resample_like
 from medgmae.factory import create_transform
 
@@ -28,7 +27,11 @@ MAMBA: dict[str, Any] = {
 
 def contrast(seed: int, size: tuple[int, int, int] = (6, 7, 8)) -> Volume:
     data = torch.randint(0, 1000, (1, *size), generator=torch.Generator().manual_seed(seed), dtype=torch.int16)
-    return Volume(data, (1.0, 1.0, 1.0), (5.0, -3.0, 2.0))
+    return Volume(data, Grid(data.shape[1:], origin=(5.0, -3.0, 2.0)))
+
+
+def moved(volume: Volume, origin: tuple[float, float, float]) -> Volume:
+    return Volume(volume.data, Grid(volume.size, volume.spacing, origin, volume.direction))
 
 
 @pytest.fixture
@@ -61,7 +64,8 @@ def test_the_card_decides_the_order_of_channels(case: dict[str, Any], tmp_path: 
 
 
 def test_contrasts_come_onto_the_grid_of_the_first(case: dict[str, Any]) -> None:
-    t2 = Volume(case["t2"].data[:, ::2, :, 1:], (2.0, 1.0, 1.0), tuple(case["t2"].grid.world((0, 0, 1))))
+    part = case["t2"].data[:, ::2, :, 1:]
+    t2 = Volume(part, Grid(part.shape[1:], (2.0, 1.0, 1.0), case["t2"].grid.world((0, 0, 1)).tolist()))
     ready = create_transform(BLOCK)({**case, "t2": t2})
     assert ready.size == case["t1"].size
     assert torch.equal(ready.data[1], resample_like(t2, case["t1"]).data[0])
@@ -69,13 +73,13 @@ def test_contrasts_come_onto_the_grid_of_the_first(case: dict[str, Any]) -> None
     assert (ready.data[1, :, :, 0] == 0).all()  # beyond its voxels
     assert torch.equal(ready.data[[0, 2, 3]], create_transform(BLOCK)(case).data[[0, 2, 3]])
     # A header rounded in the third digit is the same grid: nothing is interpolated.
-    rounded = replace(case["flair"], origin=(5.001, -3.001, 2.0))
+    rounded = moved(case["flair"], (5.001, -3.001, 2.0))
     assert torch.equal(create_transform(BLOCK)({**case, "flair": rounded}).data, create_transform(BLOCK)(case).data)
 
 
 def test_another_grid_is_interpolated_once(case: dict[str, Any]) -> None:
     block = {**BLOCK, "resample": {"to": "spacing"}, "spacing": [0.5, 0.5, 0.5]}
-    t2 = replace(case["t2"], origin=(5.25, -3.0, 2.0))
+    t2 = moved(case["t2"], (5.25, -3.0, 2.0))
     ready = create_transform(block)({**case, "t2": t2})
     assert torch.equal(ready.data[1], resample_like(t2, ready).data[0])
 
@@ -119,10 +123,13 @@ def test_files_are_found_by_the_words_in_their_names(case: dict[str, Any], tmp_p
     ("change", "words"),
     [
         ({"flair": None}, r"\['flair'\] missing, \[\] unknown; expected exactly \['t1', 't2', 't1ce', 'flair'\]$"),
-        ({"flair": None, "FLAIR": contrast(3)}, r"\['flair'\] missing, \['FLAIR'\] unknown.*is 'FLAIR' 'flair'\?"),
+        (
+            {"flair": None, "FLAIR": contrast(3)},
+            r"\['flair'\] missing, \['FLAIR'\] unknown.*did you mean 'flair' by 'FLAIR'\?",
+        ),
         ({"adc": contrast(9)}, r"\[\] missing, \['adc'\] unknown"),
         ({"t1ce": contrast(2).with_data(torch.zeros(2, 6, 7, 8))}, "'t1ce', volume: 2 channels; expected one"),
-        ({"t2": replace(contrast(1), origin=(500.0, 0.0, 0.0))}, "'t2', volume, has no place in common with 't1'"),
+        ({"t2": moved(contrast(1), (500.0, 0.0, 0.0))}, "'t2', volume, has no place in common with 't1'"),
     ],
 )
 def test_a_wrong_case_says_what_is_wrong(case: dict[str, Any], change: dict[str, Any], words: str) -> None:

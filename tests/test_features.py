@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import medgmae
-from medgmae.data import resample_like
+from medgmae.data import Grid, resample_like
 from medgmae.inference.windows import _lay_out, blend_weights
 
 DATA = Path(__file__).parent.parent / "examples/data"
@@ -44,7 +44,7 @@ def local() -> medgmae.ViT:
 def volume(*size: int, channels: int = 1) -> medgmae.Volume:
     data = torch.rand(channels, *size, generator=torch.Generator().manual_seed(1))
     turn = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
-    return medgmae.Volume(data, (2.0, 0.7, 0.9), (10.0, -20.0, 30.0), turn)
+    return medgmae.Volume(data, Grid(data.shape[1:], (2.0, 0.7, 0.9), (10.0, -20.0, 30.0), turn))
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def test_a_bright_voxel_is_found_in_its_own_patch(local: medgmae.ViT, window: An
         image[x, y, z] = 100.0
         data = torch.from_numpy(sitk.GetArrayFromImage(image))[None]
         columns = np.array(image.GetDirection()).reshape(3, 3)[:, ::-1]
-        scan = medgmae.Volume(data, image.GetSpacing()[::-1], image.GetOrigin(), columns)
+        scan = medgmae.Volume(data, Grid(data.shape[1:], image.GetSpacing()[::-1], image.GetOrigin(), columns))
         maps = medgmae.extract_features(local, scan, window=window).map
         image[x, y, z] = 0.0
         assert maps is not None

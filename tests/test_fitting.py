@@ -23,6 +23,7 @@ from medgmae import (
     read_volume,
     write_volume,
 )
+from medgmae.data import Grid
 from medgmae.gaussians.fitting import MOVED_SHARE, Rates, _draw, _Fit
 
 
@@ -33,7 +34,7 @@ def blobs(size: tuple[int, int, int] = (20, 24, 18), count: int = 6, seed: int =
     scales = (1.5 + 1.5 * torch.rand(1, count, 3, generator=generator)) / torch.tensor(size)
     quats = torch.randn(1, count, 4, generator=generator)
     truth = Gaussians(means, scales, quats, 0.3 + 0.7 * torch.rand(1, count, generator=generator))
-    return Volume(GaussianRenderer(None)(truth, size)[0], (2.0, 1.0, 1.5))
+    return Volume(GaussianRenderer(None)(truth, size)[0], Grid(size, (2.0, 1.0, 1.5)))
 
 
 def score(found: Gaussians, scan: Volume, support: float = 3.0) -> float:

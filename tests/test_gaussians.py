@@ -16,7 +16,6 @@ from torch import Tensor
 
 from medgmae import GaussianRenderer, Gaussians, Volume
 from medgmae.data import Grid
-from medgmae.data.volume import to_sitk
 from medgmae.ops import voxelize
 from medgmae.ops.rotations import rotation_matrix
 
@@ -232,7 +231,7 @@ def test_places_and_covariances_in_the_patient(direction: str) -> None:
     """Against SimpleITK for the centres, and the matrix product A Σ Aᵀ for the covariance."""
     gaussians, place = some(dtype=torch.float64, batch=2), grid(direction)
     world = gaussians.to_world(place)
-    image = to_sitk(Volume.on(place, torch.zeros(1, *SIZE)))
+    image = Volume(torch.zeros(1, *SIZE), place).to_sitk()
     for sample, index in [(0, 0), (1, 13)]:
         where = gaussians.means[sample, index] * (torch.tensor(SIZE) - 1)
         point = image.TransformContinuousIndexToPhysicalPoint(where.flip(0).tolist())
@@ -255,7 +254,7 @@ def test_through_the_patient_and_back_renders_the_same(
     # Float32 steps at 480 mm are 3e-5 mm; along an axis of one voxel the Gaussians here are 0.04 mm wide.
     for dtype, tolerance in [(torch.float64, 1e-9), (torch.float32, 1e-5 if size == SIZE else 1e-3)]:
         gaussians = some(dtype=dtype)
-        back = gaussians.to_world(place).to_grid(Volume.on(place, torch.zeros(1, *size)))
+        back = gaussians.to_world(place).to_grid(Volume(torch.zeros(1, *size), place))
         assert all(t.dtype == dtype for t in back)
         direct, through = (voxelize(*g, size, support=support) for g in (gaussians, back))
         assert float((direct - through).abs().max()) <= tolerance * float(direct.abs().max())

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medgmae.data import Grid, Volume, crop_or_pad, feature_map, reorient, resample, resample_like
-from medgmae.data.volume import to_sitk
 
 CODES = ["".join(p) for sides in itertools.product("RL", "AP", "IS") for p in itertools.permutations(sides)]
 SETTINGS = settings(deadline=None, max_examples=60)
@@ -34,7 +33,7 @@ def grids(draw: st.DrawFn) -> Grid:
 def volumes(draw: st.DrawFn) -> Volume:
     grid = draw(grids())
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    return Volume.on(grid, torch.randint(-1000, 1000, (2, *grid.size), generator=generator, dtype=torch.int16))
+    return Volume(torch.randint(-1000, 1000, (2, *grid.size), generator=generator, dtype=torch.int16), grid)
 
 
 def world_values(volume: Volume) -> dict[tuple[float, ...], list[int]]:
@@ -49,7 +48,7 @@ def world_values(volume: Volume) -> dict[tuple[float, ...], list[int]]:
 @given(grids(), points)
 def test_world_and_index_are_inverses_and_simpleitks(grid: Grid, point: tuple[float, float, float]) -> None:
     np.testing.assert_allclose(grid.world(grid.index(point)), point, atol=1e-6)
-    image = to_sitk(Volume.on(grid, torch.zeros(1, *grid.size)))
+    image = Volume(torch.zeros(1, *grid.size), grid).to_sitk()
     expected = image.TransformPhysicalPointToContinuousIndex(point)[::-1]
     np.testing.assert_allclose(grid.index(point), expected, atol=1e-4)
 
@@ -97,7 +96,7 @@ def test_resampling_a_ramp_gives_the_ramp(grid: Grid, spacing: tuple[float, floa
     """Linear interpolation of a linear function of position is exact wherever it does not have to repeat an edge."""
     slope = np.array([0.3, -0.2, 0.5])
     position = lambda g: g.world(np.stack(np.meshgrid(*map(np.arange, g.size), indexing="ij"), -1))  # noqa: E731
-    ramp = Volume.on(grid, torch.from_numpy(position(grid) @ slope)[None])
+    ramp = Volume(torch.from_numpy(position(grid) @ slope)[None], grid)
     fine = [max(new, old * n / 12) for new, old, n in zip(spacing, grid.spacing, grid.size, strict=True)]
     result = resample(ramp, spacing=fine, origin=origin)  # type: ignore[arg-type]
     where = position(result.grid)
@@ -114,7 +113,7 @@ def test_resampling_a_ramp_gives_the_ramp(grid: Grid, spacing: tuple[float, floa
 @SETTINGS
 @given(grids(), sizes)
 def test_a_feature_map_covers_the_same_box(grid: Grid, patches: tuple[int, int, int]) -> None:
-    volume = Volume.on(grid, torch.zeros(1, *grid.size))
+    volume = Volume(torch.zeros(1, *grid.size), grid)
     bigger = crop_or_pad(volume, [2 * p for p in patches])
     features = feature_map(torch.zeros(1, *patches), bigger)
     for corner in itertools.product((-0.5, 1), repeat=3):
@@ -128,7 +127,7 @@ def test_a_feature_map_covers_the_same_box(grid: Grid, patches: tuple[int, int, 
 def test_axes_that_lie_between_two_body_axes_take_every_code(code: str) -> None:
     half = float(np.sqrt(0.5))
     grid = Grid((2, 3, 4), (1, 1, 1), (0, 0, 0), np.array([[half, -half, 0], [half, half, 0], [0, 0, 1]]))
-    assert reorient(Volume.on(grid, torch.zeros(1, 2, 3, 4)), code).orientation == code
+    assert reorient(Volume(torch.zeros(1, 2, 3, 4), grid), code).orientation == code
 
 
 @pytest.mark.parametrize("code", ["", "RA", "RAR", "XYZ", "RASP", "LRS"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import struct
 import sys
 from pathlib import Path
@@ -12,8 +13,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from medgmae.data import Volume, VolumeError, read_volume, stack_channels, write_volume
-from medgmae.data.volume import to_sitk
+from medgmae.data import Grid, Volume, VolumeError, read_volume, stack_channels, write_volume
 
 ROOT = Path(__file__).parent.parent
 SCANS = sorted((ROOT / "examples/data").glob("*.nii.gz"))
@@ -29,7 +29,7 @@ def oblique(channels: int = 1, dtype: torch.dtype = torch.int16) -> Volume:
     rotation = sitk.VersorTransform((0.3, -0.5, 0.2), 0.6)
     direction = np.array(rotation.GetMatrix()).reshape(3, 3)[:, ::-1]
     data = torch.arange(channels * 5 * 6 * 7).reshape(channels, 5, 6, 7).to(dtype)
-    return Volume(data, (2.5, 0.8, 0.7), (10.0, -20.0, 5.0), direction)
+    return Volume(data, Grid((5, 6, 7), (2.5, 0.8, 0.7), (10.0, -20.0, 5.0), direction))
 
 
 def assert_same_place(volume: Volume, image: sitk.Image, atol: float = 1e-5) -> None:
@@ -254,18 +254,42 @@ def test_large_finite_voxels_are_not_taken_for_infinite(tmp_path: Path) -> None:
     assert read_volume(tmp_path / "v.nrrd").data.max() == 1e308
 
 
+def test_a_volume_is_its_voxels_and_a_grid() -> None:
+    grid = Grid((2, 3, 4), 1.5, (7, 8, 9))
+    volume = Volume(torch.zeros(2, 2, 3, 4), grid)
+    assert volume.grid is grid is volume.with_data(volume.data[:1]).grid
+    assert volume.shape == (2, 2, 3, 4)
+    assert volume.size == (2, 3, 4)
+    assert volume.spacing == (1.5, 1.5, 1.5)
+    assert volume.origin == (7.0, 8.0, 9.0)
+    np.testing.assert_array_equal(volume.affine, grid.affine)
+    np.testing.assert_array_equal(volume.direction, grid.direction)
+    again = Grid.from_affine(grid.affine, grid.size)
+    np.testing.assert_array_equal(again.affine, grid.affine)
+    assert Grid(4).size == (4, 4, 4)
+
+
 def test_a_volume_checks_itself() -> None:
     data = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(VolumeError, match=r"\(C, D, H, W\)"):
+    with pytest.raises(VolumeError, match=re.escape("(2, 3, 4); expected (C, D, H, W): data[None] adds the channel")):
         Volume(data[0])
+    with pytest.raises(VolumeError, match=re.escape("data is a ndarray; expected a tensor: torch.from_numpy(array)")):
+        Volume(data.numpy())  # type: ignore[arg-type]
+    with pytest.raises(VolumeError, match=re.escape("grid is (2.0, 1.0, 1.0); expected Grid(data.shape[1:], spacing)")):
+        Volume(data, (2.0, 1.0, 1.0))  # type: ignore[arg-type]
     with pytest.raises(VolumeError, match="spacing"):
-        Volume(data, (1.0, 0.0, 1.0))
+        Grid((2, 3, 4), (1.0, 0.0, 1.0))
     with pytest.raises(VolumeError, match="orthonormal"):
-        Volume(data, direction=np.ones((3, 3)))
+        Grid((2, 3, 4), direction=np.ones((3, 3)))
+    with pytest.raises(VolumeError, match=re.escape("shape (1, 2, 3, 4), and the grid has the size (2, 3, 5)")):
+        Volume(data, Grid((2, 3, 5)))
+    for wrong in (0, 2.5, (2, 3), (2.0, 3, 4)):
+        with pytest.raises(VolumeError, match="three positive numbers of voxels"):
+            Grid(wrong)  # type: ignore[arg-type]
     assert Volume(data).orientation == "LPS"
     assert Volume(data.int()).tensor.shape == (1, 1, 2, 3, 4)
     assert Volume(data.int()).tensor.dtype == torch.float32
-    assert_same_place(oblique(), to_sitk(oblique()))
+    assert_same_place(oblique(), oblique().to_sitk())
 
 
 def test_writing_says_what_is_wrong(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import medgmae
 from medgmae import Volume, latent_map_figure, latent_to_spatial, random_masking
+from medgmae.data import Grid
 from medgmae.inference.latents import latent_map_defaults
 from medgmae.visualize import latent_to_spatial as as_visualize_has_it
 
@@ -221,7 +222,7 @@ def oblique(size: tuple[int, int, int], channels: int = 1) -> Volume:
     turn = np.array([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0], [0, 0, 1]])
     tilt = np.array([[1, 0, 0], [0, math.cos(b), -math.sin(b)], [0, math.sin(b), math.cos(b)]])
     data = torch.rand(channels, *size, generator=seeded(6))
-    return Volume(data, (4.0, 0.8, 1.1), (-31.0, 12.5, 77.0), (turn @ tilt)[:, ::-1])
+    return Volume(data, Grid(size, (4.0, 0.8, 1.1), (-31.0, 12.5, 77.0), (turn @ tilt)[:, ::-1]))
 
 
 @pytest.mark.parametrize("name", [*ENCODERS, *AUTOENCODERS[:2]])
@@ -297,7 +298,9 @@ def test_the_picture_shows_the_map_on_the_scan_through_its_peak(tmp_path: Path) 
     latent[:, 0:4, 8:12, 0:4] = -1.0
     data[:, 0] = 0.0
     # RAS: the array grows to the top, the front and the right of the body.
-    scan = Volume(data, (2.0, 3.0, 1.0), direction=np.array([[0.0, 0, -1], [0, -1, 0], [1, 0, 0]]))
+    scan = Volume(
+        data, Grid(data.shape[1:], (2.0, 3.0, 1.0), direction=np.array([[0.0, 0, -1], [0, -1, 0], [1, 0, 0]]))
+    )
     for shown in (scan, medgmae.data.reorient(scan, "LPI")):
         overlay = medgmae.data.reorient(scan.with_data(latent), shown.orientation)
         figure = latent_map_figure(shown, overlay, title="corner")
@@ -335,7 +338,7 @@ def test_the_peak_is_sought_in_the_body() -> None:
     data[:, 4:, 4:, 4:] = 1.0
     latent[:, 0:2] = 9.0  # air
     latent[:, 5, 6, 7] = 2.0
-    scan = Volume(data, direction=np.array([[0.0, 0, -1], [0, -1, 0], [1, 0, 0]]))
+    scan = Volume(data, Grid(data.shape[1:], direction=np.array([[0.0, 0, -1], [0, -1, 0], [1, 0, 0]])))
     figure = latent_map_figure(scan, scan.with_data(latent))
     picture: Any = figure.axes[1].images[1].get_array()
     assert picture.max() == 2.0

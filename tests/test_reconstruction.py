@@ -13,7 +13,7 @@ from monai.metrics import PSNRMetric
 from torch import Tensor
 
 from medgmae import Gaussians, Masking, Volume, create_model, create_transform, psnr, reconstruct_scan
-from medgmae.data import crop_or_pad
+from medgmae.data import Grid, crop_or_pad
 from medgmae.inference.windows import blend_weights
 from medgmae.ops import voxelize
 from medgmae.visualize import reconstruction_figure
@@ -48,7 +48,7 @@ def scan() -> Volume:
     """Oblique, of uneven spacing, no multiple of the patch of 8."""
     data = create_transform("mae_vit_tiny_patch8_64.demo", whole=True)(DATA / "mr_brain_t1.nii.gz").data
     part = data[:, 20:50, 20:63, 20:57].contiguous()
-    return Volume(part, (2.0, 1.5, 3.0), (-80.0, 30.0, 55.0), TURN)
+    return Volume(part, Grid(part.shape[1:], (2.0, 1.5, 3.0), (-80.0, 30.0, 55.0), TURN))
 
 
 def test_one_window_is_what_the_model_gives(scan: Volume) -> None:
@@ -239,7 +239,7 @@ def test_the_fourth_column_shows_where_gaussians_are(scan: Volume, tmp_path: Pat
     """A dot lies on the bright voxel of the slice beside it, in all three planes."""
     data = torch.zeros(1, 9, 11, 13)
     data[0, 2, 8, 3] = 1.0
-    place = Volume(data, (3.0, 1.0, 2.0), (5.0, -7.0, 9.0), np.eye(3)[:, ::-1] * [1, -1, 1])
+    place = Volume(data, Grid(data.shape[1:], (3.0, 1.0, 2.0), (5.0, -7.0, 9.0), np.eye(3)[:, ::-1] * [1, -1, 1]))
     centre = torch.tensor(place.grid.world([2, 8, 3]), dtype=torch.float32)[None, None]
     one = Gaussians(centre, torch.ones(1, 1, 3), torch.ones(1, 1, 4), torch.ones(1, 1))
     found = reconstruct_scan(nano(), scan)._replace(visible=place, filled=place, predicted=place, gaussians=one)

@@ -14,8 +14,10 @@ import torch
 from safetensors.numpy import load_file
 
 from medgmae.data import (
+    Grid,
     Volume,
     VolumeError,
+    centred_start,
     crop_foreground,
     crop_or_pad,
     feature_map,
@@ -28,7 +30,6 @@ from medgmae.data import (
     write_volume,
     zscore,
 )
-from medgmae.data.volume import to_sitk
 from medgmae.factory import create_transform
 
 ROOT = Path(__file__).parent.parent
@@ -53,11 +54,11 @@ BRATS = {
 def tilted(size: tuple[int, int, int] = (5, 6, 7), channels: int = 1) -> Volume:
     matrix = np.array(sitk.VersorTransform((0.1, -0.2, 0.3), 0.5).GetMatrix()).reshape(3, 3)[:, ::-1]
     data = torch.randn(channels, *size, generator=torch.Generator().manual_seed(0))
-    return Volume(data, (2.5, 0.8, 0.7), (10.0, -20.0, 5.0), matrix)
+    return Volume(data, Grid(size, (2.5, 0.8, 0.7), (10.0, -20.0, 5.0), matrix))
 
 
 def by_simpleitk(volume: Volume, like: Volume, interpolator: int, outside: float) -> np.ndarray:
-    image = sitk.Resample(to_sitk(volume), to_sitk(like), sitk.Transform(), interpolator, outside)
+    image = sitk.Resample(volume.to_sitk(), like.to_sitk(), sitk.Transform(), interpolator, outside)
     return sitk.GetArrayFromImage(image)
 
 
@@ -66,7 +67,7 @@ def by_simpleitk(volume: Volume, like: Volume, interpolator: int, outside: float
 def test_reorient_is_simpleitks(code: str, start: str) -> None:
     volume = tilted()
     volume = reorient(volume, start)
-    ours, theirs = reorient(volume, code), sitk.DICOMOrient(to_sitk(volume), code)
+    ours, theirs = reorient(volume, code), sitk.DICOMOrient(volume.to_sitk(), code)
     assert ours.orientation == code
     np.testing.assert_array_equal(ours.data[0].numpy(), sitk.GetArrayFromImage(theirs))
     np.testing.assert_allclose(ours.grid.affine, read_back(theirs), atol=1e-6)
@@ -124,7 +125,7 @@ def test_resample_keeps_what_it_says_it_keeps() -> None:
     ("interpolation", "interpolator"), [("linear", sitk.sitkLinear), ("nearest", sitk.sitkNearestNeighbor)]
 )
 def test_a_map_on_an_oblique_grid(interpolation: str, interpolator: int) -> None:
-    upright = Volume(torch.zeros(1, 12, 13, 14), (1.0, 1.0, 1.0), (8.0, -22.0, 3.0))
+    upright = Volume(torch.zeros(1, 12, 13, 14), Grid((12, 13, 14), origin=(8.0, -22.0, 3.0)))
     ours = resample_like(tilted(channels=2), upright, interpolation=interpolation, outside=-7.0)
     for channel in range(2):
         one = tilted(channels=2)
@@ -157,15 +158,49 @@ def test_feature_map_covers_its_patches() -> None:
 
 def test_window_and_percentiles() -> None:
     volume = Volume(torch.arange(-5, 5, dtype=torch.int16).reshape(1, 1, 2, 5))
-    result = window(volume, -2, 2, (10.0, 20.0))
+    result = window(volume, (-2, 2), (10.0, 20.0))
     assert result.data.flatten().tolist() == [10, 10, 10, 10, 12.5, 15, 17.5, 20, 20, 20]
     assert percentiles(volume, 0, 100) == (-5.0, 4.0)
     assert percentiles(volume.with_data(volume.data * 0), 1, 99) == (0.0, 1.0)
     assert volume.data.min() == -5
     with pytest.raises(VolumeError, match="increasing"):
-        window(volume, 3, 3)
+        window(volume, (3, 3))
+    with pytest.raises(VolumeError, match=r"the window is \[-2\]; expected two increasing numbers \(low, high\)"):
+        window(volume, -2, 2)  # type: ignore[arg-type]
+    whole = window(volume, percentiles(volume, 0, 100)).data
+    assert (whole.min(), whole.max()) == (0, 1)
     with pytest.raises(VolumeError, match="0 <= low < high"):
         percentiles(volume, 50, 101)
+
+
+def test_one_number_stands_for_all_axes() -> None:
+    volume = tilted((5, 6, 7))
+    for one, three in (
+        (resample(volume, spacing=2), resample(volume, spacing=(2.0, 2.0, 2.0))),
+        (resample(volume, size=4), resample(volume, size=(4, 4, 4))),
+        (crop_or_pad(volume, 4), crop_or_pad(volume, (4, 4, 4))),
+        (crop_or_pad(volume, np.int64(8)), crop_or_pad(volume, np.array([8, 8, 8]))),
+    ):
+        assert torch.equal(one.data, three.data)
+        np.testing.assert_array_equal(one.affine, three.affine)
+    with pytest.raises(VolumeError, match=r"size is \[0, 0, 0\]; expected three positive numbers of voxels"):
+        crop_or_pad(volume, 0)
+    with pytest.raises(VolumeError, match=r"spacing is \[-1.0, -1.0, -1.0\] mm; expected three positive numbers"):
+        resample(volume, spacing=-1)
+    with pytest.raises(VolumeError, match="expected exactly one of them"):
+        resample(volume, spacing=2.0, size=4)
+
+
+@pytest.mark.parametrize(("n", "m", "start"), [(5, 4, 0), (4, 5, 0), (6, 3, 2), (3, 6, -2), (7, 7, 0), (9, 4, 2)])
+def test_the_middle_voxel_stays_in_the_middle(n: int, m: int, start: int) -> None:
+    assert centred_start([n], [m]) == [start]
+    assert centred_start([m], [n]) == [-start]  # a crop undoes a pad
+    cut = crop_or_pad(Volume(torch.arange(1, n + 1).reshape(1, n, 1, 1)), (m, 1, 1))
+    assert cut.data[0, m // 2, 0, 0] == n // 2 + 1
+    ready = create_transform({"size": [m, 1, 1], "crop": ["center"]})(
+        Volume(torch.arange(1, n + 1).reshape(1, n, 1, 1))
+    )
+    assert torch.equal(ready.data, cut.data.float())
 
 
 def test_zscore() -> None:
@@ -206,9 +241,8 @@ def test_official_preprocessing_of_tangerine(tmp_path: Path) -> None:
     case = json.loads((FIXTURES / "tangerine/preprocess_int16.json").read_text())
     tensors = load_file(FIXTURES / "tangerine/preprocess_int16.safetensors")
     given = case["config"]["input"]
-    scan = Volume(
-        torch.from_numpy(tensors["inputs/voxels"])[None], tuple(given["spacing_xyz"][::-1]), tuple(given["origin"])
-    )
+    voxels = torch.from_numpy(tensors["inputs/voxels"])
+    scan = Volume(voxels[None], Grid(voxels.shape, given["spacing_xyz"][::-1], given["origin"]))
     write_volume(scan, tmp_path / "scan.nii.gz")
     for x, y, z in case["config"]["new_sizes_xyz"]:
         key = f"x{x}_y{y}_z{z}"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from medgmae import Masking, Volume, create_model, create_transform, extract_features, reconstruct_scan
-from medgmae.data import crop_or_pad
+from medgmae.data import Grid, crop_or_pad
 from medgmae.inference.colours import dense_features, feature_colours, pca_rgb
 from medgmae.visualize import reconstruction_figure
 
@@ -158,7 +158,7 @@ def test_figure_shows_right_on_the_left_and_up_on_top(tmp_path: Path) -> None:
 
     data = torch.zeros(1, 8, 10, 12)  # RAS array (z, y, x): bright at the top, in front, on the right
     data[:, 4:, 5:, 6:] = 1.0
-    scan = Volume(data, (2.0, 2.0, 2.0), direction=np.array([[0.0, 0, -1], [0, -1, 0], [1, 0, 0]]))
+    scan = Volume(data, Grid(data.shape[1:], 2.0, direction=np.array([[0.0, 0, -1], [0, -1, 0], [1, 0, 0]])))
     assert scan.grid.orientation == "RAS"
     figure = reconstruction_figure(scan, title="corner")
     pictures = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]  # the first row is at the bottom

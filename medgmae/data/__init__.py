@@ -1,8 +1,9 @@
 """Scans: reading and writing with geometry, and the preparation that a checkpoint expects."""
 
 from medgmae.data.contrasts import find_contrasts
-from medgmae.data.geometry import Grid, VolumeError
+from medgmae.data.geometry import Grid, VolumeError, centred_start
 from medgmae.data.io import read_volume, write_volume
+from medgmae.data.labels import patch_labels
 from medgmae.data.transforms import (
     crop_foreground,
     crop_or_pad,
@@ -14,16 +15,19 @@ from medgmae.data.transforms import (
     window,
     zscore,
 )
-from medgmae.data.volume import Volume, stack_channels
+from medgmae.data.volume import Volume, as_volume, stack_channels
 
 __all__ = [
     "Grid",
     "Volume",
     "VolumeError",
+    "as_volume",
+    "centred_start",
     "crop_foreground",
     "crop_or_pad",
     "feature_map",
     "find_contrasts",
+    "patch_labels",
     "percentiles",
     "read_volume",
     "reorient",

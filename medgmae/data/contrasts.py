@@ -1,4 +1,4 @@
-"""One case in several contrasts: a file each, told apart by name, that become the channels of one volume."""
+"""One case in several contrasts: a file each, recognised by its name, that become the channels of one volume."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ import numpy as np
 
 from medgmae.data.geometry import Floats, Grid, VolumeError
 from medgmae.data.io import read_volume
-from medgmae.data.volume import Volume
+from medgmae.data.volume import ScanLike, Volume, as_volume
 
-Scan: TypeAlias = str | os.PathLike[str] | Volume
+Scan: TypeAlias = "str | os.PathLike[str] | ScanLike"
+"""A scan on disk (a file, or a DICOM folder) or in memory."""
 
 # How files are named: BraTS up to 2021 and from 2023 on, the Medical Segmentation Decathlon, BIDS.
 _SPELLINGS = {"t1": {"t1w", "t1n"}, "t2": {"t2w"}, "t1ce": {"t1c", "t1gd"}, "flair": {"t2f"}}
 
 
+def open_scan(scan: Scan, channels: int | None = None) -> Volume:
+    """A scan as a volume: read if it is on disk, converted if it is of another library."""
+    return read_volume(scan, channels=channels) if isinstance(scan, str | os.PathLike) else as_volume(scan)
+
+
 def _named_in(path: Path, contrasts: Sequence[str]) -> list[str]:
-    """The contrasts that the name of a file or folder speaks of."""
+    """The contrasts that the name of a file or folder has words of."""
     words = set(re.split(r"[^a-z0-9]+", path.name.lower()))
     return [name for name in contrasts if words & {name.lower(), *_SPELLINGS.get(name, ())}]
 
@@ -39,12 +45,12 @@ def find_contrasts(folder: str | os.PathLike[str], contrasts: Sequence[str]) -> 
     """
     folder = Path(folder)
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    found: dict[str, list[Path]] = {name: [] for name in contrasts}
+    files_of: dict[str, list[Path]] = {name: [] for name in contrasts}
     for entry in entries:
         named = _named_in(entry, contrasts)
         if len(named) == 1:
-            found[named[0]].append(entry)
-    for name, files in found.items():
+            files_of[named[0]].append(entry)
+    for name, files in files_of.items():
         if len(files) != 1:
             names = [entry.name for entry in entries]
             listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
@@ -53,18 +59,18 @@ def find_contrasts(folder: str | os.PathLike[str], contrasts: Sequence[str]) -> 
                 f"{folder}: {held} for the contrast {name!r} among: {listed or 'nothing'}; expected one file each for "
                 f"{', '.join(contrasts)}, with that word in its name, or a mapping {{{name!r}: file, ...}}"
             )
-    return {name: files[0] for name, files in found.items()}
+    return {name: files[0] for name, files in files_of.items()}
 
 
 def read_contrasts(case: Mapping[str, Scan], contrasts: Sequence[str]) -> list[Volume]:
     """The volumes (1, D, H, W) of one case, in the order of ``contrasts``, each on its own grid.
 
     Args:
-        case: file, DICOM folder or volume by contrast, in any order.
+        case: a scan by contrast, in any order: file, DICOM folder, or what :func:`~medgmae.data.as_volume` takes.
         contrasts: names of the channels, in order.
 
     Raises:
-        VolumeError: a contrast is missing, unknown or given twice; a file whose name speaks of another contrast (read
+        VolumeError: a contrast is missing, unknown or given twice; a file whose name says another contrast (read
             it with ``read_volume`` first if the name is wrong); more than one channel; contrasts that lie apart in
             space; and what ``read_volume`` raises.
     """
@@ -76,7 +82,7 @@ def read_contrasts(case: Mapping[str, Scan], contrasts: Sequence[str]) -> list[V
             if given is case[other] or (_path(given) is not None and _path(given) == _path(case[other])):
                 raise VolumeError(f"{other!r} and {name!r} are the same scan, {_source(given)}; expected one for each")
         _check_file_name(name, given, contrasts)
-        volume = given if isinstance(given, Volume) else read_volume(given, channels=1)
+        volume = open_scan(given, channels=1)
         if volume.channels != 1:
             raise VolumeError(f"{name!r}, {volume.source}: {volume.channels} channels; expected one per contrast")
         if volumes and not _overlap(volumes[0].grid, volume.grid):
@@ -101,7 +107,7 @@ def _check_names(given: Sequence[str], contrasts: Sequence[str]) -> None:
     unknown = [name for name in given if name not in contrasts]
     if missing or unknown:
         near = [difflib.get_close_matches(str(name).lower(), missing, n=1, cutoff=0.5) for name in unknown]
-        hints = [f"is {name!r} {match[0]!r}?" for name, match in zip(unknown, near, strict=True) if match]
+        hints = [f"did you mean {match[0]!r} by {name!r}?" for name, match in zip(unknown, near, strict=True) if match]
         raise VolumeError(
             f"the case has the contrasts {list(given)}: {missing} missing, {unknown} unknown; expected exactly "
             f"{list(contrasts)}{'; ' if hints else ''}{' '.join(hints)}"
@@ -109,22 +115,22 @@ def _check_names(given: Sequence[str], contrasts: Sequence[str]) -> None:
 
 
 def _check_file_name(name: str, given: Scan, contrasts: Sequence[str]) -> None:
-    """Contrasts that were mixed up look like scans of any patient: the file's name is all there is to tell by."""
+    """Contrasts that were mixed up look like any other scans: only the file's name shows it."""
     path = _path(given)
     named = [] if path is None else _named_in(path, contrasts)
     if named and name not in named:
         raise VolumeError(
-            f"{name!r} is given the file {path}, whose name says {' and '.join(map(repr, named))}; expected that of "
-            f"{name!r} (if the name is wrong, pass read_volume(file) in its place)"
+            f"{name!r} is given the file {path}, whose name says {' and '.join(map(repr, named))}; expected the file "
+            f"of {name!r} (if the name is wrong, pass read_volume(file) in its place)"
         )
 
 
 def _path(given: Scan) -> Path | None:
-    return None if isinstance(given, Volume) else Path(given).absolute()
+    return Path(given).absolute() if isinstance(given, str | os.PathLike) else None
 
 
 def _source(given: Scan) -> str:
-    return given.source if isinstance(given, Volume) else str(given)
+    return str(given) if isinstance(given, str | os.PathLike) else as_volume(given).source
 
 
 def _corners(grid: Grid) -> Floats:

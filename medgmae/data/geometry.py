@@ -11,22 +11,58 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Origin = Literal["centered", "first_voxel"]
 
 _SIDES = ("RL", "AP", "IS")  # per world axis (x, y, z) in LPS: the side of the negative and of the positive direction
-_HAIR = np.eye(3) + 1e-5 * np.array([[0, -3, 2], [3, 0, -1], [-2, 1, 0]])
+_PERTURBATION = np.eye(3) + 1e-5 * np.array([[0, -3, 2], [3, 0, -1], [-2, 1, 0]])
 _ORTHONORMAL = 1e-3  # DICOM gives cosines with as few as 4 digits
-_SNAP = 1e-4  # voxels: positions this close to a voxel centre are that voxel (NIfTI stores geometry in float32)
+SNAP = 1e-4  # voxels: positions this close to a voxel centre are that voxel (NIfTI stores geometry in float32)
 
 
 class VolumeError(ValueError):
     """A scan cannot be read, written or brought into the form that is asked for."""
+
+
+def sizes(size: int | Sequence[int]) -> tuple[int, int, int]:
+    """Voxels (d, h, w) of a size, or of one number for all axes.
+
+    Raises:
+        VolumeError: not positive whole numbers, or another count of them than one or three.
+    """
+    values = list(size) if isinstance(size, Sequence | np.ndarray) else [size] * 3
+    if len(values) != 3 or not all(isinstance(n, (int, np.integer)) and n > 0 for n in values):
+        raise VolumeError(f"size is {values}; expected three positive numbers of voxels (d, h, w), or one for all axes")
+    d, h, w = map(int, values)
+    return d, h, w
+
+
+def centred_start(size: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """First voxel of ``wanted`` voxels in the middle of ``size``, per axis; negative where it takes padding.
+
+    The one rule of the library: voxel ``n // 2`` becomes voxel ``wanted // 2``, so that a crop undoes a pad whatever
+    is odd or even.
+    """
+    return [n // 2 - m // 2 for n, m in zip(size, wanted, strict=True)]
+
+
+def spacings(spacing: float | Sequence[float]) -> tuple[float, float, float]:
+    """Millimetres (d, h, w) of a spacing, or of one number for all axes.
+
+    Raises:
+        VolumeError: not positive finite numbers, or another count of them than one or three.
+    """
+    numbers = _triple("spacing", spacing if isinstance(spacing, Sequence | np.ndarray) else [spacing] * 3)
+    if min(numbers) <= 0:
+        raise VolumeError(
+            f"spacing is {list(numbers)} mm; expected three positive numbers (d, h, w), or one for all axes"
+        )
+    return numbers
 
 
 def _triple(name: str, values: Sequence[float]) -> tuple[float, float, float]:
@@ -36,7 +72,7 @@ def _triple(name: str, values: Sequence[float]) -> tuple[float, float, float]:
     return numbers
 
 
-def _rotation(matrix: Any) -> Floats:
+def _rotation(matrix: ArrayLike) -> Floats:
     direction = np.array(matrix, dtype=np.float64)
     if direction.shape != (3, 3) or not np.isfinite(direction).all():
         raise VolumeError(f"direction is {direction.tolist()}; expected a 3x3 matrix of finite numbers")
@@ -49,15 +85,16 @@ def _rotation(matrix: Any) -> Floats:
     return direction
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Grid:
-    """A regular voxel grid in patient space.
+    """A regular voxel grid in patient space: ``Grid(size, spacing)``, or with all four.
 
     Attributes:
-        size: voxels (d, h, w).
-        spacing: millimetres between voxel centres (d, h, w).
-        origin: LPS position (x, y, z) in millimetres of voxel (0, 0, 0).
-        direction: 3x3; column k is the LPS unit vector along which array axis k grows.
+        size: voxels (d, h, w), or one number for all axes.
+        spacing: millimetres between voxel centres (d, h, w), or one number for all axes; 1 by default.
+        origin: LPS position (x, y, z) in millimetres of voxel (0, 0, 0); 0 by default.
+        direction: 3x3; column k is the LPS unit vector along which array axis k grows; by default the array's axes
+            are those of the body, (z, y, x).
 
     Raises:
         VolumeError: a size or spacing that is not positive, or a direction that is not orthonormal.
@@ -68,17 +105,32 @@ class Grid:
     origin: tuple[float, float, float]
     direction: Floats
 
-    def __post_init__(self) -> None:
-        size = tuple(int(n) for n in self.size)
-        if len(size) != 3 or min(size) < 1:
-            raise VolumeError(f"size is {list(size)}; expected three positive numbers of voxels (d, h, w)")
-        spacing = _triple("spacing", self.spacing)
-        if min(spacing) <= 0:
-            raise VolumeError(f"spacing is {list(spacing)} mm; expected three positive numbers (d, h, w)")
-        object.__setattr__(self, "size", size)
-        object.__setattr__(self, "spacing", spacing)
-        object.__setattr__(self, "origin", _triple("origin", self.origin))
-        object.__setattr__(self, "direction", _rotation(self.direction))
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        spacing: float | Sequence[float] = 1.0,
+        origin: Sequence[float] = (0.0, 0.0, 0.0),
+        direction: ArrayLike | None = None,
+    ) -> None:
+        object.__setattr__(self, "size", sizes(size))
+        object.__setattr__(self, "spacing", spacings(spacing))
+        object.__setattr__(self, "origin", _triple("origin", origin))
+        object.__setattr__(self, "direction", _rotation(np.eye(3)[:, ::-1] if direction is None else direction))
+
+    @classmethod
+    def from_affine(cls, affine: Floats, size: Sequence[int]) -> Grid:
+        """The grid of ``size`` voxels (d, h, w) whose ``affine`` this is: 4x4, index (d, h, w) to LPS millimetres.
+
+        Raises:
+            VolumeError: numbers that are not finite, an axis without length, or axes that are not perpendicular.
+        """
+        columns = np.asarray(affine, dtype=np.float64)[:3, :3]
+        spacing = np.linalg.norm(columns, axis=0)
+        if not (np.isfinite(affine).all() and spacing.min() > 0):
+            raise VolumeError(
+                f"the geometry is {np.asarray(affine)[:3].tolist()}; expected finite numbers and a positive spacing"
+            )
+        return cls(size, tuple(spacing), tuple(affine[:3, 3]), columns / spacing)
 
     @property
     def orientation(self) -> str:
@@ -94,28 +146,28 @@ class Grid:
         affine[:3, 3] = self.origin
         return affine
 
-    def world(self, index: Any) -> Floats:
+    def world(self, index: ArrayLike) -> Floats:
         """LPS positions (..., 3) in millimetres of voxel indices (..., 3), which need not be whole."""
         return np.asarray(np.asarray(index, dtype=np.float64) @ self.affine[:3, :3].T + np.array(self.origin))
 
-    def index(self, world: Any) -> Floats:
+    def index(self, world: ArrayLike) -> Floats:
         """Continuous voxel indices (..., 3) of LPS positions (..., 3); the inverse of ``world``."""
         offset = np.asarray(world, dtype=np.float64) - np.array(self.origin)
         return np.asarray(offset @ np.linalg.inv(self.affine[:3, :3]).T)
 
     def _nearest_axes(self) -> list[tuple[int, float]]:
         """Per array axis: the world axis that it follows, and the cosine. The assignment is one to one, as near as
-        possible in sum, with body axes turned by a hair: whatever the order and signs of the array's axes, those that
+        possible in sum, with body axes slightly perturbed: whatever the order and signs of the array's axes, those that
         lie half way between two body axes are then assigned alike.
         """
-        near = np.abs(_HAIR @ self.direction)
+        near = np.abs(_PERTURBATION @ self.direction)
         best = max(itertools.permutations(range(3)), key=lambda axes: sum(near[axes[k], k] for k in range(3)))
         return [(axis, float(self.direction[axis, k])) for k, axis in enumerate(best)]
 
     def part(self, start: Sequence[int], size: Sequence[int]) -> Grid:
         """The grid of ``size`` voxels from voxel ``start`` on; it may reach beyond this one, which pads."""
         origin = self.world(np.array(start, dtype=np.float64))
-        return Grid((size[0], size[1], size[2]), self.spacing, tuple(origin), self.direction)
+        return Grid(size, self.spacing, tuple(origin), self.direction)
 
     def reoriented(self, code: str) -> Grid:
         """The same voxels with axes permuted and reversed until ``orientation`` is ``code``.
@@ -138,38 +190,34 @@ class Grid:
             start[source] = 0 if same_way else self.size[source] - 1
             order.append(source)
             signs.append(1.0 if same_way else -1.0)
-        d, h, w = order
         return Grid(
-            (self.size[d], self.size[h], self.size[w]),
-            (self.spacing[d], self.spacing[h], self.spacing[w]),
+            [self.size[k] for k in order],
+            [self.spacing[k] for k in order],
             tuple(self.world(np.array(start, dtype=np.float64))),
             self.direction[:, order] * np.array(signs),
         )
 
-    def with_spacing(self, spacing: Sequence[float], origin: Origin = "centered") -> Grid:
-        """A grid of another spacing (d, h, w) in millimetres over the same field of view.
+    def with_spacing(self, spacing: float | Sequence[float], origin: Origin = "centered") -> Grid:
+        """A grid of another spacing (d, h, w) in millimetres, or one number for all axes, over the same field of view.
 
         ``"centered"`` keeps the centre: ``round(n * old / new)`` voxels. ``"first_voxel"`` keeps the first voxel's
         centre and stays within half a new voxel of the last one: ``round((n - 1) * old / new + 1)`` voxels, as
         MONAI's ``Spacing`` does.
         """
-        new = _triple("spacing", spacing)
-        if min(new) <= 0:
-            raise VolumeError(f"spacing is {list(new)} mm; expected three positive numbers (d, h, w)")
+        new = spacings(spacing)
         ratios = [old / step for old, step in zip(self.spacing, new, strict=True)]
         if origin == "first_voxel":
-            size = [round((n - 1) * ratio + 1) for n, ratio in zip(self.size, ratios, strict=True)]
+            counts = [round((n - 1) * ratio + 1) for n, ratio in zip(self.size, ratios, strict=True)]
         else:
-            size = [max(1, round(n * ratio)) for n, ratio in zip(self.size, ratios, strict=True)]
-        return self._regular(size, new, origin)
+            counts = [max(1, round(n * ratio)) for n, ratio in zip(self.size, ratios, strict=True)]
+        return self._regular(counts, new, origin)
 
-    def with_size(self, size: Sequence[int], origin: Origin = "centered") -> Grid:
-        """A grid of ``size`` voxels (d, h, w), of spacing ``n * old / size``, that keeps the centre or the first
-        voxel's centre."""
-        if len(size) != 3 or min(size) < 1:
-            raise VolumeError(f"size is {list(size)}; expected three positive numbers of voxels (d, h, w)")
-        spacing = [n * old / new for n, old, new in zip(self.size, self.spacing, size, strict=True)]
-        return self._regular(size, spacing, origin)
+    def with_size(self, size: int | Sequence[int], origin: Origin = "centered") -> Grid:
+        """A grid of ``size`` voxels (d, h, w), or one number for all axes, of spacing ``n * old / size``, that keeps
+        the centre or the first voxel's centre."""
+        counts = sizes(size)
+        spacing = [n * old / new for n, old, new in zip(self.size, self.spacing, counts, strict=True)]
+        return self._regular(counts, spacing, origin)
 
     def _regular(self, size: Sequence[int], spacing: Sequence[float], origin: Origin) -> Grid:
         first = np.zeros(3)
@@ -179,9 +227,7 @@ class Grid:
             first = (old_extent - new_extent) / 2 / np.array(self.spacing)
         elif origin != "first_voxel":
             raise VolumeError(f"origin is {origin!r}; expected 'centered' or 'first_voxel'")
-        return Grid(
-            (size[0], size[1], size[2]), (spacing[0], spacing[1], spacing[2]), tuple(self.world(first)), self.direction
-        )
+        return Grid(size, spacing, tuple(self.world(first)), self.direction)
 
 
 @dataclass(frozen=True)
@@ -209,11 +255,11 @@ def axis_maps(source: Grid, target: Grid) -> list[AxisMap] | None:
     order = [int(np.abs(linear[:, k]).argmax()) for k in range(3)]
     drift = linear.copy()
     drift[order, range(3)] = 0.0
-    if sorted(order) != [0, 1, 2] or (np.abs(drift) * np.array(target.size)).max() > 10 * _SNAP:
+    if sorted(order) != [0, 1, 2] or (np.abs(drift) * np.array(target.size)).max() > 10 * SNAP:
         return None
     maps = []
     for k, axis in enumerate(order):
         positions = linear[axis, k] * np.arange(target.size[k]) + matrix[axis, 3]
         rounded = np.round(positions)
-        maps.append(AxisMap(axis, rounded if np.abs(positions - rounded).max() < _SNAP else positions))
+        maps.append(AxisMap(axis, rounded if np.abs(positions - rounded).max() < SNAP else positions))
     return maps

@@ -5,27 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from medgmae.data.conversion import from_sitk, grid_of, tensor_of
 from medgmae.data.formats import dicom, nifti
 from medgmae.data.formats.headers import check_text_header, is_text_header
 from medgmae.data.formats.itk import quiet, reason, simpleitk
-from medgmae.data.geometry import Floats, Grid, VolumeError
-from medgmae.data.volume import Volume, to_sitk
+from medgmae.data.geometry import Grid, VolumeError
+from medgmae.data.volume import ScanLike, Volume, as_volume
 
 _log = logging.getLogger("medgmae")
-_WRITABLE = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 _READABLE = (
     "NIfTI (.nii, .nii.gz), MetaImage (.mha, .mhd), NRRD (.nrrd, .nhdr) or DICOM (a folder, or one multi-frame file)"
 )
-_WIDER = {"u2": "i4", "u4": "i8", "u8": "i8"}  # torch lacks arithmetic on unsigned types above 8 bits
 
 
 def _guarded(path: Path, read: Callable[[], tuple[Grid, Tensor]]) -> tuple[Grid, Tensor]:
@@ -41,21 +38,7 @@ def _guarded(path: Path, read: Callable[[], tuple[Grid, Tensor]]) -> tuple[Grid,
         raise VolumeError(f"{path}: cannot be read: {reason(error)}; expected {_READABLE}") from None
 
 
-def _from_affine(affine_xyz: Floats, size: Sequence[int]) -> Grid:
-    """A grid from a 4x4 that takes the index (x, y, z) to LPS millimetres; ``size`` is (d, h, w)."""
-    columns = affine_xyz[:3, :3][:, ::-1]
-    spacing = np.linalg.norm(columns, axis=0)
-    if not (np.isfinite(affine_xyz).all() and spacing.min() > 0):
-        raise VolumeError(f"the geometry is {affine_xyz[:3].tolist()}; expected finite numbers and a positive spacing")
-    return Grid((size[0], size[1], size[2]), tuple(spacing), tuple(affine_xyz[:3, 3]), columns / spacing)
-
-
-def _tensor(voxels: NDArray[Any]) -> Tensor:
-    """The array as a tensor that owns its memory, of a type that torch calculates with, all of it finite."""
-    kind = voxels.dtype.newbyteorder("=").str[1:]
-    if kind == "u8" and voxels.max() > np.iinfo(np.int64).max:
-        raise VolumeError("the voxels are unsigned 64-bit integers beyond the signed range; expected smaller numbers")
-    data = torch.from_numpy(np.array(voxels, dtype=np.dtype(_WIDER.get(kind, kind)), order="C"))
+def _finite(data: Tensor) -> Tensor:
     if data.is_floating_point() and not torch.isfinite(data.sum(dtype=torch.float64)):  # NaN and infinity survive a sum
         bad = int((~torch.isfinite(data)).sum())
         if bad:
@@ -63,22 +46,22 @@ def _tensor(voxels: NDArray[Any]) -> Tensor:
     return data
 
 
-def _expect_channels(found: int, frames: int, shape: str, channels: int | None) -> None:
+def _expect_channels(stored: int, frames: int, shape: str, channels: int | None) -> None:
     """``frames`` is the length of a fourth axis of the file, 0 when there is none."""
     if channels is None and frames:
         raise VolumeError(
             f"the image is 4-D, {shape} with {frames} frames; expected a 3-D volume "
             f"(channels={frames} reads the last axis as channels)"
         )
-    if channels is not None and found != channels:
-        raise VolumeError(f"the image has {found} channel(s), {shape}; expected {channels}")
+    if channels is not None and stored != channels:
+        raise VolumeError(f"the image has {stored} channel(s), {shape}; expected {channels}")
 
 
 def _read_nifti(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
     image = nifti.read_nifti(path)
     size = image.voxels.shape[1:]
     _expect_channels(len(image.voxels), image.frames, " x ".join(map(str, size[::-1])), channels)
-    return _from_affine(image.affine, size), _tensor(image.voxels)
+    return grid_of(image.affine, size), _finite(tensor_of(image.voxels))
 
 
 def _read_itk(path: Path, channels: int | None, bytes_on_disk: int) -> tuple[Grid, Tensor]:
@@ -102,23 +85,9 @@ def _read_itk(path: Path, channels: int | None, bytes_on_disk: int) -> tuple[Gri
         )
     with quiet():
         image = reader.Execute()
-    voxels, components = sitk.GetArrayFromImage(image), image.GetNumberOfComponentsPerPixel()
-    if voxels.dtype.kind not in "iuf":
-        raise VolumeError(f"the voxels are {image.GetPixelIDTypeAsString()}; expected integers or floats")
-    frames = size[3] if rank == 4 else 0
-    if components > 1 and frames:
-        raise VolumeError(f"the image is 4-D, {shape}, with {components} components per voxel; expected a 3-D volume")
-    spatial = tuple(size[2::-1])
-    voxels = (
-        np.moveaxis(voxels.reshape(*spatial, components), -1, 0) if components > 1 else voxels.reshape(-1, *spatial)
-    )
-    _expect_channels(len(voxels), frames, " x ".join(map(str, size[:3])), channels)
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(len(size), len(size))[:3, :3] * np.array(
-        image.GetSpacing()[:3]
-    )
-    affine[:3, 3] = image.GetOrigin()[:3]
-    return _from_affine(affine, spatial), _tensor(voxels)
+    data, grid = from_sitk(image)
+    _expect_channels(len(data), size[3] if rank == 4 else 0, " x ".join(map(str, size[:3])), channels)
+    return grid, _finite(data)
 
 
 def _read_dicom_folder(path: Path, series: str | None, channels: int | None) -> tuple[Grid, Tensor]:
@@ -128,7 +97,7 @@ def _read_dicom_folder(path: Path, series: str | None, channels: int | None) -> 
     affine[:3, :3], affine[:3, 3] = stack.direction * np.array(stack.spacing), stack.origin
     size = stack.voxels.shape[1:]
     _expect_channels(len(stack.voxels), 0, " x ".join(map(str, size[::-1])), channels)
-    return _from_affine(affine, size), _tensor(stack.voxels)
+    return grid_of(affine, size), _finite(tensor_of(stack.voxels))
 
 
 def _read_file(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
@@ -160,14 +129,14 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None, chan
     length of its last axis: a time series is not a multi-channel scan.
 
     Args:
-        path: NIfTI, MetaImage, NRRD or multi-frame DICOM file, told by content; or a folder, searched with its
-            subfolders for DICOM.
+        path: NIfTI, MetaImage, NRRD or multi-frame DICOM file, recognised by its content; or a folder, searched
+            with its subfolders for DICOM.
         series: SeriesInstanceUID, needed when a folder holds several.
-        channels: how many channels are due; ``None`` accepts any number of a 3-D image.
+        channels: the number of channels expected; ``None`` accepts any number of a 3-D image.
 
     Raises:
-        VolumeError: the path, what was found there and what was expected: a missing, empty, truncated, broken or
-            unknown file, NaN or infinite voxels, a spacing that is not positive, another rank or channel count,
+        VolumeError: with the path, what is there and what was expected: a missing, empty, truncated, broken or unknown
+            file, NaN or infinite voxels, a spacing that is not positive, another rank or channel count,
             several series, slices that are missing, doubled or of mixed geometry.
     """
     path = Path(path)
@@ -179,26 +148,13 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None, chan
         raise VolumeError(f"{path}: series={series!r} is for DICOM folders, and this is a file")
     else:
         grid, data = _guarded(path, lambda: _read_file(path, channels))
-    return Volume.on(grid, data, str(path))
+    return Volume(data, grid, str(path))
 
 
-def write_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
-    """Writes a volume with its geometry; the suffix decides the format, and everything but ``.nii`` and ``.mhd`` is
-    compressed.
+def write_volume(volume: ScanLike, path: str | os.PathLike[str]) -> None:
+    """``volume.save(path)``, for any scan in memory that :func:`~medgmae.data.as_volume` takes.
 
     Raises:
         VolumeError: an unknown suffix, a folder that does not exist, or a file that cannot be written.
     """
-    sitk = simpleitk()
-
-    path = Path(path)
-    if not path.name.lower().endswith(_WRITABLE):
-        raise VolumeError(f"{path}: unknown suffix; expected one of {', '.join(_WRITABLE)}")
-    if not path.parent.is_dir():
-        raise VolumeError(f"{path}: the folder {path.parent} does not exist")
-    image = to_sitk(volume)
-    try:
-        with quiet():
-            sitk.WriteImage(image, str(path), useCompression=path.suffix.lower() not in (".nii", ".mhd"))
-    except RuntimeError as error:
-        raise VolumeError(f"{path}: cannot be written: {reason(error)}") from None
+    as_volume(volume).save(path)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from medgmae.data.contrasts import Scan, find_contrasts, read_contrasts, same_place
-from medgmae.data.geometry import Grid, VolumeError
-from medgmae.data.io import read_volume
+from medgmae.data.contrasts import Scan, find_contrasts, open_scan, read_contrasts, same_place
+from medgmae.data.conversion import library_of
+from medgmae.data.geometry import Grid, VolumeError, centred_start
 from medgmae.data.sampling import onto, sample
 from medgmae.data.transforms import crop_foreground, crop_or_pad, percentiles, window, zscore
 from medgmae.data.volume import Volume, stack_channels
 
+_log = logging.getLogger("medgmae")
 _RESAMPLE: dict[str, Any] = {
     "to": "spacing",
     "interpolation": "linear",
@@ -79,7 +81,7 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "spacing": (lambda v: v is None or _numbers(v, 3, 0), "null or three positive numbers (d, h, w) in mm"),
     "size": (lambda v: v is None or _whole_numbers(v), "null or three positive whole numbers (d, h, w)"),
     "resample": (lambda v: v is None or isinstance(v, Mapping), "null or an object with 'to' and so on"),
-    "window": (_window, "null, [lo, hi] or {'percentiles': [low, high], 'per': 'scan' or 'channel'}"),
+    "window": (_window, "null, [low, high] or {'percentiles': [low, high], 'per': 'scan' or 'channel'}"),
     "range": (lambda v: _numbers(v, 2), "two numbers [a, b]"),
     "crop": (
         lambda v: isinstance(v, (list, tuple)) and all(c in ("foreground", "center") for c in v),
@@ -116,14 +118,14 @@ def _fitting(size: Sequence[int], wanted: Sequence[int]) -> list[int]:
 
 def _first(size: Sequence[int], wanted: Sequence[int]) -> list[int]:
     """First voxel of the centre crop; 0 along axes that are too short for one."""
-    return [max(0, n // 2 - m // 2) for n, m in zip(size, wanted, strict=True)]
+    return [max(0, start) for start in centred_start(size, wanted)]
 
 
 class Preparation:
     """A scan on disk, or a volume, to what a model takes: (C, D, H, W) float32 with its geometry; ``.tensor`` adds
     the batch axis.
 
-    The steps, in order, with the keys of the ``input`` block that rule them (all optional but for what a step needs):
+    The steps, in order, with the keys of the ``input`` block that control them (optional unless a step needs them):
 
     1. read: ``channels`` (default 1) must be there; ``modality`` ("CT", "MR", ...) is for people. ``contrasts`` names
        the channels in order, as in ["t1", "t2", "t1ce", "flair"]: a case may then be a mapping from these names to
@@ -135,7 +137,7 @@ class Preparation:
        | "first_voxel", "outside": intensity beyond the edge or null to repeat it, "keep_dtype": round to the stored
        integers} with ``spacing`` [d, h, w] in millimetres or ``size`` [d, h, w] in voxels, both along the axes of the
        model's input; null: no resampling
-    4. ``window`` [lo, hi] or {"percentiles": [low, high]} of the volume, clipped and mapped to ``range`` [a, b]
+    4. ``window`` [low, high] or {"percentiles": [low, high]} of the volume, clipped and mapped to ``range`` [a, b]
        (default 0 to 1). {"percentiles": [0, 100]} is min-max scaling; percentiles are of all channels together, or
        of each with "per": "channel"
     5. ``crop``: "foreground" (the box of voxels above 0), then "center" (``size``, padded with ``pad`` after step 6;
@@ -164,12 +166,13 @@ class Preparation:
         self.whole = whole
 
     def __repr__(self) -> str:
-        said = {key: value for key, value in self.input.items() if value != _DEFAULTS[key]}
-        return f"Preparation({said}, whole={self.whole})"
+        changed = {key: value for key, value in self.input.items() if value != _DEFAULTS[key]}
+        return f"Preparation({changed}, whole={self.whole})"
 
     def __call__(self, scan: Scan | Mapping[str, Scan]) -> Volume:
-        """(C, D, H, W) float32 of a scan: path, DICOM folder or volume; of a case in several contrasts also a mapping
-        from their names, or its folder."""
+        """(C, D, H, W) float32 of a scan: a file, a DICOM folder, or in memory what :func:`~medgmae.data.as_volume`
+        takes; of a case in several contrasts also a mapping from their names to scans, or its folder."""
+        self._warn_of_arrays(scan)
         volumes = self._read(scan)
         centred = "center" in self.input["crop"] and not self.whole
         early_crop = centred and self._crop_commutes()
@@ -189,21 +192,32 @@ class Preparation:
             volume = crop_or_pad(volume, size, self.input["pad"])
         return volume.with_data(volume.tensor[0])
 
+    def _warn_of_arrays(self, scan: Scan | Mapping[str, Scan]) -> None:
+        """Bare arrays say nothing of the spacing and orientation that steps of this preparation go by."""
+        bare = any(
+            library_of(one) in ("numpy", "torch") for one in (scan.values() if isinstance(scan, Mapping) else [scan])
+        )
+        if bare and (self.input["spacing"] is not None or self.input["orientation"] is not None):
+            _log.warning(
+                "the array has no geometry: 1 mm voxels (z, y, x) in LPS are assumed; give "
+                "Volume(tensor, Grid(size, spacing)), or an image with its geometry"
+            )
+
     def _read(self, scan: Scan | Mapping[str, Scan]) -> list[Volume]:
         """One volume with all channels, or one per contrast."""
-        due, contrasts = self.input["channels"], self.input["contrasts"]
+        expected, contrasts = self.input["channels"], self.input["contrasts"]
         if isinstance(scan, Mapping):
             if contrasts is None:
                 raise VolumeError(f"the case is a mapping of {list(scan)}; expected one scan: input.contrasts is null")
             return read_contrasts(scan, contrasts)
-        if contrasts is not None and not isinstance(scan, Volume) and os.path.isdir(scan):
+        if contrasts is not None and isinstance(scan, str | os.PathLike) and os.path.isdir(scan):
             return read_contrasts(find_contrasts(scan, contrasts), contrasts)
-        volume = scan if isinstance(scan, Volume) else read_volume(scan, channels=due)
-        if volume.channels != due:
+        volume = open_scan(scan, channels=expected)
+        if volume.channels != expected:
             named = f"; or give a mapping with {', '.join(contrasts)}" if contrasts else ""
             raise VolumeError(
                 f"{volume.source}: the volume has {volume.channels} channel(s); "
-                f"expected {due} ({self.input['modality']}){named}"
+                f"expected {expected} ({self.input['modality']}){named}"
             )
         return [volume]
 
@@ -235,7 +249,7 @@ class Preparation:
         if not same_place(volume.grid, like):
             return sample(volume, target, rule["interpolation"] if rule else "linear", 0.0)
         rule = rule or {"interpolation": "nearest", "outside": None, "keep_dtype": False}
-        volume = Volume.on(like, volume.data, volume.source)
+        volume = Volume(volume.data, like, volume.source)
         return onto(volume, target, rule["interpolation"], rule["outside"], rule["keep_dtype"])
 
     def _windowed(self, volume: Volume) -> Volume:
@@ -244,10 +258,10 @@ class Preparation:
             return volume
         low, high = self.input["range"]
         if not isinstance(bounds, Mapping):
-            return window(volume, bounds[0], bounds[1], (low, high))
+            return window(volume, tuple(bounds), (low, high))
         per_channel = bounds.get("per") == "channel"
         parts = [volume.with_data(channel[None]) for channel in volume.data] if per_channel else [volume]
-        scaled = [window(part, *percentiles(part, *bounds["percentiles"]), (low, high)) for part in parts]
+        scaled = [window(part, percentiles(part, *bounds["percentiles"]), (low, high)) for part in parts]
         return stack_channels(scaled)
 
     def _standardized(self, volume: Volume, centred: bool) -> Volume:

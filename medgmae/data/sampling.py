@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medgmae.data.formats.itk import simpleitk
-from medgmae.data.geometry import _SNAP, AxisMap, Floats, Grid, VolumeError, axis_maps
-from medgmae.data.volume import Volume, to_sitk
+from medgmae.data.geometry import SNAP, AxisMap, Floats, Grid, VolumeError, axis_maps
+from medgmae.data.volume import Volume
 
 Voxels = NDArray[Any]
 Interpolation = Literal["nearest", "linear", "bspline"]
@@ -22,7 +22,7 @@ _SLAB = 1 << 18  # voxels: about 1 MB of float32
 def _inside(positions: Floats, voxels: int) -> tuple[int, int]:
     """The interval of indices whose positions lie within the source's voxels, edges at -0.5 and n - 0.5. Positions
     are monotonic."""
-    inside = np.flatnonzero((positions >= -0.5 - _SNAP) & (positions < voxels - 0.5 + _SNAP))
+    inside = np.flatnonzero((positions >= -0.5 - SNAP) & (positions < voxels - 0.5 + SNAP))
     return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
 
 
@@ -114,7 +114,7 @@ def _itk(volume: Volume, target: Grid, interpolation: Interpolation, outside: fl
     resampler.SetUseNearestNeighborExtrapolator(outside is None)
     channels: list[Any] = []
     for channel in volume.data:
-        image = to_sitk(volume.with_data(channel[None]))
+        image = volume.with_data(channel[None]).to_sitk()
         channels.append(torch.from_numpy(sitk.GetArrayFromImage(resampler.Execute(image))))
     return torch.stack(channels)
 
@@ -135,17 +135,17 @@ def sample(volume: Volume, target: Grid, interpolation: Interpolation, outside: 
         volume = volume.with_data(volume.data.float())
     maps = axis_maps(volume.grid, target)
     if maps is not None and (interpolation != "bspline" or all(m.whole for m in maps)):
-        return Volume.on(target, _separable(volume.data, maps, interpolation, outside), volume.source)
+        return Volume(_separable(volume.data, maps, interpolation, outside), target, volume.source)
     if interpolation != "nearest" and not volume.data.is_floating_point():
         volume = volume.with_data(volume.data.to(torch.float32))
-    return Volume.on(target, _itk(volume, target, interpolation, outside), volume.source)
+    return Volume(_itk(volume, target, interpolation, outside), target, volume.source)
 
 
 def onto(volume: Volume, target: Grid, interpolation: Interpolation, outside: float | None, keep_dtype: bool) -> Volume:
     """``sample``; with ``keep_dtype`` integers come back rounded, B-splines as SimpleITK gives them when it is handed
     integers."""
     if keep_dtype and interpolation == "bspline":
-        return Volume.on(target, _itk(volume, target, "bspline", outside), volume.source)
+        return Volume(_itk(volume, target, "bspline", outside), target, volume.source)
     result = sample(volume, target, interpolation, outside)
     if keep_dtype and result.data.dtype != volume.data.dtype:
         result = result.with_data(

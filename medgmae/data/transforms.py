@@ -9,17 +9,13 @@ the way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from medgmae.data.geometry import Grid, Origin, VolumeError
+from medgmae.data.geometry import Grid, Origin, VolumeError, centred_start, sizes
 from medgmae.data.sampling import Interpolation, onto, sample
 from medgmae.data.volume import Volume
-
-if TYPE_CHECKING:
-    pass
 
 
 def reorient(volume: Volume, code: str) -> Volume:
@@ -40,8 +36,8 @@ def reorient(volume: Volume, code: str) -> Volume:
 def resample(
     volume: Volume,
     *,
-    spacing: Sequence[float] | None = None,
-    size: Sequence[int] | None = None,
+    spacing: float | Sequence[float] | None = None,
+    size: int | Sequence[int] | None = None,
     interpolation: Interpolation = "linear",
     origin: Origin = "centered",
     outside: float | None = None,
@@ -51,8 +47,8 @@ def resample(
 
     Args:
         volume: (C, D, H, W).
-        spacing: millimetres (d, h, w); give this or ``size``.
-        size: voxels (d, h, w).
+        spacing: millimetres (d, h, w), or one number for all axes; give this or ``size``.
+        size: voxels (d, h, w), or one number for all axes.
         interpolation: ``"linear"``, ``"nearest"`` (labels) or ``"bspline"`` (order 3, SimpleITK's).
         origin: what stays in place: the centre of the volume, or the centre of its first voxel (SimpleITK recipes and
             MONAI do this; the grid can then reach up to half a new voxel beyond the far side).
@@ -62,10 +58,12 @@ def resample(
     Raises:
         VolumeError: both or neither of ``spacing`` and ``size``, or numbers that are not positive.
     """
-    if (spacing is None) == (size is None):
+    if spacing is not None and size is None:
+        target = volume.grid.with_spacing(spacing, origin)
+    elif size is not None and spacing is None:
+        target = volume.grid.with_size(size, origin)
+    else:
         raise VolumeError(f"spacing is {spacing} and size is {size}; expected exactly one of them")
-    grid = volume.grid
-    target = grid.with_spacing(spacing, origin) if spacing is not None else grid.with_size(size or (), origin)
     return onto(volume, target, interpolation, outside, keep_dtype)
 
 
@@ -96,9 +94,14 @@ def feature_map(data: torch.Tensor, of: Volume) -> Volume:
     steps = [n // m for n, m in zip(of.size, data.shape[1:], strict=True)]
     if data.ndim != 4 or any(step * m != n for step, m, n in zip(steps, data.shape[1:], of.size, strict=True)):
         raise VolumeError(f"a map of {tuple(data.shape)} does not divide a volume of {of.size} into patches")
-    spacing = tuple(step * mm for step, mm in zip(steps, of.spacing, strict=True))
     centre = of.grid.world([(step - 1) / 2 for step in steps])
-    return Volume(data, (spacing[0], spacing[1], spacing[2]), tuple(centre), of.direction, of.source)
+    return Volume(
+        data,
+        Grid(
+            data.shape[1:], [step * mm for step, mm in zip(steps, of.spacing, strict=True)], tuple(centre), of.direction
+        ),
+        of.source,
+    )
 
 
 def percentiles(volume: Volume, low: float, high: float) -> tuple[float, float]:
@@ -110,20 +113,28 @@ def percentiles(volume: Volume, low: float, high: float) -> tuple[float, float]:
     """
     if not 0 <= low < high <= 100:
         raise VolumeError(f"percentiles are {low} and {high}; expected 0 <= low < high <= 100")
-    lo, hi = np.percentile(volume.data.numpy(), [low, high])
-    return (float(lo), float(hi)) if hi > lo else (float(lo), float(lo) + 1.0)
+    bottom, top = map(float, np.percentile(np.asarray(volume), [low, high]))
+    return (bottom, top) if top > bottom else (bottom, bottom + 1.0)
 
 
-def window(volume: Volume, lo: float, hi: float, out: tuple[float, float] = (0.0, 1.0)) -> Volume:
-    """Intensities clipped to [lo, hi] and mapped linearly to ``out``; float32.
+def window(volume: Volume, bounds: tuple[float, float], out: tuple[float, float] = (0.0, 1.0)) -> Volume:
+    """Intensities clipped to ``bounds`` and mapped linearly to ``out``; float32.
+
+    Args:
+        volume: (C, D, H, W).
+        bounds: the lowest and the highest intensity that is kept, such as ``(-1000, 400)`` of a CT in HU, or
+            ``percentiles(volume, 0.5, 99.5)``.
+        out: what they become.
 
     Raises:
-        VolumeError: not lo < hi.
+        VolumeError: not a pair low < high.
     """
-    if not lo < hi:
-        raise VolumeError(f"the window is [{lo}, {hi}]; expected two increasing numbers")
-    data = volume.data.to(torch.float32, copy=True).clamp_(lo, hi)
-    return volume.with_data(data.sub_(lo).mul_((out[1] - out[0]) / (hi - lo)).add_(out[0]))
+    pair = list(bounds) if isinstance(bounds, Sequence) else [bounds]
+    if len(pair) != 2 or not pair[0] < pair[1]:
+        raise VolumeError(f"the window is {pair}; expected two increasing numbers (low, high)")
+    low, high = pair
+    data = volume.data.to(torch.float32, copy=True).clamp_(low, high)
+    return volume.with_data(data.sub_(low).mul_((out[1] - out[0]) / (high - low)).add_(out[0]))
 
 
 def zscore(volume: Volume, *, nonzero: bool = False, together: bool = False, like: Volume | None = None) -> Volume:
@@ -157,24 +168,23 @@ def zscore(volume: Volume, *, nonzero: bool = False, together: bool = False, lik
     return volume.with_data(data)
 
 
-def crop_or_pad(volume: Volume, size: Sequence[int], value: float = 0.0, start: Sequence[int] | None = None) -> Volume:
-    """Exactly ``size`` voxels (d, h, w), cut or padded.
+def crop_or_pad(
+    volume: Volume, size: int | Sequence[int], value: float = 0.0, start: Sequence[int] | None = None
+) -> Volume:
+    """Exactly ``size`` voxels, cut or padded.
 
     Args:
         volume: (C, D, H, W).
-        size: voxels (d, h, w).
+        size: voxels (d, h, w), or one number for all axes.
         value: intensity of padded voxels.
-        start: first voxel (d, h, w), may be negative; default: voxel ``n // 2`` becomes voxel ``size // 2``, so that
-            a crop undoes a pad.
+        start: first voxel (d, h, w), may be negative; by default that of ``centred_start``, so that a crop undoes a
+            pad.
 
     Raises:
         VolumeError: a size that is not positive.
     """
-    if len(size) != 3 or min(size) < 1:
-        raise VolumeError(f"size is {list(size)}; expected three positive numbers of voxels (d, h, w)")
-    target = volume.grid.part(
-        [n // 2 - m // 2 for n, m in zip(volume.size, size, strict=True)] if start is None else start, size
-    )
+    wanted = sizes(size)
+    target = volume.grid.part(centred_start(volume.size, wanted) if start is None else start, wanted)
     return sample(volume, target, "nearest", value)
 
 

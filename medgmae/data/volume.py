@@ -2,70 +2,91 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from medgmae.data.formats.itk import simpleitk
+from medgmae.data import conversion
+from medgmae.data.formats.itk import write_image
 from medgmae.data.geometry import Floats, Grid, VolumeError
+from medgmae.data.notebook import volume_html
+
+if TYPE_CHECKING:
+    import SimpleITK
+    from monai.data.meta_tensor import MetaTensor
+    from nibabel.filebasedimages import FileBasedImage
+    from nibabel.nifti1 import Nifti1Image
+
+ScanLike: TypeAlias = "Volume | Tensor | NDArray[Any] | SimpleITK.Image | FileBasedImage"
+"""A scan in memory, of this library or another; a MONAI ``MetaTensor`` is a tensor."""
 
 
-def _dhw(data: Tensor) -> tuple[int, int, int]:
-    _, d, h, w = data.shape
-    return d, h, w
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class Volume:
     """A scan, feature map or label map, and where its voxels lie.
 
-    ``world = origin + direction @ (spacing * index)`` with LPS millimetres (x, y, z) and an index (d, h, w).
-
     Attributes:
         data: (C, D, H, W); axes as SimpleITK's arrays give them, (z, y, x) of the file unless reoriented.
-        spacing: millimetres between voxel centres (d, h, w).
-        origin: LPS position (x, y, z) in millimetres of voxel (0, 0, 0).
-        direction: 3x3 array; column k is the LPS unit vector along which array axis k grows.
+        grid: where the voxels lie; by default voxels of 1 mm with the first one at the origin, along the body's axes.
         source: the file that it came from, for messages.
 
     Raises:
-        VolumeError: data of another rank, or a geometry that is none (see ``Grid``).
+        VolumeError: data of another rank, or of another size than the grid.
     """
 
     data: Tensor
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    direction: Floats = field(default_factory=lambda: np.eye(3)[:, ::-1])
-    source: str = "volume"
+    grid: Grid
+    source: str
 
-    def __post_init__(self) -> None:
-        if self.data.ndim != 4 or self.data.shape[0] < 1:
-            raise VolumeError(f"{self.source}: data has shape {tuple(self.data.shape)}; expected (C, D, H, W)")
-        try:
-            grid = Grid(_dhw(self.data), self.spacing, self.origin, self.direction)
-        except VolumeError as error:
-            raise VolumeError(f"{self.source}: {error}") from None
-        object.__setattr__(self, "spacing", grid.spacing)
-        object.__setattr__(self, "origin", grid.origin)
-        object.__setattr__(self, "direction", grid.direction)
-
-    @classmethod
-    def on(cls, grid: Grid, data: Tensor, source: str = "volume") -> Volume:
-        """The volume of ``data`` (C, D, H, W) on a grid of the same size."""
+    def __init__(self, data: Tensor, grid: Grid | None = None, source: str = "volume") -> None:
+        if not isinstance(data, Tensor):
+            raise VolumeError(f"{source}: data is a {type(data).__name__}; expected a tensor: torch.from_numpy(array)")
+        if data.ndim != 4 or data.shape[0] < 1:
+            add = ": data[None] adds the channel" if data.ndim == 3 else ""
+            raise VolumeError(f"{source}: data has shape {tuple(data.shape)}; expected (C, D, H, W){add}")
+        grid = Grid(data.shape[1:]) if grid is None else grid
+        if not isinstance(grid, Grid):
+            raise VolumeError(f"{source}: grid is {grid!r}; expected Grid(data.shape[1:], spacing)")
         if tuple(data.shape[1:]) != grid.size:
             raise VolumeError(
-                f"{source}: data has shape {tuple(data.shape)}; expected (C, {', '.join(map(str, grid.size))})"
+                f"{source}: data has shape {tuple(data.shape)}, and the grid has the size {grid.size}; expected data "
+                f"of shape (C, {', '.join(map(str, grid.size))})"
             )
-        return cls(data, grid.spacing, grid.origin, grid.direction, source)
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "grid", grid)
+        object.__setattr__(self, "source", source)
 
     @property
-    def grid(self) -> Grid:
-        """The geometry without the voxels."""
-        return Grid(_dhw(self.data), self.spacing, self.origin, self.direction)
+    def shape(self) -> tuple[int, ...]:
+        """(C, D, H, W)."""
+        return tuple(self.data.shape)
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres between voxel centres (d, h, w)."""
+        return self.grid.spacing
+
+    @property
+    def origin(self) -> tuple[float, float, float]:
+        """LPS position (x, y, z) in millimetres of voxel (0, 0, 0)."""
+        return self.grid.origin
+
+    @property
+    def direction(self) -> Floats:
+        """3x3 array; column k is the LPS unit vector along which array axis k grows."""
+        return self.grid.direction
+
+    @property
+    def affine(self) -> Floats:
+        """4x4 matrix from index (d, h, w, 1) to LPS millimetres (x, y, z, 1)."""
+        return self.grid.affine
 
     @property
     def channels(self) -> int:
@@ -90,7 +111,49 @@ class Volume:
 
     def with_data(self, data: Tensor) -> Volume:
         """Other voxels (C', D, H, W) on the same grid."""
-        return Volume.on(self.grid, data, self.source)
+        return Volume(data, self.grid, self.source)
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """The voxels (C, D, H, W), for ``numpy.asarray(volume)``: shared where type and device allow it."""
+        data = self.data.detach()
+        if data.dtype == torch.bfloat16:  # numpy has no such type
+            data = data.float()
+        array: NDArray[Any] = data.cpu().numpy()
+        if copy is False and (data.data_ptr() != self.data.data_ptr() or dtype not in (None, array.dtype)):
+            raise ValueError(f"{self} cannot be an array of {dtype or array.dtype} without a copy")
+        return array.astype(array.dtype if dtype is None else dtype, copy=bool(copy))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the voxels with their geometry; the suffix decides the format, and everything but ``.nii`` and
+        ``.mhd`` is compressed.
+
+        Raises:
+            VolumeError: an unknown suffix, a folder that does not exist, or a file that cannot be written.
+        """
+        write_image(self.to_sitk(), Path(path))
+
+    def to_sitk(self) -> SimpleITK.Image:
+        """A ``SimpleITK.Image``; several channels become vector pixels."""
+        return conversion.to_sitk(self.data, self.grid)
+
+    def to_nibabel(self) -> Nifti1Image:
+        """A ``nibabel.Nifti1Image`` with axes (x, y, z), or (x, y, z, C) of several channels, and an affine to RAS.
+
+        Raises:
+            ImportError: nibabel is not installed.
+        """
+        return conversion.to_nibabel(self.data, self.grid)
+
+    def to_metatensor(self) -> MetaTensor:
+        """A MONAI ``MetaTensor`` (C, x, y, z) with an affine to RAS, what ``LoadImage`` gives with its channel first.
+
+        Raises:
+            ImportError: MONAI is not installed.
+        """
+        return conversion.to_metatensor(self.data, self.grid, self.source)
+
+    def _repr_html_(self) -> str:
+        return volume_html(self.data, self.grid, self.source)
 
     def __repr__(self) -> str:
         spacing = ", ".join(f"{s:.4g}" for s in self.spacing)
@@ -98,22 +161,27 @@ class Volume:
         return f"Volume({what}, spacing ({spacing}) mm, {self.orientation}, {self.source})"
 
 
-def to_sitk(volume: Volume) -> Any:
-    """The volume as a ``SimpleITK.Image``; several channels become vector pixels."""
-    sitk = simpleitk()
+def as_volume(scan: ScanLike) -> Volume:
+    """A scan in memory as a volume; a volume comes back as it is.
 
-    data = volume.data.detach().cpu()
-    if data.dtype in (torch.float16, torch.bfloat16):
-        data = data.float()
-    array = (data.to(torch.uint8) if data.dtype == torch.bool else data).numpy()
-    vector = len(array) > 1
-    image = sitk.GetImageFromArray(
-        np.ascontiguousarray(np.moveaxis(array, 0, -1) if vector else array[0]), isVector=vector
-    )
-    image.SetSpacing(volume.spacing[::-1])
-    image.SetOrigin(volume.origin)
-    image.SetDirection(volume.direction[:, ::-1].ravel().tolist())
-    return image
+    Voxels keep their type, unsigned 16 and 32 bits widened; vector pixels and a fourth axis become channels. Images
+    give their geometry in full: ``as_volume(nibabel.load(file))``, ``as_volume(SimpleITK.ReadImage(file))`` and
+    ``as_volume(monai.transforms.LoadImage(ensure_channel_first=True)(file))`` are what ``read_volume(file)`` gives. A
+    bare array has none: voxels of 1 mm along the body's axes are assumed, and ``Volume(tensor, Grid(size, spacing))``
+    says better.
+
+    Args:
+        scan: volume; array or tensor (D, H, W) or (C, D, H, W); ``SimpleITK.Image``; nibabel image with axes (x, y,
+            z) or (x, y, z, C); MONAI ``MetaTensor`` (x, y, z) or (C, x, y, z).
+
+    Raises:
+        VolumeError: another type or rank, axes that are not perpendicular, or numbers that are neither integers nor
+            floats.
+    """
+    if isinstance(scan, Volume):
+        return scan
+    data, grid, source = conversion.read(scan)
+    return Volume(data, grid, source)
 
 
 def stack_channels(volumes: Sequence[Volume]) -> Volume:
@@ -128,6 +196,6 @@ def stack_channels(volumes: Sequence[Volume]) -> Volume:
     if len(volumes) == 1:
         return first
     for other in volumes[1:]:
-        if other.size != first.size or np.abs(other.grid.affine - first.grid.affine).max() > 1e-2:
+        if other.size != first.size or np.abs(other.affine - first.affine).max() > 1e-2:
             raise VolumeError(f"{other} and {first} lie on different grids; resample one like the other first")
-    return replace(first, data=torch.cat([v.data for v in volumes]))
+    return first.with_data(torch.cat([v.data for v in volumes]))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medgmae.data import Volume, resample_like
+from medgmae.data import Grid, Volume, resample_like
 from medgmae.inference.features import Features, extract_features
 from medgmae.inference.latents import latent_to_spatial as latent_to_spatial
 from medgmae.inference.latents import principal_axes
@@ -46,8 +46,8 @@ def dense_features(model: nn.Module, scan: Volume, *, steps: int = 2, overlap: f
     finer = torch.empty(first.data.shape[0], *(n * steps for n in first.size))
     for (i, j, k), found in maps.items():
         finer[:, i::steps, j::steps, k::steps] = found.data
-    d, h, w = (mm / steps for mm in first.spacing)
-    return Volume(finer, (d, h, w), first.origin, first.direction, scan.source)
+    spacing = [mm / steps for mm in first.spacing]
+    return Volume(finer, Grid(finer.shape[1:], spacing, first.origin, first.direction), scan.source)
 
 
 def _map_of(features: Features) -> Volume:

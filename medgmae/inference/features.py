@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from medgmae.data import Volume, resample
+from medgmae.data import Grid, Volume, resample
 from medgmae.inference.windows import Blend, _cut, _lay_out, _Layout, blend_weights, evaluating
 from medgmae.layers.patches import Shape
 
@@ -154,7 +154,7 @@ def _on_patches(blended: Tensor, volume: Volume, layout: _Layout) -> Volume:
     inside = layout.inside
     triples = zip(inside, layout.patch, layout.before, strict=True)
     centre = [kept.start * patch - before + (patch - 1) / 2 for kept, patch, before in triples]  # in the scan's voxels
-    d, h, w = (s * p for s, p in zip(volume.spacing, layout.patch, strict=True))
-    x, y, z = volume.grid.world(centre)
+    spacing = [s * p for s, p in zip(volume.spacing, layout.patch, strict=True)]
     data = blended[(slice(None), *inside)].contiguous()
-    return Volume(data, (d, h, w), (float(x), float(y), float(z)), volume.direction, volume.source)
+    grid = Grid(data.shape[1:], spacing, volume.grid.world(centre).tolist(), volume.direction)
+    return Volume(data, grid, volume.source)

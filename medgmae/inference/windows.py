@@ -25,7 +25,7 @@ def extend_rim(scan: Volume, start: Sequence[int], size: Sequence[int]) -> Volum
     data = scan.data.float()
     for axis, (first, count, n) in enumerate(zip(start, size, scan.size, strict=True)):
         data = data.index_select(axis + 1, torch.arange(first, first + count).clamp(0, n - 1))
-    return Volume.on(scan.grid.part(start, size), data, scan.source)
+    return Volume(data, scan.grid.part(start, size), scan.source)
 
 
 class _Cover(NamedTuple):

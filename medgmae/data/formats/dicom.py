@@ -114,31 +114,33 @@ def find_series(folder: Path) -> list[Series]:
     Raises:
         VolumeError: no DICOM image below the folder, or an image file that cannot be read.
     """
-    found: dict[str, Series] = {}
+    by_uid: dict[str, Series] = {}
     others = 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         if not _is_dicom(path) or _class_uid(path).startswith(_NOT_IMAGES):
             others += 1
             continue
         slice_, uid, modality, description = _read_slice(path)
-        found.setdefault(uid, Series(uid, modality, description)).slices.append(slice_)
-    if not found:
+        by_uid.setdefault(uid, Series(uid, modality, description)).slices.append(slice_)
+    if not by_uid:
         what = f"{others} file(s), none of them a DICOM image" if others else "no files"
         raise VolumeError(f"{folder}: the folder holds {what}; expected the slices of a DICOM series")
-    return [found[uid] for uid in sorted(found)]
+    return [by_uid[uid] for uid in sorted(by_uid)]
 
 
 def _choose(folder: Path, series: str | None) -> Series:
-    found = find_series(folder)
-    listing = "\n  ".join(map(str, found))
+    all_series = find_series(folder)
+    listing = "\n  ".join(map(str, all_series))
     if series is not None:
-        chosen = [one for one in found if one.uid == series]
+        chosen = [one for one in all_series if one.uid == series]
         if not chosen:
             raise VolumeError(f"{folder}: no series {series!r}; the folder holds\n  {listing}")
         return chosen[0]
-    if len(found) > 1:
-        raise VolumeError(f"{folder}: {len(found)} DICOM series; expected one, or its id as series=...\n  {listing}")
-    return found[0]
+    if len(all_series) > 1:
+        raise VolumeError(
+            f"{folder}: {len(all_series)} DICOM series; expected one, or its id as series=...\n  {listing}"
+        )
+    return all_series[0]
 
 
 def _one_kind(folder: Path, series: Series) -> None:
@@ -212,7 +214,7 @@ def read_folder(folder: Path, series: str | None) -> Stack:
     """The series of a folder, slices sorted by position along the normal of their plane.
 
     Raises:
-        VolumeError: no series, several and none chosen, or slices that are no regular stack.
+        VolumeError: no series, several and none chosen, or slices that do not form a regular stack.
     """
     chosen = _choose(folder, series)
     first = chosen.slices[0]

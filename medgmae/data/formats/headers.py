@@ -1,7 +1,7 @@
 """The text headers of MetaImage and NRRD, looked at before SimpleITK does.
 
-Its readers take a negative spacing for its absolute value without a word, and crash on some broken fields; what they
-parse is therefore checked first. The rest of the two formats is theirs.
+Its readers use the absolute value of a negative spacing without a warning, and crash on some broken fields; what they
+parse is therefore checked first. The rest of the two formats is left to them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _fields(text: bytes, separator: str) -> dict[str, str]:
         raise VolumeError("the header holds control characters; expected text")
     fields = {}
     for line in text.decode("latin-1").splitlines():
-        key, found, value = line.partition(separator)
-        if found and not line.startswith("#"):
+        key, separated, value = line.partition(separator)
+        if separated and not line.startswith("#"):
             fields[key.strip().lower()] = value.strip()
     return fields
 
@@ -94,7 +94,7 @@ def check_text_header(path: Path) -> int:
     """Bytes on disk that hold the voxels of a MetaImage or NRRD.
 
     Raises:
-        VolumeError: a header that is no text, fields of the wrong length, a spacing that is not positive, or a data
+        VolumeError: a header that is not text, fields of the wrong length, a spacing that is not positive, or a data
             file that does not exist.
     """
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""SimpleITK at arm's length: imported when first used, kept quiet, and checked where it lets broken headers pass."""
+"""SimpleITK: imported when first used, kept quiet, and checked where it accepts broken files."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from medgmae.data.geometry import VolumeError
 
 _log = logging.getLogger("medgmae")
-# MetaImage's reader reports these, then hands out what it has.
+# MetaImage's reader reports these, then returns what it has.
 _FATAL = ("Uncompress failed", "data not read completely")
+_WRITABLE = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 _lock = threading.RLock()
 
 
@@ -33,7 +35,7 @@ def quiet() -> Iterator[None]:
     Raises:
         VolumeError: the messages say that voxels are missing, although the reader did not fail.
     """
-    said = ""
+    messages = ""
     with _lock, tempfile.TemporaryFile() as capture:
         try:
             saved = os.dup(2)
@@ -47,16 +49,33 @@ def quiet() -> Iterator[None]:
             os.dup2(saved, 2)
             os.close(saved)
             capture.seek(0)
-            said = capture.read().decode("utf-8", "replace").strip()
-    if said:
-        _log.debug("the reader says: %s", said)
-    if any(phrase in said for phrase in _FATAL):
-        raise VolumeError(f"the voxels are truncated or broken ({said.splitlines()[0]}); expected an intact file")
+            messages = capture.read().decode("utf-8", "replace").strip()
+    if messages:
+        _log.debug("the reader says: %s", messages)
+    if any(phrase in messages for phrase in _FATAL):
+        raise VolumeError(f"the voxels are truncated or broken ({messages.splitlines()[0]}); expected an intact file")
 
 
 def reason(error: Exception) -> str:
-    """The line of an ITK message that tells something."""
+    """The informative lines of an ITK message."""
     lines = [
         line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception thrown")
     ]
     return re.sub(r"\(0x[0-9a-f]+\)", "", " ".join(lines[-3:])) or type(error).__name__
+
+
+def write_image(image: Any, path: Path) -> None:
+    """Writes a ``SimpleITK.Image`` in the format of the suffix, compressed but for ``.nii`` and ``.mhd``.
+
+    Raises:
+        VolumeError: an unknown suffix, a folder that does not exist, or a file that cannot be written.
+    """
+    if not path.name.lower().endswith(_WRITABLE):
+        raise VolumeError(f"{path}: unknown suffix; expected one of {', '.join(_WRITABLE)}")
+    if not path.parent.is_dir():
+        raise VolumeError(f"{path}: the folder {path.parent} does not exist")
+    try:
+        with quiet():
+            simpleitk().WriteImage(image, str(path), useCompression=path.suffix.lower() not in (".nii", ".mhd"))
+    except RuntimeError as error:
+        raise VolumeError(f"{path}: cannot be written: {reason(error)}") from None

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from medgmae.data.geometry import Floats, VolumeError
 
 MAX_BYTES = 16 << 30
-"""No volume of more voxel bytes than this is read: a header that claims more is taken for broken."""
+"""No volume of more voxel bytes than this is read: a header that claims more is treated as broken."""
 MAX_INFLATION = 1032
 """Deflate cannot shrink data more than this."""
 
@@ -46,6 +46,32 @@ _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True)
+class Header:
+    """What the header of a file says, checked.
+
+    Attributes:
+        fields: all fields, as a numpy record.
+        shape: of the voxels in file order (x, y, z), with the length of a fourth axis if there is one; colours as
+            (x, y, z, 1, colours).
+        dtype: of the voxels.
+        offset: byte of the file, unzipped, at which the voxels start.
+    """
+
+    fields: Any
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+
+    @property
+    def end(self) -> int:
+        """Byte of the file, unzipped, at which the voxels end."""
+        return self.offset + int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{' x '.join(map(str, self.shape))} voxels"
+
+
+@dataclass(frozen=True)
 class Nifti:
     """What a file holds.
 
@@ -65,23 +91,45 @@ def is_nifti(start: bytes) -> bool:
     return start[:4] in (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c", b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
 
 
-def _header(start: bytes) -> Any:
+def _header(start: bytes) -> Header:
+    """The header in the first 540 bytes of a file, unzipped."""
+    fields = _fields(start)
+    shape, code = _shape(fields), int(fields["datatype"])
+    if code not in _TYPES:
+        raise VolumeError(f"the header's data type is {code}; expected integers, floats or RGB ({sorted(_TYPES)})")
+    if code in _COLOURS:
+        if len(shape) > 3:
+            raise VolumeError(f"the image is {len(shape)}-D with colours; expected a 3-D volume")
+        shape = (*shape, 1, _COLOURS[code])
+    little, smallest, offset = fields.dtype["dim"].base.byteorder in "<=", fields.dtype.itemsize, fields["vox_offset"]
+    if not smallest <= offset <= 1 << 30 or offset % 1:
+        raise VolumeError(f"the header puts the voxels at byte {offset:g}; expected {smallest} or somewhat more")
+    header = Header(fields, shape, np.dtype(_TYPES[code]).newbyteorder("<" if little else ">"), int(offset))
+    if header.end - header.offset > MAX_BYTES:
+        raise VolumeError(
+            f"the header claims {header} ({header.end - header.offset:.3g} bytes); expected at most "
+            f"{MAX_BYTES:.3g} bytes"
+        )
+    return header
+
+
+def _fields(start: bytes) -> Any:
     little = start[:1] != b"\x00"
     version_two = start[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
     layout = np.dtype(_V2 if version_two else _V1).newbyteorder("<" if little else ">")
     if len(start) < layout.itemsize:
         raise VolumeError(f"the file ends within its header, after {len(start)} bytes; expected {layout.itemsize}")
-    header = np.frombuffer(start, layout, count=1)[0]
-    if bytes(header["magic"])[:3] not in (b"n+1", b"n+2"):
+    fields = np.frombuffer(start, layout, count=1)[0]
+    if bytes(fields["magic"])[:3] not in (b"n+1", b"n+2"):
         raise VolumeError(
-            f"the header's magic is {bytes(header['magic'])!r}; expected a single-file NIfTI "
+            f"the header's magic is {bytes(fields['magic'])!r}; expected a single-file NIfTI "
             "('n+1' or 'n+2'), not a pair or Analyze"
         )
-    return header
+    return fields
 
 
-def _shape(header: Any) -> tuple[int, ...]:
-    dim = [int(n) for n in header["dim"]]
+def _shape(fields: Any) -> tuple[int, ...]:
+    dim = [int(n) for n in fields["dim"]]
     rank = dim[0]
     if not 1 <= rank <= 7 or min(dim[1 : rank + 1]) < 1:
         raise VolumeError(f"the header's dimensions are {dim}; expected 3 to 5 axes of at least one voxel")
@@ -95,29 +143,6 @@ def _shape(header: Any) -> tuple[int, ...]:
             f"the image is {len(shape)}-D, {' x '.join(map(str, shape))}; expected a 3-D volume, with channels at most"
         )
     return tuple(shape)
-
-
-def _layout(header: Any) -> tuple[tuple[int, ...], np.dtype[Any], int, int]:
-    """Shape in file order, voxel type, voxel bytes of the file and their offset, all checked."""
-    shape, code = _shape(header), int(header["datatype"])
-    if code not in _TYPES:
-        raise VolumeError(f"the header's data type is {code}; expected integers, floats or RGB ({sorted(_TYPES)})")
-    if code in _COLOURS:
-        if len(shape) > 3:
-            raise VolumeError(f"the image is {len(shape)}-D with colours; expected a 3-D volume")
-        shape = (*shape, 1, _COLOURS[code])
-    dtype = np.dtype(_TYPES[code]).newbyteorder("<" if header.dtype["dim"].base.byteorder in "<=" else ">")
-    expected, offset = int(np.prod(shape, dtype=object)) * dtype.itemsize, float(header["vox_offset"])
-    if expected > MAX_BYTES:
-        raise VolumeError(
-            f"the header claims {' x '.join(map(str, shape))} voxels ({expected:.3g} bytes); "
-            f"expected at most {MAX_BYTES:.3g} bytes"
-        )
-    if not header.dtype.itemsize <= offset <= 1 << 30 or offset % 1:
-        raise VolumeError(
-            f"the header puts the voxels at byte {offset:g}; expected {header.dtype.itemsize} or somewhat more"
-        )
-    return shape, dtype, expected, int(offset)
 
 
 def _inflate(packed: bytes, limit: int) -> tuple[bytes, bool]:
@@ -146,24 +171,26 @@ def _inflate_whole(packed: bytes, needed: int) -> bytes:
     return content
 
 
-def _voxel_bytes(path: Path, raw: bytes) -> tuple[Any, tuple[int, ...], np.dtype[Any], bytes, int]:
-    zipped = raw[:2] == b"\x1f\x8b"
-    header = _header(_inflate(raw[: 1 << 14], 540)[0] if zipped else raw[:540])
-    shape, dtype, expected, offset = _layout(header)
-    needed = offset + expected
-    if zipped and needed > MAX_INFLATION * len(raw) + 1024:
-        raise VolumeError(
-            f"the header claims {' x '.join(map(str, shape))} voxels, more than {len(raw)} zipped bytes can hold; "
-            "expected a size that fits the file"
-        )
-    content = _inflate_whole(raw, needed) if zipped else raw
-    if len(content) < needed:
-        raise VolumeError(f"the file is truncated: {len(content)} bytes, expected {needed}")
-    return header, shape, dtype, content, offset
+def _read(path: Path) -> tuple[Header, bytes]:
+    """The header of a file and all its bytes, unzipped, with no voxel missing."""
+    raw = path.read_bytes()
+    if raw[:2] != b"\x1f\x8b":
+        header, content = _header(raw[:540]), raw
+    else:
+        header = _header(_inflate(raw[: 1 << 14], 540)[0])
+        if header.end > MAX_INFLATION * len(raw) + 1024:
+            raise VolumeError(
+                f"the header claims {header}, more than {len(raw)} zipped bytes can hold; "
+                "expected a size that fits the file"
+            )
+        content = _inflate_whole(raw, header.end)
+    if len(content) < header.end:
+        raise VolumeError(f"the file is truncated: {len(content)} bytes, expected {header.end}")
+    return header, content
 
 
-def _scaled(voxels: NDArray[Any], header: Any) -> NDArray[Any]:
-    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+def _scaled(voxels: NDArray[Any], fields: Any) -> NDArray[Any]:
+    slope, inter = float(fields["scl_slope"]), float(fields["scl_inter"])
     if slope == 0 or (slope, inter) == (1.0, 0.0):
         return voxels
     if not np.isfinite([slope, inter]).all():
@@ -174,9 +201,9 @@ def _scaled(voxels: NDArray[Any], header: Any) -> NDArray[Any]:
     return (voxels.astype(np.float64) * slope + inter).astype(np.float32)
 
 
-def _quaternion(header: Any, pixdim: Floats) -> Floats:
+def _quaternion(fields: Any, pixdim: Floats) -> Floats:
     """Affine in RAS of the header's rotation (w, x, y, z of unit length, w >= 0), spacing and handedness."""
-    b, c, d = (float(v) for v in header["quatern"])
+    b, c, d = (float(v) for v in fields["quatern"])
     square = b * b + c * c + d * d
     if not square <= 1 + 1e-4:
         raise VolumeError(f"the header's quaternion is {[b, c, d]}; expected a length of at most 1")
@@ -186,10 +213,10 @@ def _quaternion(header: Any, pixdim: Floats) -> Floats:
         [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
         [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
     ])  # fmt: skip
-    rotation[:, 2] *= -1.0 if float(header["pixdim"][0]) < 0 else 1.0
+    rotation[:, 2] *= -1.0 if float(fields["pixdim"][0]) < 0 else 1.0
     affine = np.eye(4)
     affine[:3, :3] = rotation / np.linalg.norm(rotation, axis=0) * pixdim
-    affine[:3, 3] = header["qoffset"]
+    affine[:3, 3] = fields["qoffset"]
     return affine
 
 
@@ -203,19 +230,19 @@ def _is_rigid(affine: Floats) -> bool:
     )
 
 
-def _affine(header: Any) -> Floats:
+def _affine(fields: Any) -> Floats:
     """Index (x, y, z) to LPS millimetres: the sform when it is set and free of shear, else the qform, else spacing
     alone in LPS."""
-    pixdim = np.array(header["pixdim"][1:4], dtype=np.float64)
+    pixdim = np.array(fields["pixdim"][1:4], dtype=np.float64)
     if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
         raise VolumeError(f"the spacing is {pixdim.tolist()} (x, y, z); expected three positive numbers")
-    scale = np.diag([_UNITS.get(int(header["xyzt_units"]) & 7, 1.0)] * 3 + [1.0])
-    sform = np.vstack([np.array(header["srow"], dtype=np.float64), [0, 0, 0, 1]])
-    if header["sform_code"] > 0 and _is_rigid(sform):
+    scale = np.diag([_UNITS.get(int(fields["xyzt_units"]) & 7, 1.0)] * 3 + [1.0])
+    sform = np.vstack([np.array(fields["srow"], dtype=np.float64), [0, 0, 0, 1]])
+    if fields["sform_code"] > 0 and _is_rigid(sform):
         return np.asarray(_LPS @ scale @ sform)
-    if header["qform_code"] > 0:
-        return np.asarray(_LPS @ scale @ _quaternion(header, pixdim))
-    if header["sform_code"] > 0:
+    if fields["qform_code"] > 0:
+        return np.asarray(_LPS @ scale @ _quaternion(fields, pixdim))
+    if fields["sform_code"] > 0:
         raise VolumeError(
             f"the sform {sform[:3].tolist()} is sheared or degenerate and there is no qform; "
             "expected perpendicular axes"
@@ -227,14 +254,14 @@ def read_nifti(path: Path) -> Nifti:
     """A ``.nii`` or ``.nii.gz`` file.
 
     Raises:
-        VolumeError: the file is truncated, broken, of a type or shape that is no volume, or without a usable geometry.
+        VolumeError: the file is truncated, broken, not a volume by its type or shape, or without a usable geometry.
     """
-    header, shape, dtype, content, offset = _voxel_bytes(path, path.read_bytes())
-    affine = _affine(header)
-    flat = np.frombuffer(content, dtype, count=int(np.prod(shape)), offset=offset)
-    if int(header["datatype"]) in _COLOURS:
+    header, content = _read(path)
+    shape, affine = header.shape, _affine(header.fields)
+    flat = np.frombuffer(content, header.dtype, count=int(np.prod(shape)), offset=header.offset)
+    if int(header.fields["datatype"]) in _COLOURS:
         voxels = np.moveaxis(flat.reshape(shape[2], shape[1], shape[0], shape[4]), -1, 0)
     else:
         voxels = flat.reshape(-1, shape[2], shape[1], shape[0])  # x is fastest in the file, channels slowest
     frames = shape[3] if len(shape) == 4 else 0
-    return Nifti(_scaled(voxels, header), affine, frames)
+    return Nifti(_scaled(voxels, header.fields), affine, frames)
