@@ -283,13 +283,27 @@ def test_integers_are_taken(nano: medgmae.ViT) -> None:
     assert torch.equal(a, b)
 
 
-def test_progress_goes_to_stderr(nano: medgmae.ViT, capsys: pytest.CaptureFixture[str]) -> None:
-    medgmae.extract_features(nano, volume(40, 32, 32), progress=True)
-    said = capsys.readouterr()
-    assert "windows" in said.err
-    assert said.out == ""
-    medgmae.extract_features(nano, volume(40, 32, 32))
-    assert capsys.readouterr().err == ""
+def test_features_show_what_they_are_and_not_their_numbers(nano: medgmae.ViT) -> None:
+    features = medgmae.extract_features(nano, volume(40, 32, 32))
+    place = "(24, 5, 4, 4), a place every 16 x 5.6 x 7.2 mm"
+    assert repr(features) == f"Features(pooled: (24,), map: {place}, {features.map.orientation})"
+    html = features._repr_html_()
+    assert "<th>pooled</th><td>(24,)</td>" in html
+    assert place in html
+    assert repr(features._replace(map=None)) == "Features(pooled: (24,), map: None)"
+    pooled, maps = features
+    assert pooled is features.pooled
+    assert maps is features.map
+
+
+def test_the_rim_can_be_repeated_around_a_scan(nano: medgmae.ViT) -> None:
+    scan = volume(40, 16, 32)
+    padded = torch.nn.functional.pad(scan.tensor, (0, 0, 8, 8, 0, 0), mode="replicate")
+    wanted = one_pass(nano, padded)
+    pooled, maps = medgmae.extract_features(nano, scan, outside="rim", window=(40, 32, 32))
+    assert maps is not None
+    torch.testing.assert_close(pooled, wanted[0])
+    torch.testing.assert_close(maps.data, wanted[1][:, :, 1:3])
 
 
 @pytest.mark.parametrize(

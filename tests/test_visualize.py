@@ -142,6 +142,18 @@ def test_dense_features_hold_the_plain_ones_and_lie_between_them(small: Volume) 
         dense_features(model, cube, steps=3)
 
 
+def test_dense_features_end_where_the_plain_ones_do(small: Volume) -> None:
+    """Of a scan smaller than the window too, no place lies in the padding."""
+    model, slab = nano(), crop_or_pad(small, (21, 44, 9))
+    plain = extract_features(model, slab, overlap=0.25, outside="rim").map
+    one = dense_features(model, slab, steps=1)
+    assert plain is not None
+    assert plain.size == one.size == (4, 6, 2)
+    torch.testing.assert_close(one.data, plain.data)
+    np.testing.assert_allclose(one.grid.affine, plain.grid.affine)
+    assert dense_features(model, slab, steps=2).size == (8, 12, 4)
+
+
 def test_colours_lie_on_the_scan_and_leave_its_background_black(scan: Volume) -> None:
     features = extract_features(create_model(TAG), scan, overlap=0.0).map
     assert features is not None
@@ -170,6 +182,17 @@ def test_figure_shows_right_on_the_left_and_up_on_top(tmp_path: Path) -> None:
     figure.savefig(tmp_path / "corner.png")
     with Image.open(tmp_path / "corner.png") as image:
         assert min(image.size) > 300
+
+
+def test_the_planes_go_through_the_middle_voxel() -> None:
+    """Of n voxels that is voxel n // 2, as crop_or_pad has it."""
+    data = torch.zeros(1, 9, 10, 12)
+    data[:, 2:6, 1:8, 4:10] = 1.0  # 4, 7 and 6 voxels: their middle ones are 4, 4 and 7
+    data[:, 4, 4, 7] = 2.0
+    scan = Volume(data).grid.reoriented("RAS")
+    figure = reconstruction_figure(Volume.on(scan, data))
+    for axes in figure.axes:
+        assert np.asarray(axes.images[0].get_array()).max() == 2.0
 
 
 def test_figure_has_a_row_per_plane_and_a_column_per_picture(small: Volume, tmp_path: Path) -> None:

@@ -186,5 +186,7 @@ def test_only_scans_are_read() -> None:
     model, _ = watched()
     latent: Any = medgmae.latent_to_spatial
     for run in (medgmae.extract_features, medgmae.reconstruct_scan, dense_features, latent):
-        with pytest.raises(TypeError, match=r"must be a Volume .* such as medgmae.create_transform\(model\)\(path\) gives; got str"):
+        with pytest.raises(
+            TypeError, match=r"must be a Volume .* such as medgmae.create_transform\(model\)\(path\) gives; got str"
+        ):
             run(model, "scan.nii.gz")
