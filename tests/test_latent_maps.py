@@ -174,7 +174,7 @@ def test_dropped_paths_are_off_and_every_part_gets_its_mode_back(name: str) -> N
 
 
 def drawn(model: nn.Module, seed: int, **more: Any) -> Any:
-    return {"generator": seeded(seed), **more} if hasattr(model, "encoder") else {}
+    return {"generator": seeded(seed), **more} if hasattr(model, "decoder") else {}
 
 
 def test_the_mask_comes_from_the_generator_and_its_ratio_from_the_model() -> None:

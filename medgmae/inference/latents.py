@@ -14,7 +14,7 @@ from medgmae.data import Volume
 from medgmae.inference.inputs import Encoder, Scan, check_channels, encoder_of, is_batch, volume_of
 from medgmae.inference.windows import cut, evaluating, lay_out
 from medgmae.layers.masking import Masking, random_masking
-from medgmae.layers.patches import check_multiple, input_grid
+from medgmae.layers.patches import check_multiple
 
 Mode = Literal["pretrained", "finetuned"]
 Reduction = Literal["max", "pca", "norm"]
@@ -119,6 +119,8 @@ def latent_to_spatial(
     if mode == "pretrained" and masking is None:
         ratio = getattr(model, "mask_ratio", PUBLISHED_RATIO) if mask_ratio is None else mask_ratio
         masking = random_masking(len(data), math.prod(layout.grid), ratio, generator=generator)
+    if masking is not None:
+        _check_masking(encoder, masking, (len(data), math.prod(layout.grid)))
     with torch.no_grad(), evaluating(model):
         values = _patch_values(encoder, data, masking, reduction)  # (B, N)
     result = _upsample(values.reshape(-1, 1, *layout.grid), layout.patch, upsampling)
@@ -130,7 +132,7 @@ def latent_map_defaults(
 ) -> tuple[Mode, Reduction]:
     """What :func:`latent_to_spatial` does with this model where mode or reduction is None."""
     if mode is None:
-        mode = "pretrained" if hasattr(model, "encoder") else "finetuned"
+        mode = "pretrained" if hasattr(model, "decoder") else "finetuned"
     if reduction is None:
         reduction = (
             "max" if mode == "pretrained" or encoder_of(model, "latent_to_spatial").map_reduction == "max" else "pca"
@@ -165,7 +167,6 @@ def _patch_values(encoder: Encoder, data: Tensor, masking: Masking | None, reduc
     x = data.to(parameter.device, parameter.dtype)
     if masking is None:
         return _reduce(encoder.forward_last_block(x)[:, encoder.num_prefix_tokens :], reduction)
-    _check_masking(encoder, masking, (len(x), math.prod(input_grid(x, encoder.in_chans, encoder.patch_size))))
     keep = masking.keep.to(x.device)
     tokens = encoder.forward_features(x, keep=keep)[:, encoder.num_prefix_tokens :]  # (B, n, E)
     seen = _reduce(tokens, reduction)  # (B, n)

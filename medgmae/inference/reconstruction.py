@@ -88,7 +88,7 @@ def reconstruct_scan(
         ValueError: the model predicts normalised intensities, whose mean only the hidden voxels know; or an overlap,
             ratio or number of channels that is not possible.
     """
-    if not hasattr(model, "reconstruct") or not hasattr(model, "encoder"):
+    if not hasattr(model, "reconstruct") or not hasattr(model, "decoder"):
         raise TypeError(f"reconstruct_scan needs a masked autoencoder of this library, got {type(model).__name__}")
     encoder, autoencoder, volume = encoder_of(model, "reconstruct_scan"), cast(Autoencoder, model), volume_of(scan)
     check_channels(encoder, volume.channels)
@@ -104,8 +104,8 @@ def reconstruct_scan(
             return _result(volume, hidden, layout, blended)
         world = Gaussians.concat(parts)
         rendered = autoencoder.renderer(world.to_grid(volume.grid), volume.size)[0].float().cpu()
-    found = _result(volume, hidden, layout, volume.with_data(rendered))
-    return found._replace(gaussians=Gaussians(*(t.cpu() for t in world)), apart=blended)
+    reconstruction = _result(volume, hidden, layout, volume.with_data(rendered))
+    return reconstruction._replace(gaussians=Gaussians(*(t.cpu() for t in world)), apart=blended)
 
 
 def _check_intensities(model: nn.Module) -> None:
