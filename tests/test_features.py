@@ -312,6 +312,7 @@ def test_the_rim_can_be_repeated_around_a_scan(nano: medgmae.ViT) -> None:
         ({"window": 20}, r"multiples of the patch \(8, 8, 8\), got 20"),
         ({"window": (32, 32)}, "one size per axis"),
         ({"blend": "linear"}, "blend must be 'gaussian' or 'uniform', got 'linear'"),
+        ({"outside": "edge"}, "outside must be an intensity or 'rim', got 'edge'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"resize": True, "window": None}, "needs a window"),
     ],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from medgmae import Masking, Volume, create_model, create_transform, extract_features, reconstruct_scan
+from medgmae import Masking, ViT, Volume, create_model, create_transform, extract_features, reconstruct_scan
 from medgmae.data import crop_or_pad
 from medgmae.inference.colours import feature_colours, pca_rgb
 from medgmae.inference.features import dense_features
@@ -152,6 +152,23 @@ def test_dense_features_end_where_the_plain_ones_do(small: Volume) -> None:
     torch.testing.assert_close(one.data, plain.data)
     np.testing.assert_allclose(one.grid.affine, plain.grid.affine)
     assert dense_features(model, slab, steps=2).size == (8, 12, 4)
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8])
+def test_dense_features_lie_where_the_shifted_patches_have_their_middles(steps: int) -> None:
+    """A model of tokens that know their own patch alone: the middle of the places that see a voxel is the voxel."""
+    torch.manual_seed(0)
+    model = ViT(8, 8, embed_dim=24, depth=0, num_heads=2)
+    data = torch.zeros(1, 23, 24, 25)
+    data[0, 11, 12, 13] = 1e6
+    scan = Volume(data)
+    dense = dense_features(model, scan, steps=steps, overlap=0.0)
+    changed = (dense.data - dense.data[:, :1, :1, :1]).abs().amax(0) > 1e-3
+    seen = dense.grid.world(changed.nonzero().numpy())
+    voxel = scan.grid.world([11, 12, 13])
+    assert int(changed.sum()) == steps**3
+    assert (np.abs(seen - voxel) <= 3.5).all()
+    assert np.abs(seen.mean(0) - voxel).max() <= 4 / steps
 
 
 def test_colours_lie_on_the_scan_and_leave_its_background_black(scan: Volume) -> None:

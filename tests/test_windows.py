@@ -144,8 +144,10 @@ def test_the_patch_grid_lies_on_the_scan() -> None:
         assert grid.size == tuple(parts * n for n in layout.grid)
         assert grid.spacing == tuple(p / parts for p in layout.patch)
         for index in [(0, 0, 0), (1, 3, 5)]:
-            first = [i * p / parts - b for i, p, b in zip(index, layout.patch, layout.before, strict=True)]
-            middle = [f + (p / parts - 1) / 2 for f, p in zip(first, layout.patch, strict=True)]
+            steps = [p // parts for p in layout.patch]
+            first = [i * s - b for i, s, b in zip(index, steps, layout.before, strict=True)]
+            late = [(p - s) % 2 / 2 for p, s in zip(layout.patch, steps, strict=True)]
+            middle = [f + (s - 1) / 2 + half for f, s, half in zip(first, steps, late, strict=True)]
             assert scan.grid.index(grid.world(index)).tolist() == pytest.approx(middle)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -79,7 +79,7 @@ def extract_features(
         progress: show a progress bar over the windows; by default in terminals and notebooks.
 
     Raises:
-        ValueError: channels that the model does not take, a window, overlap, blend or batch size that is not possible.
+        ValueError: channels that the model does not take, or an option that is not possible.
         TypeError: the model is not one of this library, or the scan not a scan.
     """
     encoder, volume = encoder_of(model, "extract_features"), volume_of(scan)
@@ -88,6 +88,8 @@ def extract_features(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if resize and window is None:
         raise ValueError("resize=True needs a window to resize to, got window=None")
+    if isinstance(outside, str) and outside != "rim":
+        raise ValueError(f"outside must be an intensity or 'rim', got {outside!r}")
     size = encoder.img_size if window == "model" else window
     layout = lay_out(volume.size, encoder.patch_size, size, overlap)
     if resize:
@@ -137,11 +139,8 @@ def dense_features(
     dense = torch.empty(0)
     with evaluating(model), progress_bar(len(layout.windows()) * steps**3, "windows", progress) as bar:
         for shift in itertools.product(range(steps), repeat=3):
-            # Cut into its finer places, a patch has the shifted patch of each place in the middle of that place.
-            forward = [k * (p // steps) - (p - p // steps) // 2 for k, p in zip(shift, patch, strict=True)]
-            before = tuple(b - n for b, n in zip(layout.before, forward, strict=True))
             mean = WindowMean(layout.grid, weight)
-            reader.read(volume.data, replace(layout, before=before), bar, mean)
+            reader.read(volume.data, layout.shifted(shift, steps), bar, mean)
             inside = mean.result()[(slice(None), *layout.inside)]
             if not len(dense):
                 dense = torch.empty(len(inside), *place.size)

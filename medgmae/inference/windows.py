@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -87,14 +87,21 @@ class Layout:
         """First voxel of the window at patch ``start``, counted from the scan's own first voxel: negative in front."""
         return tuple(i * p - b for i, p, b in zip(start, self.patch, self.before, strict=True))
 
+    def shifted(self, part: Sequence[int], parts: int) -> Layout:
+        """The windows moved by parts of a patch, for maps that are finer than the patches: with each patch cut into
+        ``parts`` along every axis, the middle of each moved patch is that of its part ``part`` (d, h, w), or half a
+        voxel behind it."""
+        forward = [k * (p // parts) - (p - p // parts) // 2 for k, p in zip(part, self.patch, strict=True)]
+        return replace(self, before=tuple(b - n for b, n in zip(self.before, forward, strict=True)))
+
     def patch_grid(self, scan: Grid, parts: int = 1) -> Grid:
-        """The patches ``inside`` as a grid in the scan's world, each cut into ``parts`` along every axis."""
-        kept = [(s.start, s.stop - s.start) for s in self.inside]
-        steps = [p / parts for p in self.patch]
-        corner = self.corner(tuple(first for first, _ in kept))
-        d, h, w = (count * parts for _, count in kept)
-        x, y, z = scan.world([c + (s - 1) / 2 for c, s in zip(corner, steps, strict=True)]).tolist()
-        spacing = tuple(mm * s for mm, s in zip(scan.spacing, steps, strict=True))
+        """The patches ``inside`` as a grid in the scan's world, each cut into ``parts`` along every axis, where the
+        patches of the layouts :meth:`shifted` have their middles."""
+        first = tuple(kept.start for kept in self.inside)
+        corner = self.shifted((0,) * len(first), parts).corner(first)
+        x, y, z = scan.world([c + (p - 1) / 2 for c, p in zip(corner, self.patch, strict=True)]).tolist()
+        d, h, w = ((kept.stop - kept.start) * parts for kept in self.inside)
+        spacing = [mm * p / parts for mm, p in zip(scan.spacing, self.patch, strict=True)]
         return Grid((d, h, w), (spacing[0], spacing[1], spacing[2]), (x, y, z), scan.direction)
 
     def shares(self, start: Shape, means: Tensor) -> Tensor:
