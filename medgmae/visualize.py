@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 # The planes through a volume in RAS, array (z, y, x): name, sliced axis, and the sides of the body at the left, right,
 # top and bottom of the picture. The patient's right is on the left, as radiologists look at it.
 PLANES = (("axial", 0, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 2, "APSI"))
-CENTRES = "Gaussian centres"
 HIDDEN_COLOUR = "#5a6b8c"  # not a grey: a hidden patch must not look like tissue
 
 
@@ -46,17 +46,18 @@ def reconstruction_figure(
     Raises:
         ImportError: matplotlib is not installed; the message says how to get it.
     """
-    columns: list[tuple[str, Volume]] = [("scan", scan)]
+    grey = _greys_of(scan)
+    columns = [_Column("scan", [grey(scan)])]
     if reconstruction is not None:
-        columns.append(("visible patches", reconstruction.visible))
+        columns.append(_Column("visible patches", [grey(reconstruction.visible)]))
         if reconstruction.gaussians is None:
-            columns.append(("reconstruction", reconstruction.filled))
+            columns.append(_Column("reconstruction", [grey(reconstruction.filled)]))
         else:
-            columns += [("rendered Gaussians", reconstruction.predicted), (CENTRES, scan)]
+            columns.append(_Column("rendered Gaussians", [grey(reconstruction.predicted)]))
+            columns.append(_Column("Gaussian centres", [grey(scan), _Dots(reconstruction.gaussians)]))
     if colours is not None:
-        columns.append(("patch features, PCA as RGB", colours))
-    centres = None if reconstruction is None else reconstruction.gaussians
-    return _figure(columns, title, centres)
+        columns.append(_Column("patch features, PCA as RGB", [grey(colours)]))
+    return _figure(scan, columns, _middle(scan), title)
 
 
 def fit_figure(scan: Volume, rendered: Volume, gaussians: Centres, *, title: str = "") -> Figure:
@@ -73,8 +74,14 @@ def fit_figure(scan: Volume, rendered: Volume, gaussians: Centres, *, title: str
         ImportError: matplotlib is not installed; the message says how to get it.
     """
     error = scan.with_data(scan.data.min() + 4 * (rendered.data - scan.data).abs())
-    columns = [("scan", scan), ("rendered Gaussians", rendered), (CENTRES, scan), ("4 x absolute error", error)]
-    return _figure(columns, title, gaussians, near=1.5)
+    grey = _greys_of(scan)
+    columns = [
+        _Column("scan", [grey(scan)]),
+        _Column("rendered Gaussians", [grey(rendered)]),
+        _Column("Gaussian centres", [grey(scan), _Dots(gaussians, near=1.5)]),
+        _Column("4 x absolute error", [grey(error)]),
+    ]
+    return _figure(scan, columns, _middle(scan), title)
 
 
 def latent_map_figure(scan: Volume, latent: Volume, *, at: Sequence[float] | None = None, title: str = "") -> Figure:
@@ -97,32 +104,16 @@ def latent_map_figure(scan: Volume, latent: Volume, *, at: Sequence[float] | Non
         raise ValueError(
             f"the map is {latent}, the scan {scan}; expected one channel on the scan's grid (resample_like)"
         )
-    scan, latent = reorient(scan, "RAS"), reorient(latent, "RAS")
-    point = _maximum(latent, scan) if at is None else _voxel(scan.grid, at)
-    planes = [(_plane(scan, axis, point), _plane(latent, axis, point)) for _, axis, _ in PLANES]
-    widest = max(picture.millimetres[0] for picture, _ in planes)
-    heights = [picture.millimetres[1] / widest for picture, _ in planes]
-    figure = _new_figure((7.6, 3 * sum(heights) + 0.9))
+    point = _maximum(reorient(latent, "RAS"), reorient(scan, "RAS")) if at is None else _voxel(scan, at)
+    shown = latent.data[latent.data != 0].numpy()
+    low, high = np.percentile(shown, [1, 99]) if len(shown) else (0.0, 1.0)
+    overlay = _Overlay(reorient(latent, "RAS"), float(low), float(high))
+    grey = _greys_of(scan)
+    columns = [_Column("scan", [grey(scan), _Cross()]), _Column("latent map", [grey(scan), overlay])]
+    figure = _figure(scan, columns, point, title, width=7.6)
     figure.set_layout_engine("constrained", w_pad=0.1)  # beside a colour bar it cuts off labels otherwise
-    grid = figure.subplots(3, 2, squeeze=False, gridspec_kw={"height_ratios": heights})
-    grey = float(scan.data[0].min()), float(np.percentile(scan.data[0].numpy(), 99.9))
-    drawn = latent.data[latent.data != 0].numpy()
-    low, high = np.percentile(drawn, [1, 99]) if len(drawn) else (0.0, 1.0)
-    for (plain, covered), (picture, values), (name, axis, sides) in zip(grid, planes, PLANES, strict=True):
-        for axes in (plain, covered):
-            _show(axes, picture, *grey)
-        width, height = picture.millimetres
-        colours = covered.imshow(
-            np.ma.masked_equal(values.pixels, 0), cmap="viridis", vmin=low, vmax=high, alpha=0.55, origin="lower",
-            extent=(0, width, 0, height), interpolation="nearest",
-        )  # fmt: skip
-        _cross(plain, scan.grid, axis, point)
-        plain.set_ylabel(name, fontsize=11)
-        _name_sides(plain, sides)
-    grid[0, 0].set_title("scan", fontsize=11)
-    grid[0, 1].set_title("latent map", fontsize=11)
-    figure.colorbar(colours, ax=grid[:, 1], extend="both", shrink=0.6, panchor=False)
-    figure.suptitle(title, fontsize=12)
+    covered = figure.axes[1::2]
+    figure.colorbar(covered[0].images[-1], ax=covered, extend="both", shrink=0.6, panchor=False)
     return figure
 
 
@@ -135,8 +126,9 @@ def _maximum(latent: Volume, scan: Volume) -> tuple[int, int, int]:
     return d, h, w
 
 
-def _voxel(grid: Grid, at: Sequence[float]) -> tuple[int, int, int]:
-    """The voxel (d, h, w) that holds a point (x, y, z) in LPS mm."""
+def _voxel(scan: Volume, at: Sequence[float]) -> tuple[int, int, int]:
+    """The voxel (d, h, w) of the scan in RAS that holds a point (x, y, z) in LPS mm."""
+    grid = scan.grid.reoriented("RAS")
     d, h, w = (int(i) for i in np.floor(grid.index(at) + 0.5))
     if not all(0 <= i < n for i, n in zip((d, h, w), grid.size, strict=True)):
         first, last = (tuple(grid.world(i).round(1).tolist()) for i in ((0, 0, 0), np.array(grid.size) - 1))
@@ -144,37 +136,6 @@ def _voxel(grid: Grid, at: Sequence[float]) -> tuple[int, int, int]:
             f"the point {tuple(at)} lies outside the scan, whose corners are at {first} and {last} mm (LPS)"
         )
     return d, h, w
-
-
-def _cross(axes: Axes, grid: Grid, axis: int, point: tuple[int, int, int]) -> None:
-    """Lines where the other two planes cut this slice across ``axis`` of a scan in RAS."""
-    up, across = (k for k in range(3) if k != axis)
-    axes.axvline((grid.size[across] - 0.5 - point[across]) * grid.spacing[across], color="yellow", lw=0.5)
-    axes.axhline((point[up] + 0.5) * grid.spacing[up], color="yellow", lw=0.5)
-
-
-def _figure(
-    columns: list[tuple[str, Volume]], title: str, centres: Centres | None = None, near: float = math.inf
-) -> Figure:
-    """Volumes side by side, the scan first; on the column ``CENTRES`` those within ``near`` voxels of the plane."""
-    scan, at = columns[0][1], _middle(columns[0][1])
-    planes = [[_plane(reorient(volume, "RAS"), axis, at) for _, volume in columns] for _, axis, _ in PLANES]
-    widest = max(row[0].millimetres[0] for row in planes)
-    heights = [row[0].millimetres[1] / widest for row in planes]
-    figure = _new_figure((3 * len(columns) + 0.5, 3 * sum(heights) + 0.9))
-    grid = figure.subplots(3, len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
-    low, brightest = float(scan.data[0].min()), float(np.percentile(scan.data[0].numpy(), 99.9))
-    for row, pictures, (name, axis, sides) in zip(grid, planes, PLANES, strict=True):
-        for axes, picture, (heading, _) in zip(row, pictures, columns, strict=True):
-            _show(axes, picture, low, brightest)
-            if heading == CENTRES and centres is not None:
-                _mark_centres(axes, picture, reorient(scan, "RAS").grid, axis, centres, (at[axis], near))
-        row[0].set_ylabel(name, fontsize=11)
-        _name_sides(row[0], sides)
-    for axes, (name, _) in zip(grid[0], columns, strict=True):
-        axes.set_title(name, fontsize=11)
-    figure.suptitle(title, fontsize=12)
-    return figure
 
 
 class Centres(Protocol):
@@ -189,19 +150,157 @@ class Centres(Protocol):
         """(1, K)."""
 
 
-class _Picture(NamedTuple):
-    """pixels: (rows, columns) or (rows, columns, 3), the first row at the bottom; millimetres: width and height."""
+@dataclass(frozen=True)
+class _Plane:
+    """A slice through a scan, shown with right, or the front, on the left; a picture's first row is at the bottom.
 
-    pixels: NDArray[Any]
-    millimetres: tuple[float, float]
+    grid: of the scan in RAS. axis: the one that is sliced. at: a voxel (d, h, w) in the slice.
+    """
+
+    grid: Grid
+    axis: int
+    at: tuple[int, int, int]
+
+    @property
+    def _kept(self) -> tuple[int, int]:
+        """The array axes that go up and across the picture."""
+        up, across = (k for k in range(3) if k != self.axis)
+        return up, across
+
+    @property
+    def millimetres(self) -> tuple[float, float]:
+        """Width and height of the picture."""
+        up, across = self._kept
+        return self.grid.size[across] * self.grid.spacing[across], self.grid.size[up] * self.grid.spacing[up]
+
+    def pixels(self, volume: Volume) -> NDArray[Any]:
+        """(rows, columns) of the first channel of a volume in RAS, or (rows, columns, 3) of three channels."""
+        shown = volume.data if volume.data.shape[0] == 3 else volume.data[:1]
+        return shown.select(self.axis + 1, self.at[self.axis]).flip(2).movedim(0, 2).squeeze(2).numpy()
+
+    def place(self, index: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Millimetres from the left and from the bottom of the picture of voxel indices (..., 3), mirrored as it is."""
+        up, across = self._kept
+        x = (self.grid.size[across] - 0.5 - index[..., across]) * self.grid.spacing[across]
+        return x, (index[..., up] + 0.5) * self.grid.spacing[up]
+
+
+class _Layer(Protocol):
+    """Something that is drawn on the three slices of a column."""
+
+    def draw(self, axes: Axes, plane: _Plane) -> None:
+        """On the picture of one slice."""
+
+
+class _Column(NamedTuple):
+    """A column of a figure: its heading, and what is drawn in it, the lowest layer first."""
+
+    heading: str
+    layers: Sequence[_Layer]
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A volume in RAS, from black at ``low`` to white at ``high``; three channels are colours."""
+
+    volume: Volume
+    low: float
+    high: float
+
+    def draw(self, axes: Axes, plane: _Plane) -> None:
+        from matplotlib import colormaps
+
+        grey = colormaps["gray"].with_extremes(bad=HIDDEN_COLOUR)
+        width, height = plane.millimetres
+        pixels = plane.pixels(self.volume)
+        axes.imshow(pixels, cmap=grey, vmin=self.low, vmax=self.high, origin="lower", extent=(0, width, 0, height))
+
+
+@dataclass(frozen=True)
+class _Overlay:
+    """A map in RAS as colours over what is below, from ``low`` to ``high``; nothing where it is 0."""
+
+    volume: Volume
+    low: float
+    high: float
+
+    def draw(self, axes: Axes, plane: _Plane) -> None:
+        width, height = plane.millimetres
+        axes.imshow(
+            np.ma.masked_equal(plane.pixels(self.volume), 0), cmap="viridis", vmin=self.low, vmax=self.high,
+            alpha=0.55, origin="lower", extent=(0, width, 0, height), interpolation="nearest",
+        )  # fmt: skip
+
+
+class _Cross:
+    """Lines where the other two planes cut a slice."""
+
+    def draw(self, axes: Axes, plane: _Plane) -> None:
+        x, y = plane.place(np.array(plane.at, dtype=np.float64))
+        axes.axvline(float(x), color="yellow", lw=0.5)
+        axes.axhline(float(y), color="yellow", lw=0.5)
+
+
+@dataclass(frozen=True)
+class _Dots:
+    """Points at the centres of Gaussians (1, K, ...) in LPS mm, up to ``near`` voxels from the slice."""
+
+    gaussians: Centres
+    near: float = math.inf
+
+    def draw(self, axes: Axes, plane: _Plane) -> None:
+        index = plane.grid.index(self.gaussians.means[0].numpy())
+        shown = np.abs(index[:, plane.axis] - plane.at[plane.axis]) <= self.near
+        x, y = plane.place(index[shown])
+        strength = np.abs(self.gaussians.densities[0].numpy())[shown]
+        order = np.argsort(strength)  # strong ones on top
+        side = 1.5 if math.isinf(self.near) else 5.0  # of the few near a plane each can be seen
+        brightest = float(np.percentile(strength, 95)) if len(strength) else 1.0  # few are many times stronger
+        axes.scatter(x[order], y[order], s=side, c=strength[order], cmap="plasma", vmin=0, vmax=brightest, linewidths=0)
+        width, height = plane.millimetres
+        axes.set_xlim(0, width)
+        axes.set_ylim(0, height)
+
+
+def _greys_of(scan: Volume) -> Callable[[Volume], _Image]:
+    """Makes images of volumes on the grid of a scan, in the scan's range of greys."""
+    low, high = float(scan.data[0].min()), float(np.percentile(scan.data[0].numpy(), 99.9))
+    return lambda volume: _Image(reorient(volume, "RAS"), low, high)
+
+
+def _figure(
+    scan: Volume, columns: Sequence[_Column], at: tuple[int, int, int], title: str, width: float | None = None
+) -> Figure:
+    """A row per plane through voxel ``at`` (d, h, w) of the scan in RAS; ``width`` in inches."""
+    grid = scan.grid.reoriented("RAS")
+    planes = [_Plane(grid, axis, at) for _, axis, _ in PLANES]
+    widest = max(plane.millimetres[0] for plane in planes)
+    heights = [plane.millimetres[1] / widest for plane in planes]
+    figure = _new_figure((3 * len(columns) + 0.5 if width is None else width, 3 * sum(heights) + 0.9))
+    rows = figure.subplots(3, len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
+    for row, plane, (name, _, sides) in zip(rows, planes, PLANES, strict=True):
+        for axes, column in zip(row, columns, strict=True):
+            for layer in column.layers:
+                layer.draw(axes, plane)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        row[0].set_ylabel(name, fontsize=11)
+        _name_sides(row[0], sides)
+    for axes, column in zip(rows[0], columns, strict=True):
+        axes.set_title(column.heading, fontsize=11)
+    figure.suptitle(title, fontsize=12)
+    return figure
 
 
 def _middle(scan: Volume) -> tuple[int, int, int]:
-    """Voxel (d, h, w) in RAS in the middle of what lies above a tenth of the range; of the volume if nothing does."""
+    """Voxel (d, h, w) in RAS in the middle of what lies above a tenth of the range; of the volume if nothing does.
+
+    Of n voxels along an axis, voxel n // 2 is the middle one, as ``crop_or_pad`` has it.
+    """
     body = _body(reorient(scan, "RAS"))
-    places = torch.nonzero(body)
-    low, high = (places.amin(0), places.amax(0)) if len(places) else (torch.zeros(3), torch.tensor(body.shape) - 1)
-    d, h, w = ((low + high) // 2).int().tolist()
+    places = torch.nonzero(body if body.any() else ~body)
+    first, count = places.amin(0), places.amax(0) - places.amin(0) + 1
+    d, h, w = (first + count // 2).tolist()
     return d, h, w
 
 
@@ -209,47 +308,6 @@ def _body(scan: Volume) -> Tensor:
     """(D, H, W) bool: what lies above a tenth of the range of the first channel."""
     data = scan.data[0]
     return data > data.min() + 0.1 * (data.max() - data.min())
-
-
-def _plane(volume: Volume, axis: int, at: tuple[int, int, int]) -> _Picture:
-    """One slice of a volume (C, D, H, W) in RAS, mirrored so that right, or the front, is on the left."""
-    shown = volume.data if volume.data.shape[0] == 3 else volume.data[:1]
-    pixels = shown.select(axis + 1, at[axis]).flip(2).movedim(0, 2).squeeze(2).numpy()
-    up, across = (mm for k, mm in enumerate(volume.spacing) if k != axis)
-    return _Picture(pixels, (pixels.shape[1] * across, pixels.shape[0] * up))
-
-
-def _show(axes: Axes, picture: _Picture, low: float, high: float) -> None:
-    from matplotlib import colormaps
-
-    grey = colormaps["gray"].with_extremes(bad=HIDDEN_COLOUR)
-    width, height = picture.millimetres
-    axes.imshow(picture.pixels, cmap=grey, vmin=low, vmax=high, origin="lower", extent=(0, width, 0, height))
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _mark_centres(
-    axes: Axes, picture: _Picture, grid: Grid, axis: int, gaussians: Centres, slab: tuple[float, float]
-) -> None:
-    """Points at the centres of Gaussians (1, K, ...) in LPS mm, on a slice across ``axis`` of a scan in RAS.
-
-    ``slab``: the slice, and how many voxels from it a centre may be.
-    """
-    index = grid.index(gaussians.means[0].numpy())
-    shown = np.abs(index[:, axis] - slab[0]) <= slab[1]
-    index = index[shown]
-    up, across = (k for k in range(3) if k != axis)
-    x = (grid.size[across] - 0.5 - index[:, across]) * grid.spacing[across]  # mirrored, as the slice is
-    y = (index[:, up] + 0.5) * grid.spacing[up]
-    strength = np.abs(gaussians.densities[0].numpy())[shown]
-    order = np.argsort(strength)  # strong ones on top
-    side = 1.5 if math.isinf(slab[1]) else 5.0  # of the few near a plane each can be seen
-    brightest = float(np.percentile(strength, 95)) if len(strength) else 1.0  # few are many times as strong as the rest
-    axes.scatter(x[order], y[order], s=side, c=strength[order], cmap="plasma", vmin=0, vmax=brightest, linewidths=0)
-    width, height = picture.millimetres
-    axes.set_xlim(0, width)
-    axes.set_ylim(0, height)
 
 
 def _name_sides(axes: Axes, sides: str) -> None:

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import medgmae
 from medgmae.data import Grid, resample_like
-from medgmae.inference.windows import _lay_out, blend_weights
+from medgmae.inference.windows import blend_weights
 
 DATA = Path(__file__).parent.parent / "examples/data"
 # Orientation LPS, RAS; none of the sizes is a multiple of the patch.
@@ -107,32 +105,6 @@ def test_sliding_window_is_the_plain_loop(nano: medgmae.ViT, blend: Any) -> None
     torch.testing.assert_close(pooled, torch.stack(vectors).mean(0))
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    size=st.tuples(*[st.integers(1, 90)] * 3),
-    patch=st.tuples(*[st.integers(1, 9)] * 3),
-    tokens=st.tuples(*[st.integers(1, 6)] * 3),
-    overlap=st.floats(0, 0.99),
-)
-def test_windows_cover_every_patch(
-    size: tuple[int, ...], patch: tuple[int, ...], tokens: tuple[int, ...], overlap: float
-) -> None:
-    window = tuple(t * p for t, p in zip(tokens, patch, strict=True))
-    layout = _lay_out(size, patch, window, overlap)
-    for axis in range(3):
-        starts, grid, width = layout.starts[axis], layout.grid[axis], tokens[axis]
-        assert starts[0] == 0
-        assert starts[-1] + width == grid
-        longest = max(1.0, width * (1 - overlap) + 1e-5)
-        assert all(0 < b - a <= longest for a, b in itertools.pairwise(starts))
-        padding = grid * patch[axis] - size[axis]
-        assert padding < patch[axis] or grid == width
-        kept = layout.inside[axis]
-        edges = kept.start * patch[axis] - layout.before[axis], kept.stop * patch[axis] - layout.before[axis]
-        assert -patch[axis] < edges[0] <= 0
-        assert size[axis] <= edges[1] < size[axis] + patch[axis]
-
-
 def test_gaussian_weights() -> None:
     weights = blend_weights((4, 1, 3))
     assert weights.shape == (4, 1, 3)
@@ -153,12 +125,12 @@ def test_map_lies_where_simpleitk_says(path: Path, window: Any, local: medgmae.V
     np.testing.assert_allclose(written.GetSpacing(), [8 * s for s in image.GetSpacing()], rtol=1e-6)
     np.testing.assert_allclose(written.GetDirection(), image.GetDirection(), atol=1e-6)
     size, shape = image.GetSize(), written.GetSize()
-    # Voxels of the scan in front of the first kept patch; the padding is shared out to both sides.
+    # Voxels of the scan in front of the first kept patch; the middle voxel of the scan stays the middle voxel.
     first = []
     for axis in range(3):
         asked = 0 if window is None else window[2 - axis]
         padded = max(math.ceil(size[axis] / 8) * 8, asked)
-        first.append(-((padded - size[axis]) // 2) % -8)
+        first.append(-(padded // 2 - size[axis] // 2) % -8)
         assert first[axis] + 8 * shape[axis] >= size[axis] > first[axis] + 8 * (shape[axis] - 1)
     for index in [(0, 0, 0), tuple(n - 1 for n in shape), (1, 2, 3)]:
         centre = [f + 8 * i + 3.5 for f, i in zip(first, index, strict=True)]
@@ -193,16 +165,16 @@ def test_map_goes_back_onto_the_scan(local: medgmae.ViT) -> None:
     assert maps is not None
     back = resample_like(maps, scan, interpolation="nearest")
     assert back.data.shape == (24, *scan.data.shape[1:])
-    # 33 wide: padded by 3 in front and 4 behind; 24 deep: by 4 and 4 up to the window of 32.
+    # 33 wide: padded by 4 in front and 3 behind; 24 deep: by 4 and 4 up to the window of 32.
     for d, h, w in [(0, 0, 0), (23, 39, 32), (11, 20, 5), (13, 7, 28)]:
-        patch = ((d + 4) // 8 - (4 // 8), h // 8, (w + 3) // 8)
+        patch = ((d + 4) // 8 - (4 // 8), h // 8, (w + 4) // 8)
         torch.testing.assert_close(back.data[:, d, h, w], maps.data[(slice(None), *patch)])
 
 
 def test_small_scan_is_padded_on_both_sides(nano: medgmae.ViT) -> None:
     scan = volume(9, 40, 16)
     pooled, maps = medgmae.extract_features(nano, scan, outside=-1.0, window=(32, 40, 32))
-    padded = torch.nn.functional.pad(scan.tensor, (8, 8, 0, 0, 11, 12), value=-1.0)
+    padded = torch.nn.functional.pad(scan.tensor, (8, 8, 0, 0, 12, 11), value=-1.0)
     wanted = one_pass(nano, padded)
     assert maps is not None
     torch.testing.assert_close(pooled, wanted[0])
@@ -311,13 +283,27 @@ def test_integers_are_taken(nano: medgmae.ViT) -> None:
     assert torch.equal(a, b)
 
 
-def test_progress_goes_to_stderr(nano: medgmae.ViT, capsys: pytest.CaptureFixture[str]) -> None:
-    medgmae.extract_features(nano, volume(40, 32, 32), progress=True)
-    said = capsys.readouterr()
-    assert "windows" in said.err
-    assert said.out == ""
-    medgmae.extract_features(nano, volume(40, 32, 32))
-    assert capsys.readouterr().err == ""
+def test_features_show_what_they_are_and_not_their_numbers(nano: medgmae.ViT) -> None:
+    features = medgmae.extract_features(nano, volume(40, 32, 32))
+    place = "(24, 5, 4, 4), a place every 16 x 5.6 x 7.2 mm"
+    assert repr(features) == f"Features(pooled: (24,), map: {place}, {features.map.orientation})"
+    html = features._repr_html_()
+    assert "<th>pooled</th><td>(24,)</td>" in html
+    assert place in html
+    assert repr(features._replace(map=None)) == "Features(pooled: (24,), map: None)"
+    pooled, maps = features
+    assert pooled is features.pooled
+    assert maps is features.map
+
+
+def test_the_rim_can_be_repeated_around_a_scan(nano: medgmae.ViT) -> None:
+    scan = volume(40, 16, 32)
+    padded = torch.nn.functional.pad(scan.tensor, (0, 0, 8, 8, 0, 0), mode="replicate")
+    wanted = one_pass(nano, padded)
+    pooled, maps = medgmae.extract_features(nano, scan, outside="rim", window=(40, 32, 32))
+    assert maps is not None
+    torch.testing.assert_close(pooled, wanted[0])
+    torch.testing.assert_close(maps.data, wanted[1][:, :, 1:3])
 
 
 @pytest.mark.parametrize(
@@ -325,10 +311,8 @@ def test_progress_goes_to_stderr(nano: medgmae.ViT, capsys: pytest.CaptureFixtur
     [
         ({"window": 20}, r"multiples of the patch \(8, 8, 8\), got 20"),
         ({"window": (32, 32)}, "one size per axis"),
-        ({"window": 0}, "got 0"),
-        ({"overlap": 1.0}, "overlap must be at least 0 and below 1, got 1.0"),
-        ({"overlap": -0.1}, "overlap"),
         ({"blend": "linear"}, "blend must be 'gaussian' or 'uniform', got 'linear'"),
+        ({"outside": "edge"}, "outside must be an intensity or 'rim', got 'edge'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"resize": True, "window": None}, "needs a window"),
     ],
@@ -341,7 +325,7 @@ def test_wrong_options_are_refused(nano: medgmae.ViT, options: dict[str, Any], m
 def test_wrong_models_and_scans_are_refused(nano: medgmae.ViT) -> None:
     with pytest.raises(ValueError, match=r"the scan has 2 channel\(s\), the model takes 1"):
         medgmae.extract_features(nano, volume(32, 32, 32, channels=2))
-    with pytest.raises(ValueError, match="encoder for volumes"):
+    with pytest.raises(ValueError, match=r"model for volumes; ViT with patches of \(8, 8\) pixels is one for images"):
         medgmae.extract_features(medgmae.ViT(32, 8, depth=0, dims=2), volume(32, 32, 32))
     with pytest.raises(TypeError, match="got Linear"):
         medgmae.extract_features(torch.nn.Linear(2, 2), volume(32, 32, 32))

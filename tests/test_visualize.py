@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from medgmae import Masking, Volume, create_model, create_transform, extract_features, reconstruct_scan
+from medgmae import Masking, ViT, Volume, create_model, create_transform, extract_features, reconstruct_scan
 from medgmae.data import Grid, crop_or_pad
-from medgmae.inference.colours import dense_features, feature_colours, pca_rgb
+from medgmae.inference.colours import feature_colours, pca_rgb
+from medgmae.inference.features import dense_features
 from medgmae.visualize import reconstruction_figure
 
 DATA = Path(__file__).parent.parent / "examples/data"
@@ -115,7 +116,7 @@ def test_reconstruction_says_what_it_cannot_use(small: Volume) -> None:
         reconstruct_scan(create_model("vit_nano_patch8_32"), small)
     with pytest.raises(ValueError, match="norm_target='biased'"):
         reconstruct_scan(create_model("mae_vit_nano_patch8_32", norm_target="biased"), small)
-    with pytest.raises(ValueError, match=r"got 1\.0 and 0\.5"):
+    with pytest.raises(ValueError, match=r"mask_ratio must be .* got 1\.0"):
         reconstruct_scan(nano(), small, mask_ratio=1.0)
 
 
@@ -139,6 +140,35 @@ def test_dense_features_hold_the_plain_ones_and_lie_between_them(small: Volume) 
         torch.testing.assert_close(fine.data[:, at[0] :: 2, at[1] :: 2, at[2] :: 2], shifted.data)
     with pytest.raises(ValueError, match=r"steps \(=3\) must be at least 1 and divide the patch \(8, 8, 8\)"):
         dense_features(model, cube, steps=3)
+
+
+def test_dense_features_end_where_the_plain_ones_do(small: Volume) -> None:
+    """Of a scan smaller than the window too, no place lies in the padding."""
+    model, slab = nano(), crop_or_pad(small, (21, 44, 9))
+    plain = extract_features(model, slab, overlap=0.25, outside="rim").map
+    one = dense_features(model, slab, steps=1)
+    assert plain is not None
+    assert plain.size == one.size == (4, 6, 2)
+    torch.testing.assert_close(one.data, plain.data)
+    np.testing.assert_allclose(one.grid.affine, plain.grid.affine)
+    assert dense_features(model, slab, steps=2).size == (8, 12, 4)
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8])
+def test_dense_features_lie_where_the_shifted_patches_have_their_middles(steps: int) -> None:
+    """A model of tokens that know their own patch alone: the middle of the places that see a voxel is the voxel."""
+    torch.manual_seed(0)
+    model = ViT(8, 8, embed_dim=24, depth=0, num_heads=2)
+    data = torch.zeros(1, 23, 24, 25)
+    data[0, 11, 12, 13] = 1e6
+    scan = Volume(data)
+    dense = dense_features(model, scan, steps=steps, overlap=0.0)
+    changed = (dense.data - dense.data[:, :1, :1, :1]).abs().amax(0) > 1e-3
+    seen = dense.grid.world(changed.nonzero().numpy())
+    voxel = scan.grid.world([11, 12, 13])
+    assert int(changed.sum()) == steps**3
+    assert (np.abs(seen - voxel) <= 3.5).all()
+    assert np.abs(seen.mean(0) - voxel).max() <= 4 / steps
 
 
 def test_colours_lie_on_the_scan_and_leave_its_background_black(scan: Volume) -> None:
@@ -169,6 +199,17 @@ def test_figure_shows_right_on_the_left_and_up_on_top(tmp_path: Path) -> None:
     figure.savefig(tmp_path / "corner.png")
     with Image.open(tmp_path / "corner.png") as image:
         assert min(image.size) > 300
+
+
+def test_the_planes_go_through_the_middle_voxel() -> None:
+    """Of n voxels that is voxel n // 2, as crop_or_pad has it."""
+    data = torch.zeros(1, 9, 10, 12)
+    data[:, 2:6, 1:8, 4:10] = 1.0  # 4, 7 and 6 voxels: their middle ones are 4, 4 and 7
+    data[:, 4, 4, 7] = 2.0
+    scan = Volume(data).grid.reoriented("RAS")
+    figure = reconstruction_figure(Volume(data, scan))
+    for axes in figure.axes:
+        assert np.asarray(axes.images[0].get_array()).max() == 2.0
 
 
 def test_figure_has_a_row_per_plane_and_a_column_per_picture(small: Volume, tmp_path: Path) -> None:

@@ -1,58 +1,13 @@
-"""Feature maps as pictures in colours, and finer than the patches."""
+"""Feature maps as pictures in colours."""
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from medgmae.data import Grid, Volume, resample_like
-from medgmae.inference.features import Features, extract_features
-from medgmae.inference.latents import latent_to_spatial as latent_to_spatial
+from medgmae.data import Volume, resample_like
 from medgmae.inference.latents import principal_axes
-from medgmae.inference.windows import extend_rim
-
-
-def dense_features(model: nn.Module, scan: Volume, *, steps: int = 2, overlap: float = 0.25) -> Volume:
-    """A feature map finer than the patches: the scan is read several times, shifted by parts of a patch.
-
-    Args:
-        model: an encoder of this library, or a masked autoencoder, whose encoder is then used.
-        scan: (C, D, H, W), preprocessed.
-        steps: places per patch and axis; must divide the patch. The work grows with its cube.
-        overlap: of the windows, see :func:`~medgmae.extract_features`.
-
-    Returns:
-        (E, d, h, w), a place every ``patch / steps`` voxels.
-
-    Raises:
-        ValueError: ``steps`` does not divide the patch; and what ``extract_features`` raises.
-    """
-    encoder: Any = getattr(model, "encoder", model)
-    patch = encoder.patch_size
-    if steps < 1 or any(p % steps for p in patch):
-        raise ValueError(f"steps (={steps}) must be at least 1 and divide the patch {tuple(patch)}")
-    size = [max(-(n // -p) * p, w) for n, p, w in zip(scan.size, patch, encoder.img_size, strict=True)]
-    before = [(m - n) // 2 for n, m in zip(scan.size, size, strict=True)]
-    maps: dict[tuple[int, ...], Volume] = {}
-    for shift in itertools.product(range(steps), repeat=3):
-        # The places of all shifts together are centred on the scan.
-        start = [k * (p // steps) - (p - p // steps) // 2 - b for k, p, b in zip(shift, patch, before, strict=True)]
-        maps[shift] = _map_of(extract_features(model, extend_rim(scan, start, size), overlap=overlap))
-    first = maps[0, 0, 0]
-    finer = torch.empty(first.data.shape[0], *(n * steps for n in first.size))
-    for (i, j, k), found in maps.items():
-        finer[:, i::steps, j::steps, k::steps] = found.data
-    spacing = [mm / steps for mm in first.spacing]
-    return Volume(finer, Grid(finer.shape[1:], spacing, first.origin, first.direction), scan.source)
-
-
-def _map_of(features: Features) -> Volume:
-    assert features.map is not None  # asked for by default
-    return features.map
 
 
 def pca_rgb(feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -89,7 +44,7 @@ def feature_colours(features: Volume, scan: Volume, threshold: float = 0.05) -> 
     """Features (E, d, h, w) as smooth colours (3, D, H, W) on the grid of a scan, black where the scan is background.
 
     Args:
-        features: a feature map with its geometry, such as :func:`dense_features` or ``extract_features`` gives.
+        features: a feature map with its geometry, such as ``dense_features`` or ``extract_features`` gives.
         scan: (C, D, H, W), preprocessed.
         threshold: background is where the scan, smoothed over 3 x 3 x 3 voxels, is up to this value; small holes are
             filled. In a CT scaled to [0, 1], lung is at about 0.08.

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import html
+import itertools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from medgmae.data import Grid, Volume, resample
-from medgmae.inference.windows import Blend, _cut, _lay_out, _Layout, blend_weights, evaluating
-from medgmae.layers.patches import Shape
+from medgmae.data import Volume, resample
+from medgmae.data.volume import ScanLike
+from medgmae.inference.inputs import check_channels, encoder_of, volume_of
+from medgmae.inference.windows import Blend, Layout, Outside, WindowMean, batches, blend_weights, evaluating, lay_out
+from medgmae.models.encoder import Encoder
+from medgmae.ops.progress import Bar, progress_bar
 
 
 class Features(NamedTuple):
@@ -24,137 +30,152 @@ class Features(NamedTuple):
     pooled: Tensor
     map: Volume | None
 
+    def __repr__(self) -> str:
+        return f"Features({', '.join(f'{name}: {text}' for name, text in self._facts())})"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = (f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in self._facts())
+        return f"<table>{''.join(rows)}</table>"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        if self.map is None:
+            return [("pooled", str(tuple(self.pooled.shape))), ("map", "None")]
+        spacing = " x ".join(f"{mm:.4g}" for mm in self.map.spacing)
+        place = f"{tuple(self.map.data.shape)}, a place every {spacing} mm, {self.map.orientation}"
+        return [("pooled", str(tuple(self.pooled.shape))), ("map", place)]
+
 
 def extract_features(
     model: nn.Module,
-    volume: Volume,
+    scan: ScanLike,
     *,
     window: Literal["model"] | int | Sequence[int] | None = "model",
     overlap: float = 0.5,
     blend: Blend = "gaussian",
     resize: bool = False,
-    outside: float = 0.0,
+    outside: Outside = 0.0,
     want_map: bool = True,
     batch_size: int = 1,
     autocast: torch.dtype | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Features:
     """Pooled vector and feature map of a whole scan that has been through the model's transform.
 
     Windows lie on one patch grid, so that their tokens fall onto each other exactly. A scan smaller than the window, or
-    of a size that is no multiple of the patch, is padded on both sides. Only one batch of windows is on the model's
+    of a size that is not a multiple of the patch, is padded on both sides. Only one batch of windows is on the model's
     device at a time; the map is summed up on the CPU.
 
     Args:
         model: an encoder of this library, or a masked autoencoder, whose encoder is then used.
-        volume: (C, D, H, W), preprocessed.
+        scan: (C, D, H, W), preprocessed.
         window: voxels (d, h, w) that the model sees at once, multiples of the patch: "model" for the size it was built
             for, an int for a cube, None for the whole scan in one pass.
         overlap: least share of a window that it has in common with the next, 0 to below 1.
         blend: how overlapping windows are averaged: "gaussian" trusts the middle of a window more than its rim.
         resize: first resample the scan to the window's size, changing its proportions; one pass then.
-        outside: intensity of the padding, in the units of the volume.
+        outside: intensity of the padding, in the units of the scan; or "rim", which repeats its outermost voxels.
         want_map: False gives ``map=None`` and spares its memory.
         batch_size: windows per pass.
         autocast: run the model under autocast with this dtype.
-        progress: show a progress bar over the windows.
+        progress: show a progress bar over the windows; by default in terminals and notebooks.
 
     Raises:
-        ValueError: channels that the model does not take, a window, overlap, blend or batch size that is not possible.
-        TypeError: the model is not one of this library.
+        ValueError: channels that the model does not take, or an option that is not possible.
+        TypeError: the model is not one of this library, or the scan not a scan.
     """
-    encoder = _encoder(model)
-    if volume.data.shape[0] != encoder.in_chans:
-        raise ValueError(f"the scan has {volume.data.shape[0]} channel(s), the model takes {encoder.in_chans}")
+    encoder, volume = encoder_of(model, "extract_features"), volume_of(scan)
+    check_channels(encoder, volume.channels)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    size = _window_size(encoder, window)
+    if resize and window is None:
+        raise ValueError("resize=True needs a window to resize to, got window=None")
+    if isinstance(outside, str) and outside != "rim":
+        raise ValueError(f"outside must be an intensity or 'rim', got {outside!r}")
+    size = encoder.img_size if window == "model" else window
+    layout = lay_out(volume.size, encoder.patch_size, size, overlap)
     if resize:
-        if size is None:
-            raise ValueError("resize=True needs a window to resize to, got window=None")
-        volume = resample(volume, size=size)
-    layout = _lay_out(tuple(volume.data.shape[1:]), tuple(encoder.patch_size), size, overlap)
-    found = _run(encoder, volume.data, layout, blend, outside, want_map, batch_size, autocast, progress)
-    return Features(found[0], None if found[1] is None else _on_patches(found[1], volume, layout))
-
-
-def _encoder(model: nn.Module) -> Any:
-    encoder: Any = getattr(model, "encoder", model)
-    needed = ("grid_size", "patch_size", "in_chans", "num_prefix_tokens", "forward_features", "forward_head")
-    if not all(hasattr(encoder, name) for name in needed):
-        raise TypeError(f"extract_features needs an encoder of this library, got {type(model).__name__}")
-    if len(encoder.patch_size) != 3:
-        raise ValueError(f"extract_features needs an encoder for volumes, this one takes patches {encoder.patch_size}")
-    return encoder
-
-
-def _window_size(encoder: Any, window: Any) -> Shape | None:
-    """Voxels of a window per axis; None for the whole scan."""
-    if window is None:
-        return None
-    if window == "model":
-        return tuple(encoder.img_size)
-    size = (window,) * 3 if isinstance(window, int) else tuple(int(v) for v in window)
-    if len(size) != 3 or any(s < 1 or s % p for s, p in zip(size, encoder.patch_size, strict=True)):
-        raise ValueError(
-            f"window must be 'model', None, or one size per axis in multiples of the patch "
-            f"{tuple(encoder.patch_size)}, got {window!r}"
-        )
-    return size
-
-
-def _run(
-    encoder: Any,
-    data: Tensor,
-    layout: _Layout,
-    blend: Blend,
-    outside: float,
-    want_map: bool,
-    batch_size: int,
-    autocast: torch.dtype | None,
-    progress: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Stream the windows through the model: the mean pooled vector (F,) and the blended map (E, d, h, w)."""
-    from tqdm.auto import tqdm
-
-    parameter = next(encoder.parameters())
+        volume = resample(volume, size=layout.window_size)
+        layout = lay_out(volume.size, encoder.patch_size, size, overlap)
     weight = blend_weights(layout.window, blend)
-    total = torch.zeros(layout.grid)
-    summed: Tensor | None = None
-    pooled = torch.zeros((), dtype=torch.float64)
-    windows = layout.windows()
-    with evaluating(encoder), tqdm(total=len(windows), desc="windows", leave=False, disable=not progress) as bar:
-        for first in range(0, len(windows), batch_size):
-            chosen = windows[first : first + batch_size]
-            batch = torch.stack([_cut(data, layout, start, outside) for start in chosen])  # (B, C, D, H, W)
-            x = batch.to(parameter.device, parameter.dtype)
-            tokens, vectors = _forward(encoder, x, autocast)
+    mean = WindowMean(layout.grid, weight) if want_map else None
+    reader = _Reader(encoder, outside, batch_size, autocast)
+    with evaluating(model), progress_bar(len(layout.windows()), "windows", progress) as bar:
+        pooled = reader.read(volume.data, layout, bar, mean)
+    if mean is None:
+        return Features(pooled, None)
+    inside = mean.result()[(slice(None), *layout.inside)].contiguous()  # without patches that lie in the padding
+    return Features(pooled, Volume(inside, layout.patch_grid(volume.grid), volume.source))
+
+
+def dense_features(
+    model: nn.Module, scan: ScanLike, *, steps: int = 2, overlap: float = 0.25, progress: bool | None = None
+) -> Volume:
+    """A feature map finer than the patches: the scan is read several times, shifted by parts of a patch.
+
+    Where a window reaches beyond the scan, the scan's rim is repeated.
+
+    Args:
+        model: an encoder of this library, or a masked autoencoder, whose encoder is then used.
+        scan: (C, D, H, W), preprocessed.
+        steps: places per patch and axis; must divide the patch. The work grows with its cube.
+        overlap: of the windows, see :func:`~medgmae.extract_features`.
+        progress: show a progress bar over the windows; by default in terminals and notebooks.
+
+    Returns:
+        (E, d, h, w), a place every ``patch / steps`` voxels.
+
+    Raises:
+        ValueError: ``steps`` does not divide the patch; channels that the model does not take, or an overlap that is
+            not possible.
+        TypeError: the model is not one of this library, or the scan not a scan.
+    """
+    encoder, volume = encoder_of(model, "dense_features"), volume_of(scan)
+    check_channels(encoder, volume.channels)
+    patch = encoder.patch_size
+    if steps < 1 or any(p % steps for p in patch):
+        raise ValueError(f"steps (={steps}) must be at least 1 and divide the patch {tuple(patch)}")
+    layout = lay_out(volume.size, patch, encoder.img_size, overlap)
+    place = layout.patch_grid(volume.grid, steps)
+    reader, weight = _Reader(encoder, "rim"), blend_weights(layout.window)
+    dense = torch.empty(0)
+    with evaluating(model), progress_bar(len(layout.windows()) * steps**3, "windows", progress) as bar:
+        for shift in itertools.product(range(steps), repeat=3):
+            mean = WindowMean(layout.grid, weight)
+            reader.read(volume.data, layout.shifted(shift, steps), bar, mean)
+            inside = mean.result()[(slice(None), *layout.inside)]
+            if not len(dense):
+                dense = torch.empty(len(inside), *place.size)
+            dense[(slice(None), *(slice(k, None, steps) for k in shift))] = inside
+    return Volume(dense, place, volume.source)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """An encoder, and how it reads windows."""
+
+    encoder: Encoder
+    outside: Outside
+    batch_size: int = 1
+    autocast: torch.dtype | None = None
+
+    def read(self, data: Tensor, layout: Layout, bar: Bar, mean: WindowMean | None) -> Tensor:
+        """The mean pooled vector (F,) of the windows of a scan (C, D, H, W); their tokens go into ``mean``."""
+        pooled = torch.zeros((), dtype=torch.float64)
+        for starts, batch in batches(data, layout, self.outside, self.batch_size):
+            tokens, vectors = self._forward(batch)
             pooled = pooled + vectors.float().cpu().double().sum(0)  # sums, since a view would keep all tokens alive
-            if want_map:
-                maps = tokens[:, encoder.num_prefix_tokens :].float().cpu().mT.reshape(len(chosen), -1, *layout.window)
-                summed = torch.zeros(maps.shape[1], *layout.grid) if summed is None else summed
-                for image, start in zip(maps, chosen, strict=True):
-                    where = layout.patches(start)
-                    summed[(slice(None), *where)] += image * weight
-                    total[where] += weight
-            bar.update(len(chosen))
-    mean = (pooled / len(windows)).float()
-    return mean, None if summed is None else summed.div_(total)
+            if mean is not None:
+                patches = tokens[:, self.encoder.num_prefix_tokens :].float().cpu().mT  # (B, E, N)
+                for values, start in zip(patches, starts, strict=True):
+                    mean.add(layout.patches(start), values.reshape(-1, *layout.window))
+            bar.update(len(starts))
+        return (pooled / len(layout.windows())).float()
 
-
-def _forward(encoder: Any, x: Tensor, autocast: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Tokens (B, P + N, E) and pooled vectors (B, F) of a batch."""
-    with torch.inference_mode(), torch.autocast(x.device.type, autocast, enabled=autocast is not None):
-        tokens = encoder.forward_features(x)
-        return tokens, encoder.forward_head(tokens, pre_logits=True)
-
-
-def _on_patches(blended: Tensor, volume: Volume, layout: _Layout) -> Volume:
-    """A map on the padded patch grid as a volume in the scan's world, without patches that lie in the padding."""
-    inside = layout.inside
-    triples = zip(inside, layout.patch, layout.before, strict=True)
-    centre = [kept.start * patch - before + (patch - 1) / 2 for kept, patch, before in triples]  # in the scan's voxels
-    spacing = [s * p for s, p in zip(volume.spacing, layout.patch, strict=True)]
-    data = blended[(slice(None), *inside)].contiguous()
-    grid = Grid(data.shape[1:], spacing, volume.grid.world(centre).tolist(), volume.direction)
-    return Volume(data, grid, volume.source)
+    def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, P + N, E) and pooled vectors (B, F) of a batch of windows (B, C, d, h, w)."""
+        parameter = next(self.encoder.parameters())
+        x = batch.to(parameter.device, parameter.dtype)
+        with torch.inference_mode(), torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            tokens = self.encoder.forward_features(x)
+            return tokens, self.encoder.forward_head(tokens, pre_logits=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medgmae.data import Volume, crop_or_pad
-from medgmae.inference.windows import evaluating, extend_rim
+from medgmae.data import Volume
+from medgmae.data.volume import ScanLike
+from medgmae.inference.inputs import check_channels, encoder_of, is_batch, volume_of
+from medgmae.inference.windows import cut, evaluating, lay_out
 from medgmae.layers.masking import Masking, random_masking
 from medgmae.layers.patches import check_multiple
+from medgmae.models.encoder import Encoder
 
 Mode = Literal["pretrained", "finetuned"]
 Reduction = Literal["max", "pca", "norm"]
@@ -23,7 +26,7 @@ PUBLISHED_RATIO = 0.75  # of hidden patches
 
 
 @overload
-def latent_to_spatial(
+def latent_to_spatial(  # type: ignore[overload-overlap]  # a batch has five axes, a scan that is a tensor four
     model: nn.Module,
     x: Tensor,
     *,
@@ -39,7 +42,7 @@ def latent_to_spatial(
 @overload
 def latent_to_spatial(
     model: nn.Module,
-    x: Volume,
+    x: ScanLike,
     *,
     mode: Mode | None = ...,
     reduction: Reduction | None = ...,
@@ -52,7 +55,7 @@ def latent_to_spatial(
 
 def latent_to_spatial(
     model: nn.Module,
-    x: Tensor | Volume,
+    x: Tensor | ScanLike,
     *,
     mode: Mode | None = None,
     reduction: Reduction | None = None,
@@ -91,32 +94,39 @@ def latent_to_spatial(
         (B, 1, D, H, W) float32 on the model's device; for a scan, (1, D, H, W) on its own grid.
 
     Raises:
-        TypeError: not a model of this library.
-        ValueError: a model for images; other channels than the model's, a size that is no multiple of the patch, NaN or
-            infinity; a mask for another grid, beside what draws one, or in a mode that hides nothing; tokens without a
-            last norm, in mode "pretrained"; an option that does not exist.
+        TypeError: not a model of this library, or neither a tensor nor a scan.
+        ValueError: a model for images; other channels than the model's, a size that is not a multiple of the patch,
+            NaN or infinity; a mask for another grid, beside what draws one, or in a mode that hides nothing; tokens
+            without a last norm, in mode "pretrained"; an option that does not exist.
     """
-    encoder = _encoder(model)
+    encoder = encoder_of(model, "latent_to_spatial")
     mode, reduction = latent_map_defaults(model, mode, reduction)
     _check_options(mode, reduction, upsampling)
-    data = x.data.unsqueeze(0) if isinstance(x, Volume) else x
-    _check_input(encoder, data)
     if mode == "finetuned" and not (mask_ratio is None and masking is None and generator is None):
         raise ValueError("mode 'finetuned' hides no patches: leave out mask_ratio, masking and generator")
     if masking is not None and not (mask_ratio is None and generator is None):
         raise ValueError("masking says which patches are hidden: leave out mask_ratio and generator, which draw one")
-    if isinstance(x, Volume):
-        size = [-(n // -p) * p for n, p in zip(x.size, encoder.patch_size, strict=True)]
-        padded = extend_rim(x, [n // 2 - m // 2 for n, m in zip(x.size, size, strict=True)], size)
-        data = padded.tensor
-    check_multiple(data.shape[2:], encoder.patch_size)
+    volume: Volume | None = None
+    if is_batch(x):
+        data = x
+    else:
+        volume = volume_of(x)
+        data = volume.data[None]
+    _check_input(encoder, data)
+    layout = lay_out(tuple(data.shape[2:]), encoder.patch_size, None, overlap=0)
+    if volume is None:
+        check_multiple(layout.size, layout.patch)
+    else:
+        data = cut(volume.data, layout.corner((0, 0, 0)), layout.padded_size, "rim")[None]
     if mode == "pretrained" and masking is None:
         ratio = getattr(model, "mask_ratio", PUBLISHED_RATIO) if mask_ratio is None else mask_ratio
-        masking = random_masking(len(data), math.prod(_grid(encoder, data)), ratio, generator=generator)
-    found = _upsample(_patch_values(encoder, data, masking, reduction), encoder.patch_size, upsampling)
-    if not isinstance(x, Volume):
-        return found
-    return x.with_data(crop_or_pad(padded.with_data(found[0].cpu()), x.size).data)
+        masking = random_masking(len(data), math.prod(layout.grid), ratio, generator=generator)
+    if masking is not None:
+        _check_masking(encoder, masking, (len(data), math.prod(layout.grid)))
+    with torch.no_grad(), evaluating(model):
+        values = _patch_values(encoder, data, masking, reduction)  # (B, N)
+    result = _upsample(values.reshape(-1, 1, *layout.grid), layout.patch, upsampling)
+    return result if volume is None else volume.with_data(result[0].cpu()[(slice(None), *layout.scan)].contiguous())
 
 
 def latent_map_defaults(
@@ -126,18 +136,10 @@ def latent_map_defaults(
     if mode is None:
         mode = "pretrained" if hasattr(model, "decoder") else "finetuned"
     if reduction is None:
-        reduction = "max" if mode == "pretrained" or _encoder(model).map_reduction == "max" else "pca"
+        reduction = (
+            "max" if mode == "pretrained" or encoder_of(model, "latent_to_spatial").map_reduction == "max" else "pca"
+        )
     return mode, reduction
-
-
-def _encoder(model: nn.Module) -> Any:
-    encoder: Any = getattr(model, "encoder", model)
-    needed = ("patch_size", "in_chans", "num_prefix_tokens", "forward_features", "forward_intermediates")
-    if not all(hasattr(encoder, name) for name in needed):
-        raise TypeError(f"latent_to_spatial needs a model of this library, got {type(model).__name__}")
-    if len(encoder.patch_size) != 3:
-        raise ValueError(f"latent_to_spatial needs a model for volumes, this one takes patches {encoder.patch_size}")
-    return encoder
 
 
 def _check_options(mode: str, reduction: str, upsampling: str) -> None:
@@ -151,58 +153,37 @@ def _check_options(mode: str, reduction: str, upsampling: str) -> None:
             raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _check_input(encoder: Any, data: Tensor) -> None:
+def _check_input(encoder: Encoder, data: Tensor) -> None:
     """data: (B, C, D, H, W)."""
     if data.dim() != 5:
         raise ValueError(f"the input must be (B, {encoder.in_chans}, D, H, W) or a Volume, got {tuple(data.shape)}")
-    if data.shape[1] != encoder.in_chans:
-        raise ValueError(
-            f"the input has {data.shape[1]} channel(s), the model takes {encoder.in_chans}: the contrasts that it was "
-            f"trained on, in its order. Or build the model with in_chans={data.shape[1]}"
-        )
+    check_channels(encoder, data.shape[1])
     bad = int((~torch.isfinite(data)).sum())
     if bad:
         raise ValueError(f"{bad} of {data.numel()} voxels are NaN or infinite; expected finite intensities")
 
 
-def _grid(encoder: Any, data: Tensor) -> tuple[int, ...]:
-    return tuple(s // p for s, p in zip(data.shape[2:], encoder.patch_size, strict=True))
-
-
-def _patch_values(encoder: Any, data: Tensor, masking: Masking | None, reduction: Reduction) -> Tensor:
-    """(B, 1, d, h, w): a number per patch; of the visible ones where there is a masking."""
-    grid = _grid(encoder, data)
+def _patch_values(encoder: Encoder, data: Tensor, masking: Masking | None, reduction: Reduction) -> Tensor:
+    """(B, N): a number per patch; of the visible ones where there is a masking."""
     parameter = next(encoder.parameters())
     x = data.to(parameter.device, parameter.dtype)
-    with torch.no_grad(), evaluating(encoder):
-        if masking is None:
-            values = _reduce(_last_block(encoder, x), reduction)  # (B, N)
-        else:
-            keep = _checked(encoder, masking, len(x), math.prod(grid)).to(x.device)
-            tokens = encoder.forward_features(x, keep=keep)[:, encoder.num_prefix_tokens :]  # (B, n, E)
-            seen = _reduce(tokens, reduction)  # (B, n)
-            values = seen.new_zeros(len(x), math.prod(grid)).scatter(1, keep, seen)
-    return values.reshape(len(x), 1, *grid)
+    if masking is None:
+        return _reduce(encoder.forward_last_block(x)[:, encoder.num_prefix_tokens :], reduction)
+    keep = masking.keep.to(x.device)
+    tokens = encoder.forward_features(x, keep=keep)[:, encoder.num_prefix_tokens :]  # (B, n, E)
+    seen = _reduce(tokens, reduction)  # (B, n)
+    return seen.new_zeros(masking.mask.shape).scatter(1, keep, seen)
 
 
-def _checked(encoder: Any, masking: Masking, batch: int, patches: int) -> Tensor:
-    """The visible patches (B, n) of a masking that fits the input and the encoder."""
+def _check_masking(encoder: Encoder, masking: Masking, expected: tuple[int, int]) -> None:
+    """``expected``: batch, patches of the input."""
     if isinstance(encoder.norm, nn.Identity):
         raise ValueError(
             "mode 'pretrained' reads tokens after the last norm, and this encoder normalises the pooled vector "
             "instead; use mode='finetuned', or build it with fc_norm=False"
         )
-    if tuple(masking.mask.shape) != (batch, patches):
-        raise ValueError(
-            f"the masking is for {tuple(masking.mask.shape)} (batch, patches), the input has {(batch, patches)}"
-        )
-    return masking.keep
-
-
-def _last_block(encoder: Any, x: Tensor) -> Tensor:
-    """(B, N, E): what the last block returns for every patch, raster order."""
-    tokens: Tensor = encoder.forward_last_block(x)
-    return tokens[:, encoder.num_prefix_tokens :]
+    if tuple(masking.mask.shape) != expected:
+        raise ValueError(f"the masking is for {tuple(masking.mask.shape)} (batch, patches), the input has {expected}")
 
 
 def _reduce(tokens: Tensor, reduction: Reduction) -> Tensor:
@@ -213,11 +194,11 @@ def _reduce(tokens: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "norm":
         length: Tensor = torch.linalg.vector_norm(tokens, dim=-1)
         return length
-    found = []
+    components = []
     for sample in tokens.cpu().double():
         mean, axes = principal_axes(sample, 1)
-        found.append(((sample - mean) @ axes)[:, 0])
-    return torch.stack(found).float().to(tokens.device)
+        components.append(((sample - mean) @ axes)[:, 0])
+    return torch.stack(components).float().to(tokens.device)
 
 
 def principal_axes(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:

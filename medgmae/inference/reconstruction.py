@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from medgmae.data import Volume, crop_or_pad
-from medgmae.gaussians.rendering import Gaussians
-from medgmae.inference.windows import _Cover, _covered, blend_weights, extend_rim
+from medgmae.data import Volume
+from medgmae.data.volume import ScanLike
+from medgmae.gaussians.rendering import GaussianRenderer, Gaussians
+from medgmae.inference.inputs import check_channels, encoder_of, volume_of
+from medgmae.inference.windows import Layout, WindowMean, batches, blend_weights, evaluating, lay_out
 from medgmae.layers.masking import Masking, visible_count
+from medgmae.ops.progress import Bar, progress_bar
 
 
 class Reconstruction(NamedTuple):
@@ -33,19 +35,35 @@ class Reconstruction(NamedTuple):
     apart: Volume | None = None
 
 
+class Autoencoder(Protocol):
+    """What a reconstruction asks of a masked autoencoder; one of Gaussians predicts ``gaussians`` for its renderer."""
+
+    mask_ratio: float
+    renderer: GaussianRenderer
+
+    def reconstruct(self, x: Tensor, masking: Masking, *, paste_visible: bool) -> Tensor:
+        """Intensities (B, C, D, H, W)."""
+
+    def gaussians(self, x: Tensor, masking: Masking) -> Gaussians:
+        """Gaussians in units of the window's axes."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All of them."""
+
+
 def reconstruct_scan(
     model: nn.Module,
-    scan: Volume,
+    scan: ScanLike,
     *,
     mask_ratio: float | None = None,
     generator: torch.Generator | None = None,
     overlap: float = 0.5,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Reconstruction:
     """Hide patches of a whole scan and let a masked autoencoder fill them, window by window.
 
     One random mask is drawn for the whole scan. Windows of the size that the model was made for lie on its patch grid
-    and overlap.
+    and overlap. The model runs in evaluation mode and gets its own mode back.
 
     - A model of voxels: predictions of windows are averaged, the middle of a window counting most.
     - A model of Gaussians: those of all windows are moved into the patient's frame, joined, and rendered on the scan's
@@ -58,43 +76,40 @@ def reconstruct_scan(
 
     Args:
         model: a :class:`~medgmae.MaskedAutoencoder` that predicts intensities (``norm_target=None``), or a
-            :class:`~medgmae.GaussianMAE` without ``image_norm``; in eval mode.
+            :class:`~medgmae.GaussianMAE` without ``image_norm``.
         scan: (C, D, H, W), preprocessed; its rim is repeated up to whole patches and at least one window.
         mask_ratio: share of hidden patches, 0 to below 1; the model's own when None.
         generator: source of the mask.
-        overlap: share of a window that it has in common with the next, 0 to below 1. At 0 Gaussians count fully.
-        progress: show a progress bar over the windows.
+        overlap: least share of a window that it has in common with the next, 0 to below 1. Gaussians of windows that
+            do not overlap count fully.
+        progress: show a progress bar over the windows; by default in terminals and notebooks.
 
     Raises:
-        TypeError: the model has no decoder.
+        TypeError: the model has no decoder or is not one of this library, or the scan is not a scan.
         ValueError: the model predicts normalised intensities, whose mean only the hidden voxels know; or an overlap,
             ratio or number of channels that is not possible.
     """
     if not hasattr(model, "reconstruct") or not hasattr(model, "decoder"):
         raise TypeError(f"reconstruct_scan needs a masked autoencoder of this library, got {type(model).__name__}")
-    owner: Any = model
-    if scan.channels != owner.encoder.in_chans:
-        raise ValueError(f"the scan has {scan.channels} channel(s), the model takes {owner.encoder.in_chans}")
-    _check_intensities(owner)
-    ratio = float(owner.mask_ratio if mask_ratio is None else mask_ratio)
-    if not 0 <= ratio < 1 or not 0 <= overlap < 1:
-        raise ValueError(f"mask_ratio and overlap must be at least 0 and below 1, got {ratio} and {overlap}")
-    patch, window = owner.encoder.patch_size, owner.encoder.img_size
-    size = [max(-(n // -p) * p, w) for n, p, w in zip(scan.size, patch, window, strict=True)]
-    padded = extend_rim(scan, [n // 2 - m // 2 for n, m in zip(scan.size, size, strict=True)], size)
-    hidden = _hide(scan.size, size, patch, ratio, generator)
-    with torch.no_grad():
-        blended, parts = _predict(owner, padded, hidden, _covered(size, patch, window, overlap), progress)
-        apart = crop_or_pad(padded.with_data(blended), scan.size)
+    encoder, autoencoder, volume = encoder_of(model, "reconstruct_scan"), cast(Autoencoder, model), volume_of(scan)
+    check_channels(encoder, volume.channels)
+    _check_intensities(model)
+    ratio = float(autoencoder.mask_ratio if mask_ratio is None else mask_ratio)
+    if not 0 <= ratio < 1:
+        raise ValueError(f"mask_ratio must be at least 0 and below 1, got {ratio}")
+    layout = lay_out(volume.size, encoder.patch_size, encoder.img_size, overlap)
+    hidden = _hide(layout, ratio, generator)
+    with torch.no_grad(), evaluating(model), progress_bar(len(layout.windows()), "windows", progress) as bar:
+        blended, parts = _predict(autoencoder, volume, hidden, layout, bar)
         if not parts:
-            return _result(scan, padded, hidden, patch, apart)
+            return _result(volume, hidden, layout, blended)
         world = Gaussians.concat(parts)
-        rendered = owner.renderer(world.to_grid(scan.grid), scan.size)[0].float().cpu()
-    found = _result(scan, padded, hidden, patch, scan.with_data(rendered))
-    return found._replace(gaussians=world.to("cpu"), apart=apart)
+        rendered = autoencoder.renderer(world.to_grid(volume.grid), volume.size)[0].float().cpu()
+    reconstruction = _result(volume, hidden, layout, volume.with_data(rendered))
+    return reconstruction._replace(gaussians=world.to("cpu"), apart=blended)
 
 
-def _check_intensities(model: Any) -> None:
+def _check_intensities(model: nn.Module) -> None:
     for option, plain in (("norm_target", None), ("image_norm", False)):
         value = getattr(model, option, plain)
         if value != plain:
@@ -104,65 +119,62 @@ def _check_intensities(model: Any) -> None:
             )
 
 
-def _result(scan: Volume, padded: Volume, hidden: Tensor, patch: Sequence[int], predicted: Volume) -> Reconstruction:
+def _result(scan: Volume, hidden: Tensor, layout: Layout, predicted: Volume) -> Reconstruction:
     """From the hidden patches (d, h, w) of the padded scan and a prediction on the scan's grid."""
-    voxels = hidden
-    for axis, p in enumerate(patch):
-        voxels = voxels.repeat_interleave(p, axis)
-    visible = crop_or_pad(padded.with_data(padded.data.masked_fill(voxels, math.nan)), scan.size)
-    filled = torch.where(visible.data.isnan(), predicted.data, visible.data)
-    return Reconstruction(visible, visible.with_data(filled), predicted)
+    for axis, p in enumerate(layout.patch):
+        hidden = hidden.repeat_interleave(p, axis)
+    hidden = hidden[layout.scan]
+    visible = scan.data.float().masked_fill(hidden, math.nan)
+    filled = torch.where(hidden, predicted.data, visible)
+    return Reconstruction(scan.with_data(visible), scan.with_data(filled), predicted)
 
 
-def _hide(
-    size: Sequence[int], padded: Sequence[int], patch: Sequence[int], ratio: float, generator: torch.Generator | None
-) -> Tensor:
-    """A random mask on the patch grid (d, h, w) of ``padded`` voxels with a scan in their middle, True = hidden.
+def _hide(layout: Layout, ratio: float, generator: torch.Generator | None) -> Tensor:
+    """A random mask on the patches (d, h, w) of the padded scan, True = hidden.
 
     It is drawn for the patches that hold a voxel of the scan. Those of the padding are hidden like the ones at the rim,
     whose voxels they repeat.
     """
-    sources = []
-    for n, m, p in zip(size, padded, patch, strict=True):
-        before = m // 2 - n // 2
-        first, last = before // p, (before + n - 1) // p
-        sources.append(torch.arange(m // p).clamp(first, last) - first)
-    grid = [int(source.max()) + 1 for source in sources]
-    count = math.prod(grid)
+    inside = [kept.stop - kept.start for kept in layout.inside]
+    count = math.prod(inside)
     hidden = torch.ones(count, dtype=torch.bool)
     hidden[torch.randperm(count, generator=generator)[: max(visible_count(count, ratio), 1)]] = False
-    return hidden.reshape(grid)[torch.meshgrid(*sources, indexing="ij")]
+    nearest = [
+        (torch.arange(n) - kept.start).clamp(0, k - 1)
+        for n, kept, k in zip(layout.grid, layout.inside, inside, strict=True)
+    ]
+    return hidden.reshape(inside)[torch.meshgrid(*nearest, indexing="ij")]
 
 
-def _masking(hidden: Tensor) -> Masking:
-    """The masking (batch of one) in which the patches of a grid (d, h, w) that are True in ``hidden`` are hidden."""
+def _masking(hidden: Tensor, device: torch.device) -> Masking:
+    """The masking (batch of one) in which the patches of a window (d, h, w) that are True in ``hidden`` are hidden."""
     mask = hidden.flatten()
     order = torch.cat([torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()])
-    return Masking(order[None, : int((~mask).sum())], torch.argsort(order)[None], mask.float()[None])
+    masking = Masking(order[None, : int((~mask).sum())], torch.argsort(order)[None], mask.float()[None])
+    return Masking(*(t.to(device) for t in masking))
 
 
 def _predict(
-    model: Any, padded: Volume, hidden: Tensor, cover: _Cover, progress: bool
-) -> tuple[Tensor, list[Gaussians]]:
-    """All voxels (C, D, H, W) of a padded scan from its visible patches, the middle of a window counting most; and the
-    Gaussians of every window by their shares, in LPS millimetres, where the model makes some."""
-    from tqdm.auto import tqdm
-
+    model: Autoencoder, scan: Volume, hidden: Tensor, layout: Layout, bar: Bar
+) -> tuple[Volume, list[Gaussians]]:
+    """All voxels of a scan from its visible patches, the middle of a window counting most; and the Gaussians of every
+    window by their shares, in LPS millimetres, where the model makes some."""
     device = next(model.parameters()).device
-    weight = blend_weights(cover.window)
-    total, summed = torch.zeros(padded.size), torch.zeros_like(padded.data)
+    mean = WindowMean(layout.padded_size, blend_weights(layout.window_size))
     parts = []
-    for start in tqdm(cover.windows(), desc="windows", leave=False, disable=not progress):
-        masking = Masking(*(t.to(device) for t in _masking(hidden[cover.patches(start)])))
-        where = cover.voxels(start)
-        piece = padded.data[(slice(None), *where)].unsqueeze(0).to(device)
+    for (start,), batch in batches(scan.data, layout, "rim"):
+        x, masking = batch.to(device), _masking(hidden[layout.patches(start)], device)
         if hasattr(model, "gaussians"):
-            gaussians: Gaussians = model.gaussians(piece, masking)
-            found = model.renderer(gaussians, cover.window)
-            counted = replace(gaussians, densities=gaussians.densities * cover.shares(start, gaussians.means))
-            parts.append(counted.to_world(padded.grid.part(start, cover.window)))
+            gaussians = model.gaussians(x, masking)
+            predicted = model.renderer(gaussians, layout.window_size)
+            place = scan.grid.part(layout.corner(start), layout.window_size)
+            parts.append(_counted(gaussians, layout.shares(start, gaussians.means)).to_world(place))
         else:
-            found = model.reconstruct(piece, masking, paste_visible=False)
-        summed[(slice(None), *where)] += found[0].float().cpu() * weight
-        total[where] += weight
-    return summed / total, parts
+            predicted = model.reconstruct(x, masking, paste_visible=False)
+        mean.add(layout.voxels(start), predicted[0].float().cpu())
+        bar.update()
+    return scan.with_data(mean.result()[(slice(None), *layout.scan)].contiguous()), parts
+
+
+def _counted(gaussians: Gaussians, shares: Tensor) -> Gaussians:
+    return Gaussians(gaussians.means, gaussians.scales, gaussians.quats, gaussians.densities * shares)

@@ -1,0 +1,60 @@
+"""What the functions of this room are given: a model, whose encoder they run, and a scan."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeGuard
+
+from torch import Tensor, nn
+
+from medgmae.data.volume import ScanLike, Volume, as_volume
+from medgmae.models.encoder import Encoder, Model
+
+
+def encoder_of(model: nn.Module, caller: str) -> Encoder:
+    """The encoder of a masked autoencoder, or the encoder itself.
+
+    Raises:
+        TypeError: not a model of this library.
+        ValueError: a model for images.
+    """
+    if not isinstance(model, Model):
+        raise TypeError(f"{caller} needs a model of this library, got {type(model).__name__}")
+    encoder = model.encoder
+    if len(encoder.patch_size) != 3:
+        raise ValueError(
+            f"{caller} needs a model for volumes; {type(encoder).__name__} with patches of {encoder.patch_size} pixels "
+            "is one for images"
+        )
+    return encoder
+
+
+def is_batch(x: ScanLike) -> TypeGuard[Tensor]:
+    """Whether this is what a model takes, (B, C, D, H, W) without a geometry, and not one scan.
+
+    A tensor may be a scan too: MONAI's MetaTensor (C, D, H, W), which carries its affine.
+    """
+    return isinstance(x, Tensor) and not (x.dim() == 4 and hasattr(x, "affine"))
+
+
+def volume_of(scan: ScanLike) -> Volume:
+    """A prepared scan as a volume: one of this library's, or what :func:`medgmae.data.as_volume` takes.
+
+    Raises:
+        TypeError: something else, such as a path: what a model takes has been prepared.
+    """
+    if isinstance(scan, (str, os.PathLike)):
+        raise TypeError(
+            f"the scan must have been prepared for the model, as medgmae.create_transform(model, whole=True)(path) "
+            f"does; got the path {os.fspath(scan)!r}"
+        )
+    return as_volume(scan)
+
+
+def check_channels(encoder: Encoder, channels: int) -> None:
+    """Raise ValueError unless a scan of so many channels fits the encoder."""
+    if channels != encoder.in_chans:
+        raise ValueError(
+            f"the scan has {channels} channel(s), the model takes {encoder.in_chans}: the contrasts that it was "
+            f"trained on, in its order. Or build the model with in_chans={channels}"
+        )
