@@ -13,7 +13,7 @@ _PUBLIC = {
     "list_models": "medgmae.factory",
     "register_model": "medgmae.models.registry",
     "load_pretrained": "medgmae.checkpoints.loading",
-    "LoadReport": "medgmae.checkpoints.loading",
+    "LoadReport": "medgmae.checkpoints.report",
     "WeightCard": "medgmae.checkpoints.cards",
     "WeightsError": "medgmae.checkpoints.cards",
     "list_weights": "medgmae.checkpoints.cards",
@@ -38,8 +38,11 @@ _PUBLIC = {
     "unpatchify": "medgmae.layers.patches",
     "sincos_pos_embed": "medgmae.layers.positions",
     "resample_pos_embed": "medgmae.layers.positions",
+    "Grid": "medgmae.data",
     "Volume": "medgmae.data",
     "VolumeError": "medgmae.data",
+    "as_volume": "medgmae.data",
+    "patch_labels": "medgmae.data",
     "read_volume": "medgmae.data",
     "write_volume": "medgmae.data",
     "create_transform": "medgmae.factory",
@@ -76,12 +79,15 @@ if TYPE_CHECKING:
     from medgmae.checkpoints.cards import list_weights as list_weights
     from medgmae.checkpoints.cards import weight_card as weight_card
     from medgmae.checkpoints.inspection import inspect_checkpoint as inspect_checkpoint
-    from medgmae.checkpoints.loading import LoadReport as LoadReport
     from medgmae.checkpoints.loading import load_pretrained as load_pretrained
+    from medgmae.checkpoints.report import LoadReport as LoadReport
     from medgmae.checkpoints.saving import push_to_hub as push_to_hub
     from medgmae.checkpoints.saving import save_pretrained as save_pretrained
+    from medgmae.data import Grid as Grid
     from medgmae.data import Volume as Volume
     from medgmae.data import VolumeError as VolumeError
+    from medgmae.data import as_volume as as_volume
+    from medgmae.data import patch_labels as patch_labels
     from medgmae.data import read_volume as read_volume
     from medgmae.data import write_volume as write_volume
     from medgmae.factory import create_model as create_model

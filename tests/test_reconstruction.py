@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_one_window_is_what_the_model_gives(scan: Volume) -> None:
     model, cube = nano(support=None), crop_or_pad(scan, (32, 32, 32))  # no rim of a support to fall on either side of
     found = reconstruct_scan(model, cube, generator=drawn(3))
     hidden = found.visible.data.isnan()
-    expected = model.reconstruct(cube.data[None], masking_of(hidden[0]))[0]
+    expected = model.reconstruct(cube.data[None], masking_of(hidden[0]), paste_visible=False)[0]
     assert found.apart is not None
     torch.testing.assert_close(found.apart.data, expected)
     assert float((found.predicted.data - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
@@ -81,7 +82,7 @@ def test_gaussians_of_all_windows_add_up_by_their_shares(overlap: float, scan: V
         piece = part.data[(slice(None), *where)]
         hidden = found.visible.data.isnan()[(0, *where)]
         masking = masking_of(hidden)
-        blended[(slice(None), *where)] += model.reconstruct(piece[None], masking)[0] * weight
+        blended[(slice(None), *where)] += model.reconstruct(piece[None], masking, paste_visible=False)[0] * weight
         weights[(slice(None), *where)] += weight
         g = model.gaussians(piece[None], masking)
         place = (g.means[0] * 31 + torch.tensor(start)).double()  # voxels of the scan
@@ -147,7 +148,7 @@ def test_shares_flatten_the_seams(scan: Volume) -> None:
     found = reconstruct_scan(model, crop_or_pad(scan, (32, 96, 32)), mask_ratio=0.0)
     along = found.predicted.data[0].mean((0, 2))[16:-16]
     assert found.gaussians is not None
-    everything = found.gaussians._replace(densities=torch.full_like(found.gaussians.densities, 0.04))
+    everything = replace(found.gaussians, densities=torch.full_like(found.gaussians.densities, 0.04))
     summed = voxelize(*everything.to_grid(found.predicted), (32, 96, 32), support=None)[0, 0].mean((0, 2))[16:-16]
     assert float(along.std() / along.mean()) < 0.06
     assert float(summed.mean() / along.mean()) > 1.5
@@ -166,7 +167,7 @@ def test_hidden_voxels_have_no_say(size: tuple[int, int, int], scan: Volume) -> 
 
 
 def test_dropped_paths_are_off_and_every_part_gets_its_mode_back(scan: Volume) -> None:
-    model = nano(drop_path=0.9)
+    model = nano(drop_path_rate=0.9)
     expected = reconstruct_scan(model, scan, generator=drawn(3))
     model.train().encoder.blocks[0].eval()  # a frozen part
     modes = [module.training for module in model.modules()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -188,7 +189,20 @@ def test_only_scans_are_read() -> None:
     model, _ = watched()
     latent: Any = medgmae.latent_to_spatial
     for run in (medgmae.extract_features, medgmae.reconstruct_scan, dense_features, latent):
-        with pytest.raises(
-            TypeError, match=r"must be a Volume .* such as medgmae.create_transform\(model\)\(path\) gives; got str"
-        ):
+        with pytest.raises(TypeError, match=r"must have been prepared .*create_transform.*got the path 'scan.nii.gz'"):
             run(model, "scan.nii.gz")
+        with pytest.raises(medgmae.VolumeError, match="dict"):
+            run(model, {})
+
+
+def test_scans_of_other_libraries_are_read() -> None:
+    model, _ = watched()
+    scan = medgmae.Volume(torch.rand(1, 12, 16, 10), medgmae.Grid((12, 16, 10), (2.0, 1.0, 1.5), (5.0, -7.0, 3.0)))
+    expected = medgmae.extract_features(model, scan)
+    for image in (scan.to_sitk(), scan.to_nibabel(), scan.to_metatensor()):
+        features = medgmae.extract_features(model, image)
+        torch.testing.assert_close(features.pooled, expected.pooled)
+        assert features.map is not None
+        assert expected.map is not None
+        torch.testing.assert_close(features.map.data, expected.map.data)
+        np.testing.assert_allclose(features.map.affine, expected.map.affine, atol=1e-4)

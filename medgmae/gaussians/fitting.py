@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from medgmae.gaussians.rendering import GaussianRenderer, Gaussians
+from medgmae.ops.progress import progress_bar
 from medgmae.ops.voxel.operator import Support
 
 # Standard deviations stay above this many voxels: thinner Gaussians fall between voxels and get no gradient.
@@ -81,6 +82,7 @@ def fit_gaussians(
     rates: Rates | None = None,
     generator: torch.Generator | None = None,
     callback: Callable[[int, float], None] | None = None,
+    progress: bool | None = None,
 ) -> Gaussians:
     """Find Gaussians whose rendering is close to a scan, in mean squared error.
 
@@ -99,6 +101,7 @@ def fit_gaussians(
         generator: source of the places, on the CPU. None: one with seed 0, so that equal calls give equal Gaussians.
         callback: called after every step with the number of steps done and the PSNR in dB before the step, whose peak
             is the scan's range of values.
+        progress: show a progress bar with the PSNR; by default in terminals and notebooks.
 
     Returns:
         (1, K, ...) in units of the scan's axes, float32 on the scan's device, without gradients; ``to_world(scan)``
@@ -112,10 +115,13 @@ def fit_gaussians(
         raise ValueError(f"count (={count}) must be at least 1 and steps (={steps}) at least 0")
     fit = _Fit(scan, count, steps, GaussianRenderer(support), rates or Rates())
     fit.start(torch.Generator().manual_seed(0) if generator is None else generator)
-    for done in range(1, steps + 1):
-        psnr = fit.step(done)
-        if callback is not None:
-            callback(done, psnr)
+    with progress_bar(steps, "fit", progress, unit="step") as bar:
+        for done in range(1, steps + 1):
+            psnr = fit.step(done)
+            bar.set_postfix_str(f"PSNR {psnr:.2f} dB", refresh=False)
+            bar.update()
+            if callback is not None:
+                callback(done, psnr)
     return fit.gaussians(count).detach()
 
 
@@ -180,9 +186,14 @@ class _Fit:
     def start(self, generator: torch.Generator) -> None:
         """Place the first Gaussians and set up the descent."""
         self.generator = generator
-        self.parameters = self._first()
-        groups = zip(self.parameters, self.rates, strict=False)
-        self.adam = torch.optim.Adam([{"params": [p], "lr": r} for p, r in groups], betas=(0.9, 0.99), eps=1e-15)
+        first = self._first()
+        self.parameters = _Parameters(*(rows.new_zeros(self.count, *rows.shape[1:]) for rows in first))
+        for parameter, rows in zip(self.parameters, first, strict=True):
+            parameter[: self.active] = rows
+            parameter.requires_grad_()
+        rates = (self.rates.means, self.rates.scales, self.rates.quats, self.rates.densities)
+        groups = [{"params": [p], "lr": rate} for p, rate in zip(self.parameters, rates, strict=True)]
+        self.adam = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15)
         self.decline = torch.optim.lr_scheduler.ExponentialLR(self.adam, self.rates.final ** (1 / max(1, self.steps)))
 
     def step(self, done: int) -> float:
@@ -204,23 +215,23 @@ class _Fit:
 
     def gaussians(self, count: int) -> Gaussians:
         """The first ``count`` Gaussians as the renderer takes them."""
-        means, log_scales, quats, densities = (p[None, :count] for p in self.parameters)
+        return self._in_axes(_Parameters(*(parameter[:count] for parameter in self.parameters)))
+
+    def _in_axes(self, rows: _Parameters) -> Gaussians:
+        """Rows as Gaussians (1, K, ...) in units of the scan's axes."""
+        means, log_scales, quats, densities = (row[None] for row in rows)
         return Gaussians(means * self.unit, log_scales.exp() * self.unit, quats, densities * self.span)
 
     def _first(self) -> _Parameters:
-        """Gaussians where the scan has edges, as wide as they are apart, in the active rows."""
+        """Gaussians where the scan has edges, as wide as they are apart: the rows that are active at the start."""
         weights = self._edges() + EDGE_FLOOR * self.span
         places = _draw(weights, self.active, self.generator)
         apart = (self.spacing.prod() * weights.sum() / (self.active * _at(weights, places))) ** (1 / 3)  # mm
         values = _at(self.values, places)
-        found = _round_gaussians(places, FIRST_SCALE * apart[:, None] / self.spacing, values / self.span)
-        self.parameters = _Parameters(*(p.new_zeros(self.count, *p.shape[1:]) for p in found))
-        for parameter, rows in zip(self.parameters, found, strict=True):
-            parameter[: self.active] = rows
+        rows = _round_gaussians(places, FIRST_SCALE * apart[:, None] / self.spacing, values / self.span)
         # Neighbours overlap: where their sum overshoots the scan, each gets its part of the value.
-        overshoot = _at(self.renderer(self.gaussians(self.active), self.values.shape)[0, 0], places) / values
-        self.parameters.densities[: self.active] /= overshoot.nan_to_num(1.0).clamp(min=1.0)
-        return _Parameters(*(parameter.requires_grad_() for parameter in self.parameters))
+        overshoot = _at(self.renderer(self._in_axes(rows), self.values.shape)[0, 0], places) / values
+        return rows._replace(densities=rows.densities / overshoot.nan_to_num(1.0).clamp(min=1.0))
 
     def _edges(self) -> Tensor:
         """Size of the gradient (D, H, W), per mean width of a voxel."""
@@ -239,8 +250,8 @@ class _Fit:
         rows = torch.cat([moved, torch.arange(self.active, active, device=moved.device)])
         places = _draw(residual.square(), len(rows), self.generator)
         scales = (JOINING_SCALE * self.spacing.prod() ** (1 / 3) / self.spacing).expand(len(rows), 3)
-        found = _round_gaussians(places, scales, JOINING_DENSITY / self.span * _at(residual, places))
-        for parameter, values in zip(self.parameters, found, strict=True):
+        joining = _round_gaussians(places, scales, JOINING_DENSITY / self.span * _at(residual, places))
+        for parameter, values in zip(self.parameters, joining, strict=True):
             parameter[rows] = values
             for average in ("exp_avg", "exp_avg_sq"):
                 self.adam.state[parameter][average][rows] = 0

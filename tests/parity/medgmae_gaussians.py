@@ -159,7 +159,7 @@ def check_tokens(case: Case, model: GaussianMAE, x: Tensor, masking: medgmae.Mas
     case.offer("decoder_features", features[0], "tokens")
     for name, value in as_theirs(gaussians, model.decoder.density_scale).items():
         case.offer(name, value, "parameters")
-    case.offer("rendered", model.reconstruct(x, masking))
+    case.offer("rendered", model.reconstruct(x, masking, paste_visible=False))
     case.offer("rendered_full", GaussianRenderer(None)(gaussians, x.shape[2:]), "rendered")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ def dense(case: Case) -> None:
     for suffix, support in SUPPORTS.items():
         offer(case, f"volume{suffix}", render(given.gaussians(), support))
         check_gradients(case, suffix, given, lambda g, s=support: render(g, s), "grad_volume")
-    paper = given.gaussians()._replace(quats=given.rotations)
+    paper = replace(given.gaussians(), quats=given.rotations)
     offer(case, "volume_full_paper", render(paper, None))
 
 
