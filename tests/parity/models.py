@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import medgmae
+from medgmae.checkpoints.dialects.entries import Target
 from medgmae.checkpoints.dialects.recognise import convert
-from medgmae.checkpoints.dialects.vit import Target
 from medgmae.models.mae import masked_vit
 from parity.case import Case, Options, crop, triple, whole_patches
 from parity.official import write_file
