@@ -121,8 +121,8 @@ def test_the_point_of_the_picture(vim: str, contrasts: list[Path], tmp_path: Pat
     ("scans", "options", "message", "code"),
     [
         (0, [], "Missing argument", 2),
-        (2, [], "2 SCANS, and the model takes 4 channel(s); expected one with all channels, or 4", 2),
-        (2, [], "(t1, t2, t1ce, flair). Of several subjects each has a run of its own", 2),
+        (2, [], "got 2 SCANS for a model of 4 channel(s); expected one with all channels, or 4", 2),
+        (2, [], "(t1, t2, t1ce, flair). Run the command once per subject", 2),
         (1, [], "has 1 channel(s)", 1),
         (4, ["--model", "vit_nano_patch8_32", "--random-weights"], "expected one scan", 2),
         (4, ["--out", "m.png"], "must end in one of .nii.gz", 2),

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+import medgmae
 from medgmae.cli.common import (
     NotRecognisedError,
     by_reason,
@@ -14,12 +15,10 @@ from medgmae.cli.common import (
     echo_fields,
     echo_json,
     echo_table,
-    json_option,
     megabytes,
-    per_axis,
     reports_errors,
-    source_grid_option,
 )
+from medgmae.cli.options import json_option, per_axis, source_grid_option
 
 # Where weights come from, in the words of the table.
 AVAILABILITY = {"package": "shipped", "hub": "hub", "url": "download", "page": "by hand", "none": "not published"}
@@ -27,7 +26,9 @@ AVAILABILITY = {"package": "shipped", "hub": "hub", "url": "download", "page": "
 
 @click.command("list")
 @click.argument("pattern", default="*")
-@click.option("--pretrained", is_flag=True, help="Only weights that can be had without a visit to a web page.")
+@click.option(
+    "--pretrained", is_flag=True, help="Only weights that are shipped or downloaded without a visit to a web page."
+)
 @json_option
 @reports_errors
 def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
@@ -35,8 +36,6 @@ def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
 
     PATTERN is shell-style ('vit_*_256*'); without a wildcard it may stand anywhere in the name ('tangerine').
     """
-    import medgmae
-
     pattern = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
     tags = medgmae.list_models(pattern, pretrained=True) if pretrained else medgmae.list_weights(pattern)
     names = sorted([*tags, *([] if pretrained else medgmae.list_models(pattern))])
@@ -73,8 +72,6 @@ def info_command(what: str, source_grid: int | tuple[int, ...] | None, as_json: 
 
     A file is only read: nothing in it is executed. Exit code 2: it is not recognised.
     """
-    import medgmae
-
     if what in medgmae.list_weights():
         facts = {**_architecture(what), "card": {**medgmae.weight_card(what).to_json()}}
     elif what in medgmae.list_models():
@@ -93,8 +90,6 @@ def info_command(what: str, source_grid: int | tuple[int, ...] | None, as_json: 
 
 def _nothing(what: str) -> str:
     """Why ``what`` is neither a name nor a file, with the nearest names."""
-    import medgmae
-
     if len(Path(what).parts) > 1 or Path(what).suffix in (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors"):
         return f"{what}: no such file or folder"
     try:
@@ -108,15 +103,11 @@ def _build(name: str) -> Any:
     """The model behind a name, without storage."""
     import torch
 
-    import medgmae
-
     with torch.device("meta"):
         return medgmae.create_model(name, pretrained=False)
 
 
 def _row(name: str) -> dict[str, Any]:
-    import medgmae
-
     model = _build(name)
     encoder = getattr(model, "encoder", model)
     card = medgmae.weight_card(name) if "." in name else None
@@ -178,8 +169,6 @@ def _mixing(part: Any) -> dict[str, Any]:
 
 
 def _file(path: str, source_grid: int | tuple[int, ...] | None) -> dict[str, Any]:
-    import medgmae
-
     try:
         facts = medgmae.inspect_checkpoint(path, source_grid=per_axis(source_grid))
     except medgmae.WeightsError as error:
