@@ -98,6 +98,19 @@ def test_an_error_is_one_message_and_debug_shows_more(tmp_path: Path) -> None:
     assert isinstance(result.exception, medgmae.WeightsError)
 
 
+@pytest.mark.parametrize(
+    "command", [["fit", "s.nii", "--out", "g.ply"], ["reconstruct", "s.nii", "--model", NANO, "--out", "r.nii"],
+                ["latent-map", "s.nii", "--model", NANO, "--out", "m.nii"]], ids=lambda command: command[0]
+)  # fmt: skip
+def test_a_picture_without_matplotlib_is_refused_before_the_work(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run(*command, "--png", "p.png")
+    assert result.exit_code == 2
+    assert "--png needs matplotlib, which is not installed: pip install medgmae[viz]" in result.stderr
+
+
 # list
 
 
@@ -131,7 +144,7 @@ def test_list_pretrained_is_what_can_be_had() -> None:
 def test_list_of_nothing_says_so() -> None:
     result = run("list", "resnet")
     assert result.exit_code == 2
-    assert "nothing is called" in result.stderr
+    assert "no model or weights match" in result.stderr
     assert json.loads(run("list", "resnet", "--json").stdout) == []
 
 

@@ -161,13 +161,13 @@ def test_broken_scans_are_reported_and_the_rest_goes_on(bare: Path, scans: Path,
 
 def test_csv_and_npy_hold_the_same_vectors(bare: Path, scans: Path, tmp_path: Path) -> None:
     (scans / "cut.nii.gz").unlink()
-    for suffix in ("csv", "npy", "safetensors"):
+    for suffix in ("CSV", "npy", "safetensors"):
         out = tmp_path / f"f.{suffix}"
         assert features(scans, "--model", NANO, "--weights", bare, "--out", out).exit_code == 0
     tensors = load_file(tmp_path / "f.safetensors")
     array = np.load(tmp_path / "f.npy")
     sidecar = json.loads((tmp_path / "f.json").read_text())
-    rows = list(csv.reader((tmp_path / "f.csv").read_text().splitlines()))[1:]
+    rows = list(csv.reader((tmp_path / "f.CSV").read_text().splitlines()))[1:]
     assert sidecar["names"] == ["a", "b"]
     assert [Path(path).name for path in sidecar["paths"]] == ["a.mha", "b.nii.gz"]
     assert array.dtype == np.float32

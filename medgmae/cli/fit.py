@@ -39,7 +39,7 @@ from medgmae.cli.options import (
 @file_option("--out", (".ply",), "The Gaussians: a .ply file in LPS millimetres.", required=True)
 @file_option("--recon", VOLUMES, "Write the rendered Gaussians: .nii.gz, .mha, .nrrd.")
 @file_option("--png", (".png",), "Write a picture: scan, rendered, centres, error.")
-@input_options("as above")
+@input_options("the default")
 @threads_option
 @json_option
 @reports_errors

@@ -94,9 +94,10 @@ def latent_map_command(
     command once per subject.
 
     Mode "pretrained": the model sees the patches that a random mask leaves visible; each gets its token after the last
-    norm as one number, a hidden one 0 (of an encoder alone, 0.75 are hidden by default). Mode "finetuned": the model
-    sees the whole scan; a patch gets what the last block returns. The map lies on the grid of the preprocessed scan,
-    which goes through the model in one pass.
+    norm as one number, a hidden one 0. An encoder alone has 0.75 of them hidden by default. Mode "finetuned": the model
+    sees the whole scan; a patch gets what the last block returns.
+
+    The map lies on the grid of the preprocessed scan, which goes through the model in one pass.
     """
     if at and not png:
         raise click.UsageError("--at is about the picture; name one with --png")

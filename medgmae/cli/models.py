@@ -1,4 +1,4 @@
-"""``medgmae list`` and ``medgmae info``: what there is, and what a name or file stands for."""
+"""``medgmae list`` and ``medgmae info``: known models and weights, and what a name or file stands for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from medgmae.cli.common import (
 )
 from medgmae.cli.options import json_option, per_axis, source_grid_option
 
-# Where weights come from, in the words of the table.
+# How weights are obtained, in the words of the table.
 AVAILABILITY = {"package": "shipped", "hub": "hub", "url": "download", "page": "by hand", "none": "not published"}
 
 
@@ -44,7 +44,7 @@ def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
         echo_json(rows)
         return
     if not rows:
-        raise NotRecognisedError(f"nothing is called {pattern!r}; `medgmae list` shows all names")
+        raise NotRecognisedError(f"no model or weights match {pattern!r}; `medgmae list` shows all names")
     table = [("NAME", "PARAMETERS", "INPUT", "PATCH", "WEIGHTS", "LICENCE", "SIZE")]
     for row in rows:
         card = row["weights"] or {}
@@ -95,7 +95,7 @@ def _nothing(what: str) -> str:
     try:
         medgmae.weight_card(what) if "." in what else medgmae.create_model(what, pretrained=False)
     except (medgmae.WeightsError, ValueError) as error:
-        return f"{str(error).rstrip('.')}. There is no file of that name either"
+        return f"{str(error).rstrip('.')}. No file has that name either"
     raise AssertionError(what)
 
 

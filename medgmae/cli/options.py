@@ -145,7 +145,7 @@ def input_options(instead_of: str) -> Callable[[F], F]:
         "inputs",
         InputChoice,
         click.option(
-            "--input-of", "tag", metavar="TAG", help=f"Preprocess as this weight card says, not {instead_of}."
+            "--input-of", "tag", metavar="TAG", help=f"Preprocess as this weight card says instead of {instead_of}."
         ),
         click.option(
             "--input",
