@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import medgmae
 from medgmae.checkpoints.dialects.entries import strip_prefixes
-from medgmae.layers import mamba, rope
+from medgmae.layers import mamba
 from medgmae.models.mae_vim import masked_vim
 from medgmae.models.vim import Vim
 from parity import adapter
@@ -245,7 +245,7 @@ def _offer_streams(case: Case, model: Any, x: Tensor, streams: list[tuple[Tensor
     sequence, table = model._embed(x, None)
     case.offer("tokens_with_pos", sequence)
     for i, (hidden, residual) in enumerate(streams):
-        case.offer(f"block{i}_in_hidden", sequence if table is None else rope.rotate(sequence, table))
+        case.offer(f"block{i}_in_hidden", sequence if table is None else mamba.rotate(sequence, table))
         case.offer(f"block{i}_hidden", hidden)
         case.offer(f"block{i}_residual", residual)
         sequence = hidden
