@@ -250,10 +250,10 @@ def test_convert_the_encoder_alone_with_options(tmp_path: Path, autoencoder: Any
     options = ["--model", NANO, "--set", "pool=cat", "--set", "img_size=[32,48,32]", "--set", "in_chans=2", "--json"]
     result = run("convert", file, out, *options)
     assert result.exit_code == 0, result.stderr
-    told = json.loads(result.stdout)
-    assert told["model_args"] == {"pool": "cat", "img_size": [32, 48, 32], "in_chans": 2}
-    assert told["resized"] == {"pos_embed": "grid (4, 4, 4) to (4, 6, 4)"}
-    assert list(told["adapted"]) == ["patch_embed.proj.weight"]
+    facts = json.loads(result.stdout)
+    assert facts["model_args"] == {"pool": "cat", "img_size": [32, 48, 32], "in_chans": 2}
+    assert facts["resized"] == {"pos_embed": "grid (4, 4, 4) to (4, 6, 4)"}
+    assert list(facts["adapted"]) == ["patch_embed.proj.weight"]
     direct = medgmae.create_model(NANO, pool="cat", img_size=(32, 48, 32), in_chans=2)
     medgmae.load_pretrained(direct, file)
     x = torch.rand(1, 2, 32, 48, 32)
