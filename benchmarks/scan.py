@@ -44,7 +44,7 @@ from scan_rivals import MAMBA, OWN_REFERENCE, Rival, rivals
 from torch import Tensor
 from torch.nn import functional as F
 
-from medgmae.layers.mamba import BidirectionalMamba
+import medgmae
 from medgmae.ops import causal_conv1d
 
 RESULT = Path(__file__).parent / "results/scan.json"
@@ -212,7 +212,7 @@ def convolutions(threads: int | None, peaks: tuple[float, float], options: argpa
 def mixers(threads: int | None, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A whole bidirectional mixer of the small model, 384 wide: what share of it the scans are."""
     torch.manual_seed(0)
-    mixer = BidirectionalMamba(384).to(options.device)
+    mixer = medgmae.Vim(16, 16, embed_dim=384, depth=1).blocks[0].mixer.to(options.device)
     rows = []
     for length in options.lengths:
         x = torch.randn(1, length, 384, device=options.device, requires_grad=True)
