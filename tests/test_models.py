@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ AUTOENCODERS = [name for name in NAMES if hasattr(full_size(name), "decoder")]
 OTHER_GRID = (1, 3, 2)
 
 every = pytest.mark.parametrize("name", NAMES)
+# One of each kind, whatever its size: small() makes the others the same but for the patch. They run in the slow tests.
+FIRST = {re.sub(r"_[a-z]+_patch\d+_[\dx]+", "", name): name for name in reversed(NAMES)}.values()
+one_of_each_kind = pytest.mark.parametrize(
+    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 every_encoder = pytest.mark.parametrize("name", ENCODERS)
 every_autoencoder = pytest.mark.parametrize("name", AUTOENCODERS)
 
@@ -217,7 +223,7 @@ def test_autocast_to_bfloat16(name: str) -> None:
     assert (half.float() - full).norm() < 0.05 * full.norm()
 
 
-@every
+@one_of_each_kind
 def test_export_with_any_batch(name: str) -> None:
     model, x = small(name).eval(), volume(name, grid=OTHER_GRID)
     batch, other = torch.export.Dim("batch", min=1, max=64), volume(name, batch=3, grid=OTHER_GRID)
@@ -231,7 +237,7 @@ def test_export_with_any_batch(name: str) -> None:
         torch.testing.assert_close(program(other), model(other))
 
 
-@every
+@one_of_each_kind
 def test_dynamo_sees_one_graph(name: str) -> None:
     torch.compiler.reset()
     model, x = small(name), volume(name, grid=OTHER_GRID)
@@ -253,6 +259,7 @@ def test_an_autoencoder_compiles_with_its_gradients(name: str) -> None:
         torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_nano_patch8_32", "vim_nano_patch8_32"])
 def test_inductor_computes_the_same(name: str) -> None:
     torch.compiler.reset()
