@@ -6,6 +6,7 @@ import contextlib
 import csv
 import fcntl
 import json
+import locale
 import os
 import pty
 import shutil
@@ -246,7 +247,7 @@ def test_a_tag_with_the_file_that_its_card_is_about(tmp_path: Path) -> None:
 
 def test_dicom_folders(bare: Path, tmp_path: Path) -> None:
     image = sitk.GetImageFromArray(np.random.default_rng(0).integers(-500, 500, (12, 32, 40)).astype(np.int16))
-    folder = tmp_path / "patients/one"
+    folder, before = tmp_path / "patients/one", locale.setlocale(locale.LC_ALL)
     folder.mkdir(parents=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -264,6 +265,7 @@ def test_dicom_folders(bare: Path, tmp_path: Path) -> None:
             plane.SetMetaData(key, value)
         writer.SetFileName(str(folder / f"{z:03}.dcm"))
         writer.Execute(plane)
+    locale.setlocale(locale.LC_ALL, before)  # the writer has set "C", in which later tests could read no UTF-8
     shutil.copytree(folder, tmp_path / "patients/two")
     assert [path.name for path in expand([tmp_path / "patients"])] == ["one", "two"]
     result = features(tmp_path / "patients", "--model", f"local-dir:{bare}", "--out", tmp_path / "f.npy", "--json")
