@@ -69,6 +69,7 @@ class BuildNative(build_ext):
         """Build one extension; a compiler error ends with what can be switched off."""
         try:
             ext.define_macros.append(("MEDGMAE_VERSION", f'"{self.distribution.get_version()}"'))
+            find_cuda()  # a toolkit that was asked for and is not there stops the build before minutes of compiling
             ext.extra_objects = [*self.cpu_objects(ext), *self.cuda_objects(ext)]
             super().build_extension(ext)
         except (CompileError, LinkError, subprocess.CalledProcessError) as error:

@@ -1,9 +1,10 @@
-"""Steps of fit_gaussians on the chest CT of examples/data: the native renderer against the same loop on torch.
+"""Steps of fitting Gaussians to the chest CT of examples/data: the native renderer against the same loop on torch.
 
 The rivals take the place of the renderer and nothing else: the library's torch reference (every Gaussian at every
 voxel, in chunks), and the best torch that we know, a loop over Gaussians on the slices of their boxes with a backward
-fed by hand. All have MedGMAE's box support, which the loop needs. Every side starts from the same Gaussians and takes
-its steps in turn with the others; the gradients of the first step and the PSNR after the last must agree.
+fed by hand. All have MedGMAE's box support, which the loop needs. Every side starts from the same Gaussians, those of
+`fit_gaussians` with 0 steps, and takes its steps in turn with the others, by Adam as `fit_gaussians` does; the
+gradients of the first step and the PSNR after the last must agree.
 
   small   4 mm, 500 Gaussians: all three
   demo    1.5 mm as stored, 20,000 Gaussians: the reference would take hours
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -27,10 +29,10 @@ from renderer import cpu_name
 from torch import Tensor, nn
 from torch_renderer import ReferenceRenderer, SliceLoopRenderer
 
-from medgmae import GaussianRenderer, Volume, create_transform
-from medgmae.gaussians.fitting import Rates, _Fit
+from medgmae import GaussianRenderer, Gaussians, Volume, create_transform, fit_gaussians
 
 HERE = Path(__file__).parent
+RATES = (0.3, 0.1, 0.06, 0.02)  # of centres, scales, rotations and densities: those fit_gaussians begins with
 CASES: dict[str, tuple[float, int]] = {"small": (4.0, 500), "demo": (1.5, 20_000)}
 
 
@@ -42,11 +44,35 @@ def scan(spacing: float) -> Volume:
 
 def sides(case: str) -> dict[str, nn.Module]:
     """The renderers that a case compares, ours first."""
-    found: dict[str, nn.Module] = {"native": GaussianRenderer("box"), "slice loop": SliceLoopRenderer()}
-    return {**found, "reference": ReferenceRenderer()} if case == "small" else found
+    renderers: dict[str, nn.Module] = {"native": GaussianRenderer("box"), "slice loop": SliceLoopRenderer()}
+    return {**renderers, "reference": ReferenceRenderer()} if case == "small" else renderers
 
 
-def disagreement(fits: dict[str, _Fit]) -> float:
+class Descent:
+    """Adam on Gaussians through a renderer, in voxels, logarithms and parts of the scan's range, as fit_gaussians."""
+
+    def __init__(self, volume: Volume, start: Gaussians, renderer: nn.Module) -> None:
+        self.values, self.renderer = volume.data, renderer
+        self.span = float(self.values.max() - self.values.min())
+        self.unit = 1 / (torch.tensor(volume.size) - 1.0)  # a voxel in units of the axis
+        tensors = (start.means / self.unit, (start.scales / self.unit).log(), start.quats, start.densities / self.span)
+        self.parameters = [tensor.clone().requires_grad_() for tensor in tensors]
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(self.parameters, RATES, strict=True)]
+        self.adam = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15)
+
+    def step(self) -> float:
+        """One step; the PSNR in dB before it."""
+        means, log_scales, quats, densities = self.parameters
+        gaussians = Gaussians(means * self.unit, log_scales.exp() * self.unit, quats, densities * self.span)
+        rendered = self.renderer(gaussians, self.values.shape[1:])[0]
+        loss = (rendered - self.values).div(self.span).square().mean()
+        self.adam.zero_grad()
+        loss.backward()
+        self.adam.step()
+        return -10 * math.log10(float(loss.detach()))
+
+
+def disagreement(fits: dict[str, Descent]) -> float:
     """Largest relative L2 difference of any parameter's gradient from the native one's."""
     ours: list[Tensor] = [p.grad.clone() for p in fits["native"].parameters]
     return max(
@@ -60,16 +86,15 @@ def compare(case: str, steps: int) -> dict[str, Any]:
     """Seconds per step and ratios; the sides take turns."""
     spacing, count = CASES[case]
     volume = scan(spacing)
-    fits = {name: _Fit(volume, count, 1, renderer, Rates(final=1.0)) for name, renderer in sides(case).items()}
-    for fit in fits.values():
-        fit.start(torch.Generator().manual_seed(0))
+    start = fit_gaussians(volume, count, steps=0, support="box")
+    fits = {name: Descent(volume, start, renderer) for name, renderer in sides(case).items()}
     times: dict[str, list[float]] = {name: [] for name in fits}
     psnr: dict[str, float] = {}
     gradients = 0.0
     for step in range(1, steps + 1):
         for name, fit in fits.items():
             begin = time.perf_counter()
-            psnr[name] = fit.step(step)
+            psnr[name] = fit.step()
             times[name].append(time.perf_counter() - begin)
         if step == 1:
             gradients = disagreement(fits)

@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medgmae.factory import create_transform
+from medgmae import create_transform
 
 HERE = Path(__file__).parent
 INPUT = {

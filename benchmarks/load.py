@@ -131,7 +131,7 @@ def run_all(files: dict[str, Path], repeats: int, cold: bool) -> dict[str, dict[
             if cold or turn:  # the first warm turn only fills the page cache
                 rows[way].append(row)
     keys = ("load", "touched", "peak_load", "peak_touched")
-    medians = {way: {key: statistics.median(r[key] for r in found) for key in keys} for way, found in rows.items()}
+    medians = {way: {key: statistics.median(r[key] for r in runs) for key in keys} for way, runs in rows.items()}
     base = medians.pop("import only")
     for way, row in medians.items():
         row["peak_load"] -= base["peak_load"]

@@ -145,11 +145,11 @@ def against_rivals(scale: float, threads: int, peak: float, options: argparse.Na
         ways[f"{name}, both"] = lambda run=run, some=some: run(some, SIZE, cotangent)  # type: ignore[misc]
         factor[name] = count / few if few else 1
     times = take_turns(ways, options.rounds)
-    found = pairs(parameters, SIZE)
-    row: dict[str, Any] = {"scale": scale, "threads": threads, "gaussians": count, "size": SIZE, "pairs": found}
+    visits = pairs(parameters, SIZE)
+    row: dict[str, Any] = {"scale": scale, "threads": threads, "gaussians": count, "size": SIZE, "pairs": visits}
     for kind, flop in (("forward", 4), ("both", 12)):
         own = times[f"ours, {kind}"]
-        row[kind] = rate(own, found, peak, flop)
+        row[kind] = rate(own, visits, peak, flop)
         row[f"rivals_{kind}"] = {
             name: {
                 "ms": 1e3 * scaled * statistics.median(times[f"{name}, {kind}"]),
@@ -169,15 +169,15 @@ def grid(threads: int, peak: float, options: argparse.Namespace) -> list[dict[st
         for count in options.counts:
             for scale in SCALES:
                 parameters, size = gaussians(count, scale), (side,) * 3
-                cotangent, found = torch.rand(1, 1, *size), pairs(parameters, size)
+                cotangent, visits = torch.rand(1, 1, *size), pairs(parameters, size)
                 ways = {
                     kind: ours(parameters, size, c, support="box")
                     for kind, c in (("forward", None), ("both", cotangent))
                 }
                 times = take_turns(ways, options.rounds)
-                row = {"scale": scale, "gaussians": count, "size": size, "threads": threads, "pairs": found}
+                row = {"scale": scale, "gaussians": count, "size": size, "threads": threads, "pairs": visits}
                 flops = {"forward": 4, "both": 12}
-                rows.append(row | {kind: rate(times[kind], found, peak, flops[kind]) for kind in ways})
+                rows.append(row | {kind: rate(times[kind], visits, peak, flops[kind]) for kind in ways})
     return rows
 
 
@@ -213,7 +213,7 @@ def supports(threads: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         ratio = [
             a / b for a, b in zip(times["everywhere, direct kernel, both"], times["everywhere, both"], strict=True)
         ]
-        medians = {name: 1e3 * statistics.median(found) for name, found in times.items()}
+        medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
         rows.append(
             {"scale": scale, "threads": threads, "ms": medians, "direct_over_everywhere": statistics.median(ratio)}
         )
@@ -276,25 +276,25 @@ def print_row(row: dict[str, Any]) -> None:
 def goals(report: dict[str, Any]) -> dict[str, Any]:
     """The figures that were promised, and whether they are met."""
     rows = {(row["scale"], row["threads"]): row for row in report["rivals"]}
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for (scale, threads), row in rows.items():
         slower = {name: rival["times_slower"] for name, rival in row["rivals_both"].items()}
-        found[f"times faster than the best torch, s={scale}, {threads} thread(s), goal 100"] = min(slower.values())
+        figures[f"times faster than the best torch, s={scale}, {threads} thread(s), goal 100"] = min(slower.values())
         if scale == 0.1:
             name = f"times faster than textbook dense, s=0.1, {threads} thread(s), goal 5000"
-            found[name] = slower["torch, textbook dense"]
+            figures[name] = slower["torch, textbook dense"]
         if scale == 0.2:
-            found[f"% of the FMA bound, s=0.2, {threads} thread(s), goal 45"] = row["both"]["percent_of_fma_bound"]
+            figures[f"% of the FMA bound, s=0.2, {threads} thread(s), goal 45"] = row["both"]["percent_of_fma_bound"]
         if threads == 2 and (scale, 1) in rows and scale >= 0.1:
             one = rows[scale, 1]["both"]["ms"]
-            found[f"2 threads over 1, s={scale}, goal 1.8"] = one / row["both"]["ms"]
+            figures[f"2 threads over 1, s={scale}, goal 1.8"] = one / row["both"]["ms"]
     for row in report["supports"]:
         if row["scale"] == 0.2:
             name = f"direct over multi-resolution, s=0.2, {row['threads']} thread(s), goal 5"
-            found[name] = row["direct_over_everywhere"]
-    found["largest forward error, goal 2e-6"] = max(row["forward"] for row in report["accuracy"])
-    found["largest gradient error, goal 1e-5"] = max(max(row["gradients"].values()) for row in report["accuracy"])
-    return found
+            figures[name] = row["direct_over_everywhere"]
+    figures["largest forward error, goal 2e-6"] = max(row["forward"] for row in report["accuracy"])
+    figures["largest gradient error, goal 1e-5"] = max(max(row["gradients"].values()) for row in report["accuracy"])
+    return figures
 
 
 def table(path: Path) -> None:

@@ -136,7 +136,7 @@ def measure(library: ctypes.CDLL, case: tuple[int, int, int, float], rounds: int
     for _ in range(rounds + 1):
         for name, run in ways.items():
             times[name].append(milliseconds(run, 3 if name.startswith("published") else 50))
-    medians = {name: statistics.median(found[1:]) for name, found in times.items()}
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     first, last = reference.box_bounds(parameters[0].detach(), parameters[1].detach(), size)
     pairs = int((last - first + 1).clamp(min=0).prod(-1).sum())
     row = {"batch": batch, "gaussians": count, "size": size, "scale": scale, "pairs": pairs, "ms": medians}

@@ -44,7 +44,7 @@ from scan_rivals import MAMBA, OWN_REFERENCE, Rival, rivals
 from torch import Tensor
 from torch.nn import functional as F
 
-from medgmae.layers.mamba import BidirectionalMamba
+import medgmae
 from medgmae.ops import causal_conv1d
 
 RESULT = Path(__file__).parent / "results/scan.json"
@@ -57,10 +57,10 @@ def seconds(run: Way, device: str) -> tuple[float, Any]:
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    found = run()
+    result = run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start, found
+    return time.perf_counter() - start, result
 
 
 def take_turns(
@@ -70,9 +70,9 @@ def take_turns(
     times: dict[str, list[float]] = {}
     planned = {}
     for name, run in ways.items():
-        once, found = seconds(run, device)
-        check(name, found)
-        del found
+        once, result = seconds(run, device)
+        check(name, result)
+        del result
         times[name] = [once] if once > SLOW else []
         planned[name] = rounds if once <= SLOW else int(once <= 4 * SLOW)
     for number in range(rounds):
@@ -92,10 +92,10 @@ class Agreement:
         self.bound = bound
         self.first: list[Tensor] = []
 
-    def __call__(self, name: str, found: Sequence[Tensor]) -> None:
+    def __call__(self, name: str, tensors: Sequence[Tensor]) -> None:
         """Compare, or keep the first. Channels and tokens may be the other way round."""
-        self.first = self.first or [t.clone() for t in found]
-        for number, (got, expected) in enumerate(zip(found, self.first, strict=True)):
+        self.first = self.first or [t.clone() for t in tensors]
+        for number, (got, expected) in enumerate(zip(tensors, self.first, strict=True)):
             got = got if got.shape == expected.shape else got.transpose(1, 2)
             error = float((got - expected).abs().max() / expected.abs().max())
             if not error < self.bound:
@@ -121,13 +121,13 @@ def summary(times: dict[str, list[float]]) -> dict[str, Any]:
     """Medians in ms, and how many times slower than ours the others are, round by round."""
     own = times["ours"]
     row: dict[str, Any] = {"ms": 1e3 * statistics.median(own), "best_ms": 1e3 * min(own), "others": {}}
-    for name, found in times.items():
+    for name, values in times.items():
         if name != "ours":
-            ratios = [t / own[min(i, len(own) - 1)] for i, t in enumerate(found)]
+            ratios = [t / own[min(i, len(own) - 1)] for i, t in enumerate(values)]
             row["others"][name] = {
-                "ms": 1e3 * statistics.median(found),
+                "ms": 1e3 * statistics.median(values),
                 "times_slower": statistics.median(ratios),
-                "rounds": len(found),
+                "rounds": len(values),
             }
     return row
 
@@ -158,11 +158,11 @@ def scans(threads: int | None, peaks: tuple[float, float], options: argparse.Nam
             ways = scan_ways(length, options.device, both)
             if options.quick:
                 ways = {name: run for name, run in ways.items() if name in ("ours", OWN_REFERENCE)}
-            found = summary(take_turns(ways, options.rounds, options.device, Agreement()))
+            timing = summary(take_turns(ways, options.rounds, options.device, Agreement()))
             floor = floors(length, both, *peaks)
-            row = {"length": length, "kind": "both" if both else "forward", "threads": threads, **found, **floor}
-            row |= {"percent_of_floor": 100 * max(floor.values()) / found["ms"]}
-            row |= {"giga_state_steps_per_s": 1e-6 * length * CHANNELS * STATES / found["ms"]}
+            row = {"length": length, "kind": "both" if both else "forward", "threads": threads, **timing, **floor}
+            row |= {"percent_of_floor": 100 * max(floor.values()) / timing["ms"]}
+            row |= {"giga_state_steps_per_s": 1e-6 * length * CHANNELS * STATES / timing["ms"]}
             rows.append(row)
             print_row(row, f"scan, L={length}, {row['kind']}")
     return rows
@@ -200,9 +200,9 @@ def convolutions(threads: int | None, peaks: tuple[float, float], options: argpa
     for length in options.lengths:
         for both in (False, True):
             ways = conv_ways(length, options.device, both)
-            found = summary(take_turns(ways, options.rounds, options.device, Agreement()))
+            timing = summary(take_turns(ways, options.rounds, options.device, Agreement()))
             moved = 4e-9 * length * CHANNELS * (5 if both else 2)
-            row = {"length": length, "kind": "both" if both else "forward", "threads": threads, **found}
+            row = {"length": length, "kind": "both" if both else "forward", "threads": threads, **timing}
             row |= {"memory_ms": 1e3 * moved / peaks[1]}
             rows.append(row)
             print_row(row, f"convolution, L={length}, {row['kind']}")
@@ -212,7 +212,7 @@ def convolutions(threads: int | None, peaks: tuple[float, float], options: argpa
 def mixers(threads: int | None, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A whole bidirectional mixer of the small model, 384 wide: what share of it the scans are."""
     torch.manual_seed(0)
-    mixer = BidirectionalMamba(384).to(options.device)
+    mixer = medgmae.Vim(16, 16, embed_dim=384, depth=1).blocks[0].mixer.to(options.device)
     rows = []
     for length in options.lengths:
         x = torch.randn(1, length, 384, device=options.device, requires_grad=True)
@@ -222,9 +222,9 @@ def mixers(threads: int | None, options: argparse.Namespace) -> list[dict[str, A
                 "ours": way(mixer, [x], grad if both else None),
                 "one of its two scans": scan_ways(length, options.device, both)["ours"],
             }
-            found = summary(take_turns(ways, options.rounds, options.device, lambda *_: None))
-            row = {"length": length, "kind": "both" if both else "forward", "threads": threads, "ms": found["ms"]}
-            row["scans_percent"] = 200 * found["others"]["one of its two scans"]["ms"] / found["ms"]
+            timing = summary(take_turns(ways, options.rounds, options.device, lambda *_: None))
+            row = {"length": length, "kind": "both" if both else "forward", "threads": threads, "ms": timing["ms"]}
+            row["scans_percent"] = 200 * timing["others"]["one of its two scans"]["ms"] / timing["ms"]
             rows.append(row)
             print(
                 f"mixer, L={length}, {row['kind']}: {row['ms']:.2f} ms, scans {row['scans_percent']:.0f} %", flush=True
@@ -250,10 +250,10 @@ def scaling(options: argparse.Namespace) -> list[dict[str, Any]]:
             times = take_turns(ways, 2 * options.rounds, options.device, lambda *_: None)
             one = times[str(options.threads[0])]
             faster = {
-                n: statistics.median(a / b for a, b in zip(one, found, strict=True)) for n, found in times.items()
+                n: statistics.median(a / b for a, b in zip(one, values, strict=True)) for n, values in times.items()
             }
             row = {"length": length, "kind": "both" if both else "forward", "faster": faster}
-            rows.append(row | {"ms": {name: 1e3 * statistics.median(found) for name, found in times.items()}})
+            rows.append(row | {"ms": {name: 1e3 * statistics.median(values) for name, values in times.items()}})
             print(f"threads, L={length}, {row['kind']}: {faster}", flush=True)
     return rows
 
@@ -269,12 +269,12 @@ def print_row(row: dict[str, Any], title: str) -> None:
 def repeatable(options: argparse.Namespace) -> bool:
     """Whether forward and backward give the same bits, run to run and with one, two and three threads."""
     run = scan_ways(options.lengths[0], options.device, True)["ours"]
-    before, found = torch.get_num_threads(), []
+    before, results = torch.get_num_threads(), []
     for threads in (1, 1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(run())
+        results.append(run())
     torch.set_num_threads(before)
-    return all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
+    return all(torch.equal(a, b) for again in results[1:] for a, b in zip(results[0], again, strict=True))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def memory_cases(options: argparse.Namespace) -> list[tuple[int, bool, str]]:
 
 def goals(report: dict[str, Any]) -> dict[str, Any]:
     """The figures that were promised."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for row in report["scan"]:
         where = f"{row['threads']} thread(s)" if row["threads"] else "GPU"
         title = f"L={row['length']}, {row['kind']}, {where}"
@@ -320,24 +320,24 @@ def goals(report: dict[str, Any]) -> dict[str, Any]:
         if torch_only and row["threads"]:
             goal = {"forward": 80, "both": 40}[row["kind"]]
             best = min(other["times_slower"] for other in torch_only.values())
-            found[f"times faster than the best rival, {title}, goal {goal}"] = best
+            figures[f"times faster than the best rival, {title}, goal {goal}"] = best
         if not row["threads"]:
-            found[f"multiple of the memory floor, {title}, goal 3"] = row["ms"] / row["memory_ms"]
+            figures[f"multiple of the memory floor, {title}, goal 3"] = row["ms"] / row["memory_ms"]
         if MAMBA in row["others"]:
-            found[f"times faster than mamba-ssm, {title}, goal 1"] = row["others"][MAMBA]["times_slower"]
+            figures[f"times faster than mamba-ssm, {title}, goal 1"] = row["others"][MAMBA]["times_slower"]
     for row in report["scaling"]:
         for threads, faster in row["faster"].items():
             if threads == "2":
-                found[f"two threads over one, L={row['length']}, {row['kind']}, goal 1.8"] = faster
+                figures[f"two threads over one, L={row['length']}, {row['kind']}, goal 1.8"] = faster
     for row in report["accuracy"]:
-        found[f"largest error, L={row['length']}, goal 1e-6"] = max(row["ours"].values())
+        figures[f"largest error, L={row['length']}, goal 1e-6"] = max(row["ours"].values())
     for row in report["memory"]:
         if row["who"] == "ours":
             kind = "both" if row["both"] else "forward"
-            found[f"extra memory over inputs and outputs, L={row['length']}, {kind}, goal 1"] = row[
+            figures[f"extra memory over inputs and outputs, L={row['length']}, {kind}, goal 1"] = row[
                 "extra_over_tensors"
             ]
-    return found | {"same bits on every run and number of threads": report["bitwise"]}
+    return figures | {"same bits on every run and number of threads": report["bitwise"]}
 
 
 def main() -> None:

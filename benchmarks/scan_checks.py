@@ -78,8 +78,8 @@ def results(run: Any, tensors: Sequence[Tensor], grad: Tensor) -> dict[str, Tens
     """The result and all gradients by name."""
     inputs = leaves(tensors)
     out = run(*inputs)
-    found = torch.autograd.grad(out, inputs, grad)
-    return {"out": out.detach(), **{f"d {name}": g for name, g in zip(NAMES, found, strict=True)}}
+    gradients = torch.autograd.grad(out, inputs, grad)
+    return {"out": out.detach(), **{f"d {name}": g for name, g in zip(NAMES, gradients, strict=True)}}
 
 
 def accuracy(length: int, device: str) -> dict[str, Any]:
@@ -90,8 +90,8 @@ def accuracy(length: int, device: str) -> dict[str, Any]:
     row: dict[str, Any] = {"length": length}
     ways = {"ours": lambda *tensors: ours(tensors), "torch reference of this library": TorchReference.apply}
     for name, run in ways.items():
-        found = results(run, [t.to(device) for t in tokens], grad.to(device))
-        row[name] = {key: float((found[key].cpu() - e).abs().max() / e.abs().max()) for key, e in exact.items()}
+        computed = results(run, [t.to(device) for t in tokens], grad.to(device))
+        row[name] = {key: float((computed[key].cpu() - e).abs().max() / e.abs().max()) for key, e in exact.items()}
     return row
 
 
@@ -118,8 +118,8 @@ def peak(length: int, both: bool, who: str) -> int:
     run = prepared(length)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    found = run()
-    del found
+    result = run()
+    del result
     return status("VmHWM") - before
 
 

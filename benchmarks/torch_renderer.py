@@ -10,7 +10,6 @@ from renderer_rivals import boxes
 from torch import Tensor, nn
 
 from medgmae import Gaussians, patchify
-from medgmae.layers.patches import take_tokens
 from medgmae.ops.voxel import reference
 
 
@@ -48,7 +47,9 @@ class SliceLoopRenderer(nn.Module):
             for i in range(len(gaussians.means))
         ]
         volume = torch.stack(samples)[:, None]
-        return volume if patches is None else take_tokens(patchify(volume, patch_size), patches)
+        if patches is None:
+            return volume
+        return patchify(volume, patch_size)[torch.arange(len(patches))[:, None], patches]
 
 
 class _Reference(torch.autograd.Function):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medgmae import Masking, create_model, create_transform, random_masking, unpatchify
+from medgmae import Masking, create_model, create_transform, psnr, random_masking, unpatchify
 
 DATA = Path(__file__).parent / "data"
 DEMO = "mae_vit_tiny_patch8_64.demo"
@@ -105,24 +105,18 @@ def harmonic_fill(x: Tensor, visible: Tensor, rounds: int = 200) -> Tensor:
     return filled
 
 
-def psnr(filled: Tensor, x: Tensor, visible: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over the hidden voxels, peak 1."""
-    hidden = 1 - visible
-    return -10 * math.log10(float(((filled - x).square() * hidden).sum() / hidden.sum()))
-
-
 def masked_psnr(model: Any, x: Tensor, seed: int = 0) -> float:
     """PSNR in dB of a model's filling of windows x (B, 1, D, H, W), three quarters of whose patches are hidden."""
     masking = fixed_masking(model, len(x), seed)
-    return psnr(model.reconstruct(x, masking), x, visible_voxels(masking, model))
+    return psnr(model.reconstruct(x, masking), x, where=visible_voxels(masking, model) == 0)
 
 
 def compare(model: Any, x: Tensor, seed: int = 0) -> dict[str, float]:
     """PSNR in dB of fillings without training and of the model, on windows x (B, 1, D, H, W) with the same masks."""
     visible = visible_voxels(fixed_masking(model, len(x), seed), model)
     fills = {"mean of the visible voxels": mean_fill, "trilinear fill": trilinear_fill, "harmonic fill": harmonic_fill}
-    found = {name: psnr(fill(x, visible), x, visible) for name, fill in fills.items()}
-    return {**found, "model": masked_psnr(model, x, seed)}
+    decibels = {name: psnr(fill(x, visible), x, where=visible == 0) for name, fill in fills.items()}
+    return {**decibels, "model": masked_psnr(model, x, seed)}
 
 
 @click.command()
@@ -133,11 +127,11 @@ def compare(model: Any, x: Tensor, seed: int = 0) -> dict[str, float]:
 def main(scan: Path | None, weights: str | None, seed: int, as_json: bool) -> None:
     """Compare fillings of the hidden patches of SCAN (the MNI152 template unless one is named)."""
     model = create_model(DEMO.partition(".")[0], pretrained=weights or DEMO)
-    found = compare(model, windows(load_scan(scan) if scan else mni152(), model.encoder.img_size[0]), seed)
+    decibels = compare(model, windows(load_scan(scan) if scan else mni152(), model.encoder.img_size[0]), seed)
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(decibels))
     else:
-        for name, decibel in found.items():
+        for name, decibel in decibels.items():
             click.echo(f"{name:27} {decibel:6.2f} dB")
 
 

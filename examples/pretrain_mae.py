@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medgmae import Masking, create_model, random_masking, save_pretrained
+from medgmae.training import cosine_schedule, param_groups
 
 SCANS = [DATA / f"{name}.nii.gz" for name in ("ct_abdomen", "ct_thorax", "mr_brain_t1")]
 
@@ -32,16 +33,6 @@ def random_crop(scan: Tensor, size: int, generator: torch.Generator) -> Tensor:
     if mirror < 0.5:
         crop = crop.flip(3)  # left and right: the other axes are not mirrored, a body has a top and a front
     return (crop.pow(2 ** (gamma - 0.5)) * (0.8 + 0.4 * gain) + 0.1 * (shift - 0.5)).clamp(0, 1)
-
-
-def optimizer_for(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW as masked autoencoders use it (He et al. 2022); biases and norms are not decayed."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.05},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
 
 def replicas_of(model: torch.nn.Module, count: int) -> list[torch.nn.Module]:
@@ -69,7 +60,9 @@ def backward(replica: torch.nn.Module, x: Tensor, keep: Tensor, restore: Tensor,
 @click.option("--steps", default=3700, show_default=True)
 @click.option("--batch", default=8, show_default=True, help="Crops per step, a multiple of the workers.")
 @click.option("--lr", default=1e-3, show_default=True, help="Peak of the learning rate.")
-@click.option("--warmup", default=200, show_default=True, help="Steps up to the peak; half a cosine follows.")
+@click.option(
+    "--warmup", default=200, show_default=True, help="Steps up to the peak; half a cosine follows, down to 0."
+)
 @click.option("--every", default=250, show_default=True, help="Steps between checkpoints and measurements.")
 @click.option("--workers", default=2, show_default=True, help="Threads that share the batch.")
 @click.option("--seed", default=0, show_default=True)
@@ -87,10 +80,13 @@ def main(
     seed: int,
 ) -> None:
     """Pre-train a masked autoencoder on SCANS (the three of examples/data unless others are named)."""
+    if warmup >= steps:
+        raise click.UsageError(f"--warmup ({warmup}) must be less than --steps ({steps})")
     torch.manual_seed(seed)
     model = create_model(name)
     size = model.encoder.img_size[0]
-    optimizer = optimizer_for(model, lr)
+    optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.05), lr=lr, betas=(0.9, 0.95))
+    schedule = cosine_schedule(optimizer, steps, warmup)
     volumes = [load_scan(path) for path in scans or SCANS]
     test = windows(load_scan(held_out), size) if held_out else None
 
@@ -108,9 +104,7 @@ def main(
     smooth, bar = math.nan, tqdm(range(first, steps), initial=first, total=steps, unit="step")
     for step in bar:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)  # so that a resumed run sees the same crops
-        rate = lr * min((step + 1) / warmup, 1) * (1 + math.cos(math.pi * step / steps)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        schedule.step(step + 0.5)  # the middle of the step: neither the first nor the last one has a rate of 0
         x = torch.stack(
             [random_crop(volumes[(step * batch + i) % len(volumes)], size, generator) for i in range(batch)]
         )

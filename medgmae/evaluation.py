@@ -62,7 +62,8 @@ def classification_metrics(logits: Values, labels: Values) -> Metrics:
 def stratified_folds(labels: Values, folds: int = 5, seed: int = 42) -> Tensor:
     """The fold in which each case is a test case, as scikit-learn's ``StratifiedKFold`` shuffles them.
 
-    Train fold k on ``where(found != k)`` and collect the logits of ``where(found == k)`` for :func:`fold_metrics`.
+    With ``fold = stratified_folds(labels)``, train on the cases where ``fold != k`` and collect the logits of those
+    where ``fold == k``, for each k, as :func:`fold_metrics` takes them.
 
     Args:
         labels: (n,) whole numbers from 0 on; every class goes into every fold.
@@ -81,10 +82,10 @@ def stratified_folds(labels: Values, folds: int = 5, seed: int = 42) -> Tensor:
         raise ValueError(f"folds must be at least 2, got {folds}")
     _check_classes(classes, int(classes.max()) + 1, least=folds, why=f"each of the {folds} folds needs one to test on")
     splitter = _sklearn("model_selection").StratifiedKFold(folds, shuffle=True, random_state=seed)
-    found = torch.empty(len(classes), dtype=torch.int64)
+    fold_of_case = torch.empty(len(classes), dtype=torch.int64)
     for fold, (_, test) in enumerate(splitter.split(np.zeros(len(classes)), classes)):
-        found[torch.from_numpy(test)] = fold
-    return found
+        fold_of_case[torch.from_numpy(test)] = fold
+    return fold_of_case
 
 
 def fold_metrics(logits: Values, labels: Values, fold_of_case: Values) -> FoldMetrics:
@@ -171,8 +172,8 @@ def knn_metrics(
     """Metrics of nearest neighbours after one random split: the quick check of features of 3D Mamba MAE.
 
     The split is ``torch.utils.data.random_split``'s with that generator. The AUC ranks by the share of the vote.
-    Published AUCs are those of the voted labels, that is ``classification_metrics(one_hot(vote), labels).auc``, and
-    the published run leaves out training cases that fill no batch.
+    Published AUCs are those of the voted labels, ``classification_metrics(one_hot(vote), labels).auc``, and the
+    published run leaves out the training cases of the last, incomplete batch.
 
     Args:
         features: (n, E), one pooled vector per case.
@@ -190,7 +191,10 @@ def knn_metrics(
     _check_rows(table, "features", classes)
     count = int((1 - test_share) * len(classes))
     if not 0 < count < len(classes):
-        raise ValueError(f"test_share={test_share} of {len(classes)} cases leaves {count} to train on; expected some")
+        raise ValueError(
+            f"test_share={test_share} of {len(classes)} cases leaves {count} to train on and {len(classes) - count} to "
+            "test on; expected at least one each"
+        )
     order = torch.randperm(len(classes), generator=generator).numpy()
     train, test = order[:count], order[count:]
     for name, part in (("training", train), ("test", test)):
@@ -247,7 +251,7 @@ def _labels(values: Values) -> NDArray[np.int64]:
 
 def _check_rows(table: NDArray[Any], name: str, labels: NDArray[np.int64]) -> None:
     if len(table) != len(labels):
-        raise ValueError(f"{name} has {len(table)} cases, and there are {len(labels)} labels")
+        raise ValueError(f"{name} has {len(table)} cases and labels has {len(labels)}; expected the same number")
 
 
 def _check_classes(labels: NDArray[np.int64], classes: int, least: int = 1, why: str = "") -> None:
@@ -262,7 +266,7 @@ def _check_classes(labels: NDArray[np.int64], classes: int, least: int = 1, why:
 
 
 def _metrics(scores: NDArray[Any], shares: NDArray[Any], labels: NDArray[np.int64]) -> Metrics:
-    """``scores`` (n, K) decide and rank; ``shares`` (n, K) are them as probabilities, whose rows sum to 1."""
+    """``scores`` (n, K) decide and rank; ``shares`` (n, K) are the same as probabilities, whose rows sum to 1."""
     classes, predicted = scores.shape[1], scores.argmax(1)
     _check_rows(scores, "logits", labels)
     if labels.max() >= classes:
@@ -285,15 +289,15 @@ def _metrics(scores: NDArray[Any], shares: NDArray[Any], labels: NDArray[np.int6
 def _by_fold(
     scores: NDArray[Any], shares: NDArray[Any], labels: NDArray[np.int64], fold_of_case: Values
 ) -> FoldMetrics:
-    places, found = _labels(fold_of_case), []
+    folds, metrics = _labels(fold_of_case), []
     _check_rows(scores, "logits", labels)
-    _check_rows(scores, "logits", places)
-    for fold in range(int(places.max()) + 1):
-        part = places == fold
+    _check_rows(scores, "logits", folds)
+    for fold in range(int(folds.max()) + 1):
+        part = folds == fold
         if not part.any():
             raise ValueError(f"fold {fold} has no cases; expected folds numbered from 0 without a gap")
         try:
-            found.append(_metrics(scores[part], shares[part], labels[part]))
+            metrics.append(_metrics(scores[part], shares[part], labels[part]))
         except ValueError as error:
             raise ValueError(f"fold {fold}: {error}") from None
-    return FoldMetrics(tuple(found), Metrics(*np.mean(found, axis=0).tolist()), _metrics(scores, shares, labels))
+    return FoldMetrics(tuple(metrics), Metrics(*np.mean(metrics, axis=0).tolist()), _metrics(scores, shares, labels))

@@ -98,6 +98,19 @@ def test_an_error_is_one_message_and_debug_shows_more(tmp_path: Path) -> None:
     assert isinstance(result.exception, medgmae.WeightsError)
 
 
+@pytest.mark.parametrize(
+    "command", [["fit", "s.nii", "--out", "g.ply"], ["reconstruct", "s.nii", "--model", NANO, "--out", "r.nii"],
+                ["latent-map", "s.nii", "--model", NANO, "--out", "m.nii"]], ids=lambda command: command[0]
+)  # fmt: skip
+def test_a_picture_without_matplotlib_is_refused_before_the_work(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run(*command, "--png", "p.png")
+    assert result.exit_code == 2
+    assert "--png needs matplotlib, which is not installed: pip install medgmae[viz]" in result.stderr
+
+
 # list
 
 
@@ -131,7 +144,7 @@ def test_list_pretrained_is_what_can_be_had() -> None:
 def test_list_of_nothing_says_so() -> None:
     result = run("list", "resnet")
     assert result.exit_code == 2
-    assert "nothing is called" in result.stderr
+    assert "no model or weights match" in result.stderr
     assert json.loads(run("list", "resnet", "--json").stdout) == []
 
 
@@ -234,23 +247,14 @@ def test_convert_round_trip(tmp_path: Path, autoencoder: Any) -> None:
 
 def test_convert_the_encoder_alone_with_options(tmp_path: Path, autoencoder: Any) -> None:
     file, out = tangerine_file(tmp_path / "official.pth", autoencoder), tmp_path / "out"
-    options = [
-        "--model",
-        NANO,
-        "--set",
-        "global_pool=token_avg",
-        "--set",
-        "img_size=[32,48,32]",
-        "--set",
-        "in_chans=2",
-        "--json",
-    ]
+    changes = ["global_pool=token_avg", "img_size=[32,48,32]", "in_chans=2"]
+    options = ["--model", NANO, *(word for change in changes for word in ("--set", change)), "--json"]
     result = run("convert", file, out, *options)
     assert result.exit_code == 0, result.stderr
-    told = json.loads(result.stdout)
-    assert told["model_args"] == {"global_pool": "token_avg", "img_size": [32, 48, 32], "in_chans": 2}
-    assert told["resized"] == {"pos_embed": "grid (4, 4, 4) to (4, 6, 4)"}
-    assert list(told["adapted"]) == ["patch_embed.proj.weight"]
+    facts = json.loads(result.stdout)
+    assert facts["model_args"] == {"global_pool": "token_avg", "img_size": [32, 48, 32], "in_chans": 2}
+    assert facts["resized"] == {"pos_embed": "grid (4, 4, 4) to (4, 6, 4)"}
+    assert list(facts["adapted"]) == ["patch_embed.proj.weight"]
     direct = medgmae.create_model(NANO, global_pool="token_avg", img_size=(32, 48, 32), in_chans=2)
     medgmae.load_pretrained(direct, file)
     x = torch.rand(1, 2, 32, 48, 32)

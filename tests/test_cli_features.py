@@ -6,6 +6,7 @@ import contextlib
 import csv
 import fcntl
 import json
+import locale
 import os
 import pty
 import shutil
@@ -85,15 +86,15 @@ def test_safetensors_hold_what_extract_features_gives(saved: Path, tmp_path: Pat
     assert result.stdout.strip() == f"2 of 2 scans: {out}"
     model = medgmae.create_model(f"local-dir:{saved}")
     prepare = medgmae.create_transform(model, whole=True)
-    found = load_file(out)
-    assert sorted(found) == [f"{name}/{part}" for name in ("ct_abdomen", "mr_brain_t1") for part in ("map", "pooled")]
+    tensors = load_file(out)
+    assert sorted(tensors) == [f"{name}/{part}" for name in ("ct_abdomen", "mr_brain_t1") for part in ("map", "pooled")]
     with safe_open(out, "pt") as file:
         facts = json.loads(file.metadata()["medgmae"])
     for path, name in [(CT, "ct_abdomen"), (MR, "mr_brain_t1")]:
         wanted = medgmae.extract_features(model, prepare(path), overlap=0.25)
         assert wanted.map is not None
-        assert torch.equal(found[f"{name}/pooled"], wanted.pooled)
-        assert torch.equal(found[f"{name}/map"], wanted.map.data)
+        assert torch.equal(tensors[f"{name}/pooled"], wanted.pooled)
+        assert torch.equal(tensors[f"{name}/map"], wanted.map.data)
         said = facts["scans"][name]["map"]
         assert said["shape"] == list(wanted.map.data.shape)
         np.testing.assert_allclose(said["spacing"], wanted.map.spacing)
@@ -145,9 +146,9 @@ def test_broken_scans_are_reported_and_the_rest_goes_on(bare: Path, scans: Path,
         "features", scans, tmp_path / "absent.nii", "--model", f"local-dir:{bare}", "--out", out, "--json"
     )
     assert code == 1, stderr
-    told = json.loads(stdout)
-    assert [Path(error["path"]).name for error in told["errors"]] == ["cut.nii.gz", "absent.nii"]
-    assert sorted(told["scans"]) == ["a", "b"]
+    facts = json.loads(stdout)
+    assert [Path(error["path"]).name for error in facts["errors"]] == ["cut.nii.gz", "absent.nii"]
+    assert sorted(facts["scans"]) == ["a", "b"]
     assert stderr.count("Error: ") == 2
     assert "cut.nii.gz" in stderr
     assert "Traceback" not in stderr
@@ -161,13 +162,13 @@ def test_broken_scans_are_reported_and_the_rest_goes_on(bare: Path, scans: Path,
 
 def test_csv_and_npy_hold_the_same_vectors(bare: Path, scans: Path, tmp_path: Path) -> None:
     (scans / "cut.nii.gz").unlink()
-    for suffix in ("csv", "npy", "safetensors"):
+    for suffix in ("CSV", "npy", "safetensors"):
         out = tmp_path / f"f.{suffix}"
         assert features(scans, "--model", NANO, "--weights", bare, "--out", out).exit_code == 0
     tensors = load_file(tmp_path / "f.safetensors")
     array = np.load(tmp_path / "f.npy")
     sidecar = json.loads((tmp_path / "f.json").read_text())
-    rows = list(csv.reader((tmp_path / "f.csv").read_text().splitlines()))[1:]
+    rows = list(csv.reader((tmp_path / "f.CSV").read_text().splitlines()))[1:]
     assert sidecar["names"] == ["a", "b"]
     assert [Path(path).name for path in sidecar["paths"]] == ["a.mha", "b.nii.gz"]
     assert array.dtype == np.float32
@@ -212,7 +213,7 @@ def test_untrained_models_need_the_word(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["weights"] == "random"
 
 
-def test_preprocessing_is_the_cards_or_is_told(saved: Path, bare: Path, tmp_path: Path) -> None:
+def test_preprocessing_is_the_cards_or_a_note_says_what_it_is(saved: Path, bare: Path, tmp_path: Path) -> None:
     def block(*args: str | Path) -> tuple[dict[str, Any], str]:
         result = features(CT, "--out", tmp_path / "f.csv", "--window", "64", "--resize", "--json", *args)
         assert result.exit_code == 0, result.stderr
@@ -246,7 +247,7 @@ def test_a_tag_with_the_file_that_its_card_is_about(tmp_path: Path) -> None:
 
 def test_dicom_folders(bare: Path, tmp_path: Path) -> None:
     image = sitk.GetImageFromArray(np.random.default_rng(0).integers(-500, 500, (12, 32, 40)).astype(np.int16))
-    folder = tmp_path / "patients/one"
+    folder, before = tmp_path / "patients/one", locale.setlocale(locale.LC_ALL)
     folder.mkdir(parents=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -264,6 +265,7 @@ def test_dicom_folders(bare: Path, tmp_path: Path) -> None:
             plane.SetMetaData(key, value)
         writer.SetFileName(str(folder / f"{z:03}.dcm"))
         writer.Execute(plane)
+    locale.setlocale(locale.LC_ALL, before)  # the writer has set "C", in which later tests could read no UTF-8
     shutil.copytree(folder, tmp_path / "patients/two")
     assert [path.name for path in expand([tmp_path / "patients"])] == ["one", "two"]
     result = features(tmp_path / "patients", "--model", f"local-dir:{bare}", "--out", tmp_path / "f.npy", "--json")
@@ -277,9 +279,9 @@ def test_scans_are_found_once_and_in_order(tmp_path: Path) -> None:
     for name in ("b/x.nii", "b/y.NII.GZ", "b/notes.txt", "a/x.nii", "empty"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch() if "." in name else (tmp_path / name).mkdir()
-    found = expand([tmp_path / "b/y.NII.GZ", tmp_path, tmp_path / "b"])
+    paths = expand([tmp_path / "b/y.NII.GZ", tmp_path, tmp_path / "b"])
     names = ["b/y.NII.GZ", "a/x.nii", "b/x.nii", "empty"]
-    assert [str(path.relative_to(tmp_path)) for path in found] == names
+    assert [str(path.relative_to(tmp_path)) for path in paths] == names
 
 
 def test_cases_of_several_contrasts(tmp_path: Path) -> None:
@@ -300,11 +302,11 @@ def test_cases_of_several_contrasts(tmp_path: Path) -> None:
     result = features(tmp_path / "cases", "--model", f"local-dir:{saved}", "--out", out)
     assert result.exit_code == 1
     assert "broken: no file for the contrast 'flair' among: p_t1.nii.gz, p_t1ce.nii.gz, p_t2.nii.gz" in result.stderr
-    found = load_file(out)
-    assert sorted(found) == ["one/map", "one/pooled", "two/map", "two/pooled"]
+    tensors = load_file(out)
+    assert sorted(tensors) == ["one/map", "one/pooled", "two/map", "two/pooled"]
     ready = medgmae.create_transform(block)({name: tmp_path / f"cases/two/p_{name}.nii.gz" for name in names})
     assert torch.equal(ready.data[3], ready.data[0])  # each contrast is scaled by its own range
-    assert torch.equal(found["two/pooled"], medgmae.extract_features(model.eval(), ready).pooled)
+    assert torch.equal(tensors["two/pooled"], medgmae.extract_features(model.eval(), ready).pooled)
 
 
 @pytest.mark.parametrize(

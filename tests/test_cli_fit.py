@@ -38,19 +38,19 @@ def test_files_and_figures_are_the_librarys(scan: Path, tmp_path: Path) -> None:
     result = fit(scan, "--gaussians", "80", "--steps", "25", "--seed", "4", "--input", "window=[-175,250]",
                  "--input", "spacing=[3,4,4]", "--out", ply, "--recon", recon, "--png", png, "--json")  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    told = json.loads(result.stdout)
+    facts = json.loads(result.stdout)
 
     block = {"window": [-175, 250], "spacing": [3, 4, 4], "resample": {"to": "spacing"}}
     volume = medgmae.create_transform(block, whole=True)(scan)
-    assert tuple(told["size"]) == volume.size != medgmae.read_volume(scan).size
+    assert tuple(facts["size"]) == volume.size != medgmae.read_volume(scan).size
     expected = medgmae.fit_gaussians(volume, 80, 25, generator=torch.Generator().manual_seed(4))
     rendered = medgmae.GaussianRenderer(3.0)(expected, volume.size)[0]
     written = medgmae.read_volume(recon)
     assert torch.equal(medgmae.data.resample_like(written, volume).data, rendered)
     span = float(volume.data.max() - volume.data.min())
-    assert told["psnr"] == medgmae.psnr(rendered, volume.data, data_range=span)
-    assert told["psnr"] > 15
-    assert (told["gaussians"], told["steps"], told["seed"], told["input"]["window"]) == (80, 25, 4, [-175, 250])
+    assert facts["psnr"] == medgmae.psnr(rendered, volume.data, data_range=span)
+    assert facts["psnr"] > 15
+    assert (facts["gaussians"], facts["steps"], facts["seed"], facts["input"]["window"]) == (80, 25, 4, [-175, 250])
     assert png.stat().st_size > 10_000
 
     gaussians = medgmae.Gaussians.load_ply(ply, "world")
@@ -70,9 +70,9 @@ def test_words_for_people(scan: Path, tmp_path: Path) -> None:
 def test_the_preprocessing_of_a_card(scan: Path, tmp_path: Path) -> None:
     card = "vit_base_patch16_96.medgmae"  # 1.5 mm, [-175, 250]
     result = fit(scan, "--gaussians", "9", "--steps", "1", "--out", tmp_path / "g.ply", "--input-of", card, "--json")
-    told = json.loads(result.stdout)
-    assert told["input"]["spacing"] == [1.5, 1.5, 1.5]
-    assert told["size"] == list(medgmae.create_transform(card, whole=True)(scan).size)
+    facts = json.loads(result.stdout)
+    assert facts["input"]["spacing"] == [1.5, 1.5, 1.5]
+    assert facts["size"] == list(medgmae.create_transform(card, whole=True)(scan).size)
 
 
 @pytest.mark.parametrize(

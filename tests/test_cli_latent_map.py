@@ -59,14 +59,14 @@ def test_the_files_are_the_librarys(tmp_path: Path) -> None:
     out, png = tmp_path / "map.nii.gz", tmp_path / "map.png"
     result = latent_map(brain, "--model", tag, "--out", out, "--png", png, "--seed", "3", "--json")
     assert result.exit_code == 0, result.stderr
-    told = json.loads(result.stdout)
+    facts = json.loads(result.stdout)
     volume = medgmae.create_transform(tag, whole=True)(brain)
     expected = medgmae.latent_to_spatial(medgmae.create_model(tag), volume, generator=torch.Generator().manual_seed(3))
     written = medgmae.read_volume(out)
     assert torch.equal(medgmae.data.resample_like(written, volume).data, expected.data)
-    assert (told["mode"], told["reduction"], told["mask_ratio"], told["seed"]) == ("pretrained", "max", 0.75, 3)
-    assert (told["least"], told["largest"]) == (0.0, float(expected.data.max()))
-    assert (told["scans"], told["weights"], told["input"]["spacing"]) == ([str(brain)], tag, [2.0, 2.0, 2.0])
+    assert (facts["mode"], facts["reduction"], facts["mask_ratio"], facts["seed"]) == ("pretrained", "max", 0.75, 3)
+    assert (facts["least"], facts["largest"]) == (0.0, float(expected.data.max()))
+    assert (facts["scans"], facts["weights"], facts["input"]["spacing"]) == ([str(brain)], tag, [2.0, 2.0, 2.0])
     assert png.stat().st_size > 10_000
 
 
@@ -74,13 +74,13 @@ def test_the_files_are_the_librarys(tmp_path: Path) -> None:
 def test_one_subject_in_four_files_or_one_folder(
     options: list[str], vim: str, contrasts: list[Path], tmp_path: Path
 ) -> None:
-    maps, told = [], []
+    maps, facts = [], []
     for name, scans in [("files", contrasts), ("folder", [contrasts[0].parent])]:
         out = tmp_path / f"{name}.mha"
         result = latent_map(*scans, "--model", vim, "--out", out, *options, "--json")
         assert result.exit_code == 0, result.stderr
         maps.append(medgmae.read_volume(out))
-        told.append(json.loads(result.stdout))
+        facts.append(json.loads(result.stdout))
     assert torch.equal(maps[0].data, maps[1].data)
     model = medgmae.create_model(vim)
     volume = medgmae.create_transform(model, whole=True)(dict(zip(CONTRASTS, contrasts, strict=True)))
@@ -88,9 +88,9 @@ def test_one_subject_in_four_files_or_one_folder(
     expected = medgmae.latent_to_spatial(model, volume, **keywords)
     back = medgmae.data.resample_like(maps[0], volume)
     assert torch.equal(back.data, expected.data)
-    assert told[0]["scans"] == list(map(str, contrasts))
-    assert (told[0]["mode"], told[0]["mask_ratio"], told[0]["seed"]) == ("finetuned", None, None)
-    assert told[0]["reduction"] == ("norm" if options else "max")
+    assert facts[0]["scans"] == list(map(str, contrasts))
+    assert (facts[0]["mode"], facts[0]["mask_ratio"], facts[0]["seed"]) == ("finetuned", None, None)
+    assert facts[0]["reduction"] == ("norm" if options else "max")
 
 
 def test_channels_without_names_are_taken_in_order(contrasts: list[Path], tmp_path: Path) -> None:
@@ -122,8 +122,8 @@ def test_the_point_of_the_picture(vim: str, contrasts: list[Path], tmp_path: Pat
     ("scans", "options", "message", "code"),
     [
         (0, [], "Missing argument", 2),
-        (2, [], "2 SCANS, and the model takes 4 channel(s); expected one with all channels, or 4", 2),
-        (2, [], "(t1, t2, t1ce, flair). Of several subjects each has a run of its own", 2),
+        (2, [], "got 2 SCANS for a model of 4 channel(s); expected one with all channels, or 4", 2),
+        (2, [], "(t1, t2, t1ce, flair). Run the command once per subject", 2),
         (1, [], "has 1 channel(s)", 1),
         (4, ["--model", "vit_nano_patch8_32", "--random-weights"], "expected one scan", 2),
         (4, ["--out", "m.png"], "must end in one of .nii.gz", 2),

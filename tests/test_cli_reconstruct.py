@@ -55,7 +55,7 @@ def test_files_and_figures_are_the_librarys(saved: Path, scan: Path, tmp_path: P
     options = [part for pair in files.items() for part in pair]
     result = reconstruct(scan, "--model", f"local-dir:{saved}", *options, "--seed", "4", "--json")
     assert result.exit_code == 0, result.stderr
-    told = json.loads(result.stdout)
+    facts = json.loads(result.stdout)
 
     model = medgmae.create_model(f"local-dir:{saved}").eval()
     volume = medgmae.create_transform(model, whole=True)(scan)
@@ -73,17 +73,17 @@ def test_files_and_figures_are_the_librarys(saved: Path, scan: Path, tmp_path: P
 
     span = float(volume.data.max() - volume.data.min())
     hidden = expected.visible.data.isnan()
-    assert told["data_range"] == span
-    assert told["psnr"] == medgmae.psnr(expected.predicted.data, volume.data, data_range=span)
-    assert told["psnr_hidden"] == medgmae.psnr(expected.predicted.data, volume.data, data_range=span, where=hidden)
+    assert facts["data_range"] == span
+    assert facts["psnr"] == medgmae.psnr(expected.predicted.data, volume.data, data_range=span)
+    assert facts["psnr_hidden"] == medgmae.psnr(expected.predicted.data, volume.data, data_range=span, where=hidden)
     assert expected.apart is not None
-    assert told["psnr_apart"] == medgmae.psnr(expected.apart.data, volume.data, data_range=span)
-    assert told["ssim"] == pytest.approx(
+    assert facts["psnr_apart"] == medgmae.psnr(expected.apart.data, volume.data, data_range=span)
+    assert facts["ssim"] == pytest.approx(
         float(ssim3d(expected.predicted.data[None], volume.data[None], data_range=span)), abs=1e-6
     )
-    assert told["gaussians"] == gaussians.means.shape[1] == 64 * 2 * 2 * 4
-    assert (told["mask_ratio"], told["seed"], told["architecture"]) == (0.75, 4, NANO)
-    assert told["input"]["spacing"] == [1.5, 1.5, 1.5]
+    assert facts["gaussians"] == gaussians.means.shape[1] == 64 * 2 * 2 * 4
+    assert (facts["mask_ratio"], facts["seed"], facts["architecture"]) == (0.75, 4, NANO)
+    assert facts["input"]["spacing"] == [1.5, 1.5, 1.5]
     assert files["--png"].stat().st_size > 10_000
 
 
@@ -102,11 +102,11 @@ def test_what_is_printed(scan: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.mha"
     result = reconstruct(scan, "--model", NANO, "--random-weights", "--out", out, "--mask-ratio", "0", "--keep-visible")
     assert result.exit_code == 0, result.stderr
-    told = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
-    assert told["psnr"].endswith(" dB")
-    assert 0 < float(told["ssim"]) < 1
-    assert "psnr_hidden" not in told  # nothing was
-    assert (told["out"], told["weights"]) == (str(out), "random")
+    facts = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert facts["psnr"].endswith(" dB")
+    assert 0 < float(facts["ssim"]) < 1
+    assert "psnr_hidden" not in facts  # nothing was
+    assert (facts["out"], facts["weights"]) == (str(out), "random")
     assert "Note" in result.stderr  # no card says what the input is
     volume = medgmae.read_volume(scan)
     kept = medgmae.data.window(volume, medgmae.data.percentiles(volume, 0.5, 99.5))
@@ -118,10 +118,10 @@ def test_models_of_voxels_too(tmp_path: Path) -> None:
     options = ["--model", "mae_vit_tiny_patch8_64.demo", "--out", out, "--json", "--input", "spacing=[4,4,4]"]
     result = reconstruct(brain, *options)
     assert result.exit_code == 0, result.stderr
-    told = json.loads(result.stdout)
-    assert told["gaussians"] is None
-    assert "psnr_apart" not in told
-    assert told["psnr_hidden"] > 10
+    facts = json.loads(result.stdout)
+    assert facts["gaussians"] is None
+    assert "psnr_apart" not in facts
+    assert facts["psnr_hidden"] > 10
     assert medgmae.read_volume(out).spacing == pytest.approx((4, 4, 4))
 
 

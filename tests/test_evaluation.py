@@ -73,7 +73,7 @@ def test_large_logits_keep_their_ranks() -> None:
 def test_more_classes_are_the_mean_of_each_against_the_rest() -> None:
     labels = torch.arange(60) % 3
     scores = logits(labels, 3)
-    found, shares = classification_metrics(scores, labels), scores.double().softmax(1)
+    metrics, shares = classification_metrics(scores, labels), scores.double().softmax(1)
     voted = torch.nn.functional.one_hot(scores.argmax(1), 3)
     each = []
     for label in range(3):
@@ -82,27 +82,27 @@ def test_more_classes_are_the_mean_of_each_against_the_rest() -> None:
         ranked = by_hand(torch.stack([1 - shares[:, label], shares[:, label]], 1), (labels == label).long())
         each.append(one._replace(auc=ranked.auc))
     expected = Metrics(*np.mean(each, axis=0))._replace(accuracy=float((scores.argmax(1) == labels).double().mean()))
-    assert found == pytest.approx(expected)
+    assert metrics == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("seed", [0, 42])
 def test_folds_are_scikit_learns(seed: int) -> None:
-    found = stratified_folds(LABELS, 4, seed)
+    fold_of_case = stratified_folds(LABELS, 4, seed)
     splits = StratifiedKFold(4, shuffle=True, random_state=seed).split(np.zeros(len(LABELS)), LABELS)
     for fold, (_, test) in enumerate(splits):
-        assert (found == fold).nonzero().flatten().tolist() == test.tolist()
-        assert LABELS[found == fold].bincount().tolist() in ([6, 3], [5, 3])
+        assert (fold_of_case == fold).nonzero().flatten().tolist() == test.tolist()
+        assert LABELS[fold_of_case == fold].bincount().tolist() in ([6, 3], [5, 3])
 
 
 def test_folds_are_measured_one_by_one_and_together() -> None:
     scores, folds = logits(LABELS), stratified_folds(LABELS)
-    found = fold_metrics(scores, LABELS, folds)
-    for fold, metrics in enumerate(found.folds):
+    result = fold_metrics(scores, LABELS, folds)
+    for fold, metrics in enumerate(result.folds):
         assert metrics == classification_metrics(scores[folds == fold], LABELS[folds == fold])
-    assert len(found.folds) == 5
-    assert found.pooled == classification_metrics(scores, LABELS)
-    assert found.mean.f1 == pytest.approx(np.mean([metrics.f1 for metrics in found.folds]))
-    assert found.mean != found.pooled
+    assert len(result.folds) == 5
+    assert result.pooled == classification_metrics(scores, LABELS)
+    assert result.mean.f1 == pytest.approx(np.mean([metrics.f1 for metrics in result.folds]))
+    assert result.mean != result.pooled
 
 
 @pytest.mark.parametrize("probe", ["linear", "knn"])
@@ -132,8 +132,8 @@ def test_the_linear_probe_is_scikit_learns_pipeline() -> None:
     pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     shares = cross_val_predict(pipeline, x.double().numpy(), LABELS.numpy(), cv=folds, method="predict_proba")
     expected = fold_metrics(np.log(shares), LABELS, stratified_folds(LABELS))
-    found = cross_validate_features(x, LABELS)
-    assert found.pooled == pytest.approx(expected.pooled)
+    result = cross_validate_features(x, LABELS)
+    assert result.pooled == pytest.approx(expected.pooled)
 
 
 def test_neighbours_vote_and_a_tie_goes_to_the_smaller_label() -> None:
@@ -151,14 +151,14 @@ def test_neighbours_vote_and_a_tie_goes_to_the_smaller_label() -> None:
 
 def test_one_random_split() -> None:
     x = features(LABELS, 1.0)
-    found = [knn_metrics(x, LABELS, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
-    assert found[0] == found[1] != found[2]
+    runs = [knn_metrics(x, LABELS, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    assert runs[0] == runs[1] != runs[2]
     data = torch.utils.data.TensorDataset(x, LABELS)
     train, test = torch.utils.data.random_split(data, [27, 7], torch.Generator().manual_seed(3))  # int(0.8 * 34)
     shares = knn_shares(x[train.indices], LABELS[train.indices], x[test.indices])
-    assert found[0] == pytest.approx(classification_metrics(shares, LABELS[test.indices]))
+    assert runs[0] == pytest.approx(classification_metrics(shares, LABELS[test.indices]))
     torch.manual_seed(3)
-    assert knn_metrics(x, LABELS) == found[0]
+    assert knn_metrics(x, LABELS) == runs[0]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_one_random_split() -> None:
     [
         (lambda: classification_metrics(torch.zeros(3), [0, 1, 1]), r"logits must be \(cases, 2 or more columns\)"),
         (lambda: classification_metrics(torch.zeros(3, 1), [0, 1, 1]), r"got \(3, 1\)"),
-        (lambda: classification_metrics(torch.zeros(3, 2), [0, 1]), "logits has 3 cases, and there are 2 labels"),
+        (lambda: classification_metrics(torch.zeros(3, 2), [0, 1]), "logits has 3 cases and labels has 2"),
         (lambda: classification_metrics(torch.zeros(3, 2), [0, 1, 2]), "0 to 1, the columns of the logits, got 2"),
         (lambda: classification_metrics(torch.zeros(3, 2), [0, 1, -1]), "int64 from -1 on; leave out cases without"),
         (lambda: classification_metrics(torch.zeros(3, 2), [0, 1, 0.5]), "whole numbers from 0 on, got float64"),
@@ -178,8 +178,8 @@ def test_one_random_split() -> None:
         (lambda: stratified_folds([0, 1], 1), "folds must be at least 2, got 1"),
         (lambda: fold_metrics(torch.zeros(4, 2), [0, 1, 0, 0], [0, 0, 1, 1]), "fold 1: of 2 cases, class 1 has 0"),
         (lambda: fold_metrics(torch.zeros(4, 2), [0, 1, 0, 1], [0, 0, 2, 2]), "fold 1 has no cases"),
-        (lambda: fold_metrics(torch.zeros(4, 2), [0, 1, 0, 1], [0, 0]), "logits has 4 cases, and there are 2"),
-        (lambda: cross_validate_features(torch.zeros(3, 5), LABELS), "features has 3 cases, and there are 34"),
+        (lambda: fold_metrics(torch.zeros(4, 2), [0, 1, 0, 1], [0, 0]), "logits has 4 cases and labels has 2"),
+        (lambda: cross_validate_features(torch.zeros(3, 5), LABELS), "features has 3 cases and labels has 34"),
         (lambda: cross_validate_features(features(LABELS, torch.inf), LABELS), "features must be finite"),
         (lambda: cross_validate_features(features(LABELS, 1), LABELS, probe="svm"), "'linear' or 'knn', got 'svm'"),
         (lambda: cross_validate_features(features(LABELS, 1), LABELS, probe="knn", k=40), "k must be 1 to 27"),

@@ -88,9 +88,9 @@ def unpack(wheel: Path, environment: Path) -> Path:
     return environment / "bin/python"
 
 
-def probe(python: Path, cwd: Path) -> dict[str, object]:
+def probe(python: Path, cwd: Path, **environment: str) -> dict[str, object]:
     """Ask the medgmae of an environment about itself, from a folder that has no medgmae in it."""
-    return json.loads(run(python, "-W", "error", "-c", PROBE, cwd=cwd))
+    return json.loads(run(python, "-W", "error", "-c", PROBE, cwd=cwd, **environment))
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +106,11 @@ def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.iterdir())
 
 
-@pytest.fixture(scope="module")
-def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("wheel", unpacked, tmp_path_factory.mktemp("wheel"))
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
+def wheel(request: pytest.FixtureRequest, unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel without the CUDA half; and one with it where there is a compiler for it, which takes minutes."""
+    environment = {"MEDGMAE_CUDA": "0"} if request.param == "cpu" else {}
+    return build("wheel", unpacked, tmp_path_factory.mktemp("wheel"), **environment)
 
 
 def names(wheel: Path) -> list[str]:
@@ -148,7 +150,8 @@ def test_wheel_metadata(wheel: Path) -> None:
 
 
 def test_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
-    found = probe(unpack(wheel, tmp_path / "env"), tmp_path)
+    # Without a GPU, for which self_test would miss kernels in a wheel that has no CUDA half.
+    found = probe(unpack(wheel, tmp_path / "env"), tmp_path, CUDA_VISIBLE_DEVICES="")
     assert str(found["file"]).startswith(str(tmp_path / "env"))
     assert set(found["version"]) == {medgmae.__version__}
     assert found["info"]["loaded"], found["info"]
@@ -184,6 +187,7 @@ def test_without_native_module_the_wheel_is_pure_python(unpacked: Path, tmp_path
     assert found["models"] == medgmae.list_models()
 
 
+@pytest.mark.slow  # every `make test` begins with an editable install
 def test_editable_install(unpacked: Path, tmp_path: Path) -> None:
     tree = shutil.copytree(unpacked, tmp_path / "tree")
     code = f"import setuptools.build_meta as b; b.build_editable({str(tmp_path)!r})"

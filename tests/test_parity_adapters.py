@@ -82,6 +82,7 @@ def copy(name: str, folder: Path, **spec: Any) -> Path:
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MODELS, *PARTS])
 def test_every_output_is_compared(name: str, tmp_path: Path) -> None:
     file = copy(name, tmp_path)

@@ -30,7 +30,11 @@ def glmae_file(path: Path) -> None:
     torch.save({"student": student, "epoch": 1600, "args": argparse.Namespace(lr=5e-4)}, path)
 
 
-@pytest.mark.parametrize(("title", "code"), BLOCKS, ids=[title for title, _ in BLOCKS])
+# MONAI takes ten seconds to import.
+CASES = [pytest.param(*block, id=block[0], marks=[pytest.mark.slow] if "MONAI" in block[0] else []) for block in BLOCKS]
+
+
+@pytest.mark.parametrize(("title", "code"), CASES)
 def test_quick_start_runs(title: str, code: str, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     if "checkpoint-1599.pth" in code:

@@ -7,15 +7,13 @@ from typing import Any
 
 import click
 
-from medgmae.cli.common import (
+import medgmae
+from medgmae.cli.common import by_reason, echo_fields, echo_json, reports_errors
+from medgmae.cli.options import (
     assignments,
-    by_reason,
-    echo_fields,
-    echo_json,
     json_option,
     model_with_weights,
     per_axis,
-    reports_errors,
     sizes,
     source_grid_option,
 )
@@ -24,9 +22,18 @@ from medgmae.cli.common import (
 @click.command("convert")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--model", help="Architecture, or a tag whose card (licence, preprocessing) shall go with the weights.")
-@click.option("--set", "options", multiple=True, callback=assignments, metavar="KEY=VALUE", help="Option of the model.")
-@click.option("--patch-size", callback=sizes(), metavar="N|D,H,W", help="Patch to resize the file's to.")
+@click.option(
+    "--model", "name", help="Architecture, or a tag whose card (licence, preprocessing) is written with the weights."
+)
+@click.option(
+    "--set",
+    "options",
+    multiple=True,
+    callback=assignments,
+    metavar="KEY=VALUE",
+    help="Option of the model, such as depth=8; may be repeated.",
+)
+@click.option("--patch-size", callback=sizes(), metavar="N|D,H,W", help="Resize the patches of the file to this size.")
 @source_grid_option
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
 @json_option
@@ -34,7 +41,7 @@ from medgmae.cli.common import (
 def convert_command(
     file: Path,
     out: Path,
-    model: str | None,
+    name: str | None,
     options: dict[str, Any],
     patch_size: int | tuple[int, ...] | None,
     source_grid: int | tuple[int, ...] | None,
@@ -49,24 +56,23 @@ def convert_command(
     """
     from tqdm.auto import tqdm
 
-    import medgmae
-
     if out.is_dir() and any(out.iterdir()) and not force:
         raise click.UsageError(f"{out} is not empty; choose another folder, or --force to write into it")
-    options = {**options, **({} if patch_size is None else {"patch_size": patch_size})}
+    if patch_size is not None:
+        options = {**options, "patch_size": patch_size}
     with tqdm(total=2, desc="converting", disable=None, leave=False) as bar:
-        made = _load(file, model, options, per_axis(source_grid))
+        model = _load(file, name, options, per_axis(source_grid))
         bar.set_description("writing")
         bar.update()
-        medgmae.save_pretrained(made, out)
+        medgmae.save_pretrained(model, out)
         bar.update()
-    report = made.load_report
-    architecture = made.config["architecture"]
-    told = {
+    report, card = model.load_report, model.config["card"] or {}
+    architecture = model.config["architecture"]
+    facts = {
         "out": str(out),
         "architecture": architecture,
-        "model_args": made.config["model_args"],
-        "card": (made.config["card"] or {}).get("tag"),
+        "model_args": model.config["model_args"],
+        "card": card.get("tag"),
         "source": report.source,
         "loaded": len(report.loaded),
         "resized": report.resized,
@@ -75,18 +81,16 @@ def convert_command(
         "unused": report.unused,
     }
     if as_json:
-        echo_json(told)
+        echo_json(facts)
         return
-    echo_fields({key: value for key, value in {**told, "unused": by_reason(report.unused)}.items() if value})
+    echo_fields({key: value for key, value in {**facts, "unused": by_reason(report.unused)}.items() if value})
     tags = medgmae.list_weights(f"{architecture}.*")
-    if told["card"] is None and tags:
+    if not card and tags:
         click.echo(f"No card goes with it. If the file is one of {', '.join(tags)}, convert it with --model TAG.")
 
 
 def _load(file: Path, name: str | None, options: dict[str, Any], source_grid: tuple[int, ...] | None) -> Any:
     """The model with the file's weights."""
-    import medgmae
-
     path = file.expanduser().resolve()
     card = None
     if name is None:
@@ -106,12 +110,12 @@ def _inferred(facts: dict[str, Any], options: dict[str, Any]) -> tuple[str, dict
     """Name and options of the model that a file was made with; what the caller set wins."""
     if facts["architecture"] is not None:
         return facts["architecture"], {**facts["model_args"], **options}
-    found = facts["sizes"]
-    told = ", ".join(f"{key} {value}" for key, value in found.items() if value is not None)
+    dimensions = facts["sizes"]
+    known = ", ".join(f"{key} {value}" for key, value in dimensions.items() if value is not None)
     encoder = facts["encoder_architecture"]
     hint = f" Its encoder alone is a {encoder}: --model {encoder} converts that." if encoder else ""
     raise click.UsageError(
-        f"{facts['path']} ({facts['source']}): no registered architecture has its sizes ({told}).{hint} Name the "
+        f"{facts['path']} ({facts['source']}): no registered architecture has its sizes ({known}).{hint} Name the "
         f"nearest one with --model and what differs with --set, for example --model vit_base_patch16_96 "
-        f"--set embed_dim={found['embed_dim']} --set depth={found['depth']} --set num_heads=..."
+        f"--set embed_dim={dimensions['embed_dim']} --set depth={dimensions['depth']} --set num_heads=..."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -11,15 +12,21 @@ from typing import Any
 
 import click
 
-from medgmae.cli.common import (
-    assignments,
-    echo_json,
-    is_expected,
+import medgmae
+from medgmae.cli.common import echo_json, is_reported, reports_errors
+from medgmae.cli.options import (
+    InputChoice,
+    Machine,
+    ModelChoice,
+    file_option,
+    gathered,
+    input_options,
     json_option,
+    machine_options,
+    model_options,
     open_model,
+    overlap_option,
     preprocessing_of,
-    put_on_device,
-    reports_errors,
     sizes,
 )
 from medgmae.cli.writers import SUFFIXES, TensorWriter, VectorWriter, unique_names
@@ -27,47 +34,57 @@ from medgmae.cli.writers import SUFFIXES, TensorWriter, VectorWriter, unique_nam
 SCANS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
 
 
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+    """How scans go through the model, and which features are written."""
+
+    want_map: bool | None
+    pooled: bool
+    window: Any
+    overlap: float
+    resize: bool
+    batch_size: int
+    bf16: bool
+
+
+extraction_options = gathered(
+    "how",
+    Extraction,
+    click.option("--map/--no-map", "want_map", default=None, help="Write feature maps: the default for .safetensors."),
+    click.option("--pooled/--no-pooled", default=True, help="Write pooled vectors: the default."),
+    click.option(
+        "--window",
+        callback=sizes("model", "whole"),
+        metavar="N|D,H,W",
+        default="model",
+        help="Voxels that the model sees at once: 'model' for the size it was built for, 'whole' for the scan in one "
+        "pass.",
+    ),
+    overlap_option,
+    click.option("--resize", is_flag=True, help="Resample each scan to the window's size instead of sliding over it."),
+    click.option("--batch-size", type=click.IntRange(1), default=1, help="Windows per pass."),
+    click.option("--bf16", is_flag=True, help="Run the model under bfloat16 autocast."),
+)
+
+
 @click.command("features")
 @click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--model", "name", required=True, help="Architecture, architecture.tag, hf-hub:org/repo or local-dir:FOLDER."
-)
-@click.option(
-    "--weights",
-    help="Weights: a tag, file, folder or hf-hub:org/repo; with architecture.tag, the file that its card is about.",
-)
-@click.option("--random-weights", is_flag=True, help="Leave the model untrained.")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="A .safetensors, .csv or .npy file."
-)
-@click.option("--map/--no-map", "want_map", default=None, help="Write feature maps: the default for .safetensors.")
-@click.option("--pooled/--no-pooled", default=True, help="Write pooled vectors: the default.")
-@click.option(
-    "--window",
-    callback=sizes("model", "whole"),
-    metavar="N|D,H,W",
-    default="model",
-    help="Voxels that the model sees at once: 'model' for the size it was built for, 'whole' for the scan in one pass.",
-)
-@click.option(
-    "--overlap",
-    type=click.FloatRange(0, 1, max_open=True),
-    default=0.5,
-    help="Share of a window that the next repeats.",
-)
-@click.option("--resize", is_flag=True, help="Resample each scan to the window's size instead of sliding over it.")
-@click.option("--input-of", metavar="TAG", help="Preprocess as this weight card says, in place of the model's own.")
-@click.option(
-    "--input", "changes", multiple=True, callback=assignments, metavar="KEY=VALUE",
-    help="Change the preprocessing: window=[-1000,400], orientation=RAS, spacing=[2,2,2] ... as in a card's input.",
-)  # fmt: skip
-@click.option("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; torch's default otherwise.")
-@click.option("--batch-size", type=click.IntRange(1), default=1, help="Windows per pass.")
-@click.option("--bf16", is_flag=True, help="Run the model under bfloat16 autocast.")
+@model_options
+@file_option("--out", SUFFIXES, "A .safetensors, .csv or .npy file.", required=True)
+@extraction_options
+@input_options("the model's own")
+@machine_options
 @json_option
 @reports_errors
-def features_command(scans: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+def features_command(
+    scans: tuple[Path, ...],
+    choice: ModelChoice,
+    out: Path,
+    how: Extraction,
+    inputs: InputChoice,
+    machine: Machine,
+    as_json: bool,
+) -> None:
     """Compute features of SCANS: files, DICOM folders, or folders of scans. For a model of several contrasts: 4-D
     files, or folders with a file for each, such as a_t1.nii.gz, a_t2.nii.gz, a_t1ce.nii.gz and a_flair.nii.gz.
 
@@ -76,48 +93,44 @@ def features_command(scans: tuple[Path, ...], as_json: bool, **options: Any) -> 
 
     A scan that cannot be read is reported and left out. Exit code 0: all are done; 1: some are not; 2: wrong usage.
     """
-    want_map = _wanted(options)
-    run = _Run(options, want_map)
+    how = _checked(how, out.suffix.lower())
+    model, weights = open_model(choice, machine)
+    run = _Run(model, preprocessing_of(model, inputs), how)
     paths = expand(scans, run.preprocessing.input["contrasts"])
-    writer = TensorWriter(run.out) if run.out.suffix == ".safetensors" else VectorWriter(run.out)
-    names = unique_names(paths)
+    writer = TensorWriter(out) if out.suffix.lower() == ".safetensors" else VectorWriter(out)
     try:
-        run.extract_all(paths, names, writer)
+        run.extract_all(paths, writer)
     finally:  # an interrupted run keeps what it has
-        writer.finish(run.facts())
+        facts = run.facts(weights)
+        writer.finish(facts)
     if as_json:
-        echo_json({"out": str(run.out) if run.done else None, **run.facts(), "errors": run.errors})
+        echo_json({"out": str(out) if run.done else None, **facts, "errors": run.errors})
     else:
-        click.echo(f"{len(run.done)} of {len(paths)} scans: {run.out}" if run.done else "nothing was written")
+        click.echo(f"{len(run.done)} of {len(paths)} scans: {out}" if run.done else "nothing was written")
     if run.errors:
         sys.exit(1)
 
 
-def _wanted(options: dict[str, Any]) -> bool:
-    """Whether maps are written, after a check that the options go together."""
-    out, want_map = options["out"], options["want_map"]
-    if out.suffix not in SUFFIXES:
-        raise click.BadParameter(f"{out} must end in one of {', '.join(SUFFIXES)}", param_hint="--out")
-    if not out.parent.is_dir():
-        raise click.BadParameter(f"the folder {out.parent} does not exist", param_hint="--out")
-    vectors_only = out.suffix != ".safetensors"
-    if vectors_only and (want_map or not options["pooled"]):
-        raise click.UsageError(f"{out.suffix} holds pooled vectors only; write maps to a .safetensors file")
-    want_map = not vectors_only if want_map is None else want_map
-    if not want_map and not options["pooled"]:
+def _checked(how: Extraction, suffix: str) -> Extraction:
+    """The options with a decision about maps, after a check that they go together."""
+    vectors_only = suffix != ".safetensors"
+    if vectors_only and (how.want_map or not how.pooled):
+        raise click.UsageError(f"{suffix} holds pooled vectors only; write maps to a .safetensors file")
+    want_map = not vectors_only if how.want_map is None else how.want_map
+    if not want_map and not how.pooled:
         raise click.UsageError("--no-map and --no-pooled leave nothing to write")
-    if options["resize"] and options["window"] == "whole":
+    if how.resize and how.window == "whole":
         raise click.UsageError("--resize needs a window to resize to; leave out --window whole")
-    return want_map
+    return dataclasses.replace(how, want_map=want_map)
 
 
 def expand(scans: Sequence[Path], contrasts: Sequence[str] | None = None) -> list[Path]:
     """Scans in the order given, each once. Of a folder: itself if it holds files of several ``contrasts``, or else its
     scan files, or itself if it holds other files (DICOM), or else the same of its subfolders."""
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     for path in scans:
-        found.update(dict.fromkeys(_scans_in(path, contrasts) if path.is_dir() else [path]))
-    return list(found)
+        paths.update(dict.fromkeys(_scans_in(path, contrasts) if path.is_dir() else [path]))
+    return list(paths)
 
 
 def _scans_in(folder: Path, contrasts: Sequence[str] | None) -> list[Path]:
@@ -134,40 +147,31 @@ def _scans_in(folder: Path, contrasts: Sequence[str] | None) -> list[Path]:
 
 def _is_case(folder: Path, contrasts: Sequence[str]) -> bool:
     """Whether a folder holds one case, perhaps with a contrast missing or doubled: reading it then says which."""
-    import medgmae
-
-    found = 0
+    files = 0
     for name in contrasts:
         with contextlib.suppress(medgmae.VolumeError):
-            found += len(medgmae.data.find_contrasts(folder, [name]))
-    return found >= min(2, len(contrasts))
+            files += len(medgmae.data.find_contrasts(folder, [name]))
+    return files >= min(2, len(contrasts))
 
 
 class _Run:
-    """The model, its preprocessing, and what came of each scan."""
+    """Features of one scan after the other, and what came of each."""
 
-    def __init__(self, options: dict[str, Any], want_map: bool) -> None:
-        import torch
-
-        self.options, self.want_map, self.out = options, want_map, options["out"]
-        if options["threads"]:
-            torch.set_num_threads(options["threads"])
-        self.model, self.weights = open_model(options["name"], options["weights"], options["random_weights"])
-        put_on_device(self.model, options["device"])
-        self.preprocessing = preprocessing_of(self.model, options["input_of"], options["changes"])
+    def __init__(self, model: Any, preprocessing: Any, how: Extraction) -> None:
+        self.model, self.preprocessing, self.how = model, preprocessing, how
         self.done: dict[str, dict[str, Any]] = {}
         self.errors: list[dict[str, str]] = []
 
-    def extract_all(self, paths: list[Path], names: list[str], writer: TensorWriter | VectorWriter) -> None:
+    def extract_all(self, paths: list[Path], writer: TensorWriter | VectorWriter) -> None:
         """Features of every scan into ``writer``; scans that fail are reported and left out."""
         from tqdm.auto import tqdm
 
         with tqdm(total=len(paths), desc="scans", unit="scan", disable=None) as bar:
-            for path, name in zip(paths, names, strict=True):
+            for path, name in zip(paths, unique_names(paths), strict=True):
                 try:
                     self._extract(path, name, writer)
                 except Exception as error:
-                    if click.get_current_context().find_root().params.get("debug") or not is_expected(error):
+                    if not is_reported(error):
                         raise
                     message = str(error) if str(path) in str(error) else f"{path}: {error}"
                     self.errors.append({"path": str(path), "error": message})
@@ -178,52 +182,45 @@ class _Run:
     def _extract(self, path: Path, name: str, writer: TensorWriter | VectorWriter) -> None:
         import torch
 
-        import medgmae
-
         start = time.perf_counter()
-        volume = self.preprocessing(path)
-        window = None if self.options["window"] == "whole" else self.options["window"]
-        pooled, features = medgmae.extract_features(
+        features = medgmae.extract_features(
             self.model,
-            volume,
-            window=window,
-            overlap=self.options["overlap"],
-            resize=self.options["resize"],
+            self.preprocessing(path),
+            window=None if self.how.window == "whole" else self.how.window,
+            overlap=self.how.overlap,
+            resize=self.how.resize,
             outside=self.preprocessing.input["pad"],
-            want_map=self.want_map,
-            batch_size=self.options["batch_size"],
-            autocast=torch.bfloat16 if self.options["bf16"] else None,
+            want_map=bool(self.how.want_map),
+            batch_size=self.how.batch_size,
+            autocast=torch.bfloat16 if self.how.bf16 else None,
             progress=sys.stderr.isatty(),
         )
-        maps = None if features is None else features.data
-        writer.add(name, path, pooled=pooled if self.options["pooled"] else None, map=maps)
+        maps = None if features.map is None else features.map.data
+        writer.add(name, path, pooled=features.pooled if self.how.pooled else None, map=maps)
         self.done[name] = {
             "path": str(path),
-            "features": len(pooled),
-            "map": None if features is None else geometry(features),
+            "features": len(features.pooled),
+            "map": None if features.map is None else geometry(features.map),
             "seconds": round(time.perf_counter() - start, 3),
         }
 
-    def facts(self) -> dict[str, Any]:
-        """What a reader of the features needs to know."""
-        import medgmae
-
-        options = self.options
+    def facts(self, weights: str) -> dict[str, Any]:
+        """What a reader of the features needs to know; ``weights`` says where the model's come from."""
         return {
             "medgmae": medgmae.__version__,
             "architecture": self.model.config["architecture"],
             "model_args": self.model.config["model_args"],
-            "weights": self.weights,
+            "weights": weights,
             "input": self.preprocessing.input,
-            "window": options["window"],
-            "overlap": options["overlap"],
-            "resize": options["resize"],
+            "window": self.how.window,
+            "overlap": self.how.overlap,
+            "resize": self.how.resize,
             "geometry": "LPS world in mm = origin + direction @ (spacing * index), index along the map's axes",
             "scans": self.done,
         }
 
 
-def geometry(volume: Any) -> dict[str, Any]:
+def geometry(volume: medgmae.Volume) -> dict[str, Any]:
     """Size, spacing, origin and direction of a volume; direction as rows."""
     return {
         "shape": list(volume.data.shape),

@@ -1,4 +1,4 @@
-"""``medgmae list`` and ``medgmae info``: what there is, and what a name or file stands for."""
+"""``medgmae list`` and ``medgmae info``: known models and weights, and what a name or file stands for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+import medgmae
 from medgmae.cli.common import (
     NotRecognisedError,
     by_reason,
@@ -14,20 +15,20 @@ from medgmae.cli.common import (
     echo_fields,
     echo_json,
     echo_table,
-    json_option,
     megabytes,
-    per_axis,
     reports_errors,
-    source_grid_option,
 )
+from medgmae.cli.options import json_option, per_axis, source_grid_option
 
-# Where weights come from, in the words of the table.
+# How weights are obtained, in the words of the table.
 AVAILABILITY = {"package": "shipped", "hub": "hub", "url": "download", "page": "by hand", "none": "not published"}
 
 
 @click.command("list")
 @click.argument("pattern", default="*")
-@click.option("--pretrained", is_flag=True, help="Only weights that can be had without a visit to a web page.")
+@click.option(
+    "--pretrained", is_flag=True, help="Only weights that are shipped or downloaded without a visit to a web page."
+)
 @json_option
 @reports_errors
 def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
@@ -35,8 +36,6 @@ def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
 
     PATTERN is shell-style ('vit_*_256*'); without a wildcard it may stand anywhere in the name ('tangerine').
     """
-    import medgmae
-
     pattern = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
     tags = medgmae.list_models(pattern, pretrained=True) if pretrained else medgmae.list_weights(pattern)
     names = sorted([*tags, *([] if pretrained else medgmae.list_models(pattern))])
@@ -45,7 +44,7 @@ def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
         echo_json(rows)
         return
     if not rows:
-        raise NotRecognisedError(f"nothing is called {pattern!r}; `medgmae list` shows all names")
+        raise NotRecognisedError(f"no model or weights match {pattern!r}; `medgmae list` shows all names")
     table = [("NAME", "PARAMETERS", "INPUT", "PATCH", "WEIGHTS", "LICENCE", "SIZE")]
     for row in rows:
         card = row["weights"] or {}
@@ -73,8 +72,6 @@ def info_command(what: str, source_grid: int | tuple[int, ...] | None, as_json: 
 
     A file is only read: nothing in it is executed. Exit code 2: it is not recognised.
     """
-    import medgmae
-
     if what in medgmae.list_weights():
         facts = {**_architecture(what), "card": {**medgmae.weight_card(what).to_json()}}
     elif what in medgmae.list_models():
@@ -93,14 +90,12 @@ def info_command(what: str, source_grid: int | tuple[int, ...] | None, as_json: 
 
 def _nothing(what: str) -> str:
     """Why ``what`` is neither a name nor a file, with the nearest names."""
-    import medgmae
-
     if len(Path(what).parts) > 1 or Path(what).suffix in (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors"):
         return f"{what}: no such file or folder"
     try:
         medgmae.weight_card(what) if "." in what else medgmae.create_model(what, pretrained=False)
     except (medgmae.WeightsError, ValueError) as error:
-        return f"{str(error).rstrip('.')}. There is no file of that name either"
+        return f"{str(error).rstrip('.')}. No file has that name either"
     raise AssertionError(what)
 
 
@@ -108,15 +103,11 @@ def _build(name: str) -> Any:
     """The model behind a name, without storage."""
     import torch
 
-    import medgmae
-
     with torch.device("meta"):
         return medgmae.create_model(name, pretrained=False)
 
 
 def _row(name: str) -> dict[str, Any]:
-    import medgmae
-
     model = _build(name)
     encoder = getattr(model, "encoder", model)
     card = medgmae.weight_card(name) if "." in name else None
@@ -178,8 +169,6 @@ def _mixing(part: Any) -> dict[str, Any]:
 
 
 def _file(path: str, source_grid: int | tuple[int, ...] | None) -> dict[str, Any]:
-    import medgmae
-
     try:
         facts: dict[str, Any] = {**medgmae.inspect_checkpoint(path, source_grid=per_axis(source_grid))}
     except medgmae.WeightsError as error:

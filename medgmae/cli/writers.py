@@ -77,7 +77,7 @@ class VectorWriter:
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Write the file; without any scan there is none."""
-        if self.vectors and self.path.suffix == ".csv":
+        if self.vectors and self.path.suffix.lower() == ".csv":
             self._write_csv()
         elif self.vectors:
             self._write_npy(facts)
@@ -112,7 +112,7 @@ def _replacing(path: Path, mode: str) -> Iterator[IO[Any]]:
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """A short name per path: its stem, or as many of its last parts as tell it from the others."""
+    """A short name per path: its stem, or as many of its last parts as set it apart from the others."""
     names = [_stem(path) for path in paths]
     for depth in range(1, 1 + max((len(path.parts) for path in paths), default=0)):
         count = Counter(names)

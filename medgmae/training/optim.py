@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -35,26 +35,20 @@ def param_groups(
     )
 
 
-class CosineSchedule:
-    """Sets an optimiser's rates for a time in epochs, fractions included; see :func:`cosine_schedule`."""
+class Schedule(Protocol):
+    """Sets the learning rates of an optimiser: timm's scheduler, which takes fractions of an epoch, too."""
 
-    def __init__(self, timm_schedule: Any) -> None:
-        self._schedule = timm_schedule
-
-    def step(self, epoch: float) -> float:
-        """Set the rates for ``epoch`` (0 = start; 1.5 = the middle of the second) and return the unscaled one."""
-        rates = self._schedule._get_lr(epoch)
-        for group, rate in zip(self._schedule.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * group.get("lr_scale", 1.0)
-        return float(max(rates))
+    def step(self, epoch: float) -> None:
+        """Set the rate of every group, times its ``lr_scale``; 0 is the start, 1.5 the middle of the second epoch."""
 
 
 def cosine_schedule(
     optimizer: torch.optim.Optimizer, epochs: float, warmup_epochs: float = 0, min_lr: float = 0.0
-) -> CosineSchedule:
+) -> Schedule:
     """Linear warm-up from 0, then half a cosine down to ``min_lr``; call ``.step(epoch)`` before every update.
 
-    The peak is each group's ``lr`` at the time of the call, times its ``lr_scale``.
+    The peak of a group is its ``lr`` at the time of the call (``initial_lr`` where an earlier schedule left one), times
+    its ``lr_scale``. Any unit of time serves as an epoch, for example updates.
 
     Raises:
         ValueError: no epochs are left after the warm-up.
@@ -63,13 +57,14 @@ def cosine_schedule(
 
     if not 0 <= warmup_epochs < epochs:
         raise ValueError(f"warmup_epochs (={warmup_epochs}) must be at least 0 and less than epochs (={epochs})")
-    timm_scheduler: Any = scheduler
-    schedule = timm_scheduler.CosineLRScheduler(
+    timm_scheduler: Any = scheduler  # timm's annotations do not cover what it accepts
+    schedule: Schedule = timm_scheduler.CosineLRScheduler(
         optimizer,
         t_initial=epochs - warmup_epochs,
         lr_min=min_lr,
         warmup_t=warmup_epochs,
         warmup_lr_init=0.0,
         warmup_prefix=True,
+        cycle_decay=0.5,  # of the second cycle, which never comes; with 1 timm warns of a cosine of one epoch
     )
-    return CosineSchedule(schedule)
+    return schedule

@@ -185,9 +185,9 @@ def finetune_optim(case: Case) -> None:
     schedule = cosine_schedule(optimizer, settings("epochs"), settings("warmup_epochs"), settings("min_lr"))
     settings.done()
     for epoch, rate in case.spec["schedule_epoch_lr"]:
-        case.close(f"learning rate at epoch {epoch}", schedule.step(epoch), rate, tolerance)
+        schedule.step(epoch)
         for group in optimizer.param_groups:
-            case.close(f"group's learning rate at epoch {epoch}", group["lr"], rate * group["lr_scale"], tolerance)
+            case.close(f"learning rate at epoch {epoch}", group["lr"], rate * group["lr_scale"], tolerance)
 
 
 def _has_head(case: Case) -> bool:

@@ -1,0 +1,59 @@
+"""The registered models, and what the contract tests of all of them share."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+from small_models import encoder_of, full_size
+from torch import Tensor, nn
+
+import medgmae
+from medgmae.layers.masking import Masking
+
+NAMES = medgmae.list_models()
+ENCODERS = [name for name in NAMES if not hasattr(full_size(name), "decoder")]
+AUTOENCODERS = [name for name in NAMES if hasattr(full_size(name), "decoder")]
+OTHER_GRID = (1, 3, 2)
+
+every = pytest.mark.parametrize("name", NAMES)
+# One of each kind, whatever its size: small() makes the others the same but for the patch. They run in the slow tests.
+FIRST = {re.sub(r"_[a-z]+_patch\d+_[\dx]+", "", name): name for name in reversed(NAMES)}.values()
+one_of_each_kind = pytest.mark.parametrize(
+    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+every_encoder = pytest.mark.parametrize("name", ENCODERS)
+every_autoencoder = pytest.mark.parametrize("name", AUTOENCODERS)
+
+
+def masking_for(x: Tensor, model: nn.Module) -> Masking:
+    """A fixed masking of an input."""
+    patch = encoder_of(model).patch_size
+    tokens = math.prod(s // p for s, p in zip(x.shape[2:], patch, strict=True))
+    noise = torch.linspace(0, 1, len(x) * tokens).reshape(tokens, len(x)).T
+    return medgmae.random_masking(len(x), tokens, 0.5, noise=(noise * 7919) % 1)
+
+
+def run(model: Any, x: Tensor) -> Tensor:
+    """The tensor that a model computes: pooled vector, logits, or what is compared with the input."""
+    return prediction(model, x, masking_for(x, model)) if hasattr(model, "decoder") else model(x)
+
+
+def prediction(model: Any, x: Tensor, masking: Masking) -> Tensor:
+    """What an autoencoder compares with the input: patches, or a volume."""
+    out = model(x, masking)
+    return out.volume if hasattr(out, "volume") else out.pred
+
+
+def loss_of(model: Any, x: Tensor) -> Tensor:
+    """A scalar that depends on every trained parameter."""
+    return model(x, masking_for(x, model)).loss if hasattr(model, "decoder") else model(x).square().sum()
+
+
+def plain(output: Any) -> Any:
+    """An output as assert_close compares it: Gaussians as their tensors."""
+    if isinstance(output, Tensor):
+        return output
+    return [tuple(part) if isinstance(part, medgmae.Gaussians) else part for part in output]
