@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from small_models import encoder_of, full_size
 from torch import Tensor, nn
 

@@ -224,8 +224,8 @@ def test_an_autoencoder_compiles_with_its_gradients(name: str) -> None:
     wanted = torch.autograd.grad(loss_of(model, x), trained)
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = torch.autograd.grad(compiled(x, masking_for(x, model)).loss, trained)
-    for ours, plain in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-3)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow
