@@ -15,10 +15,11 @@ from torch import Tensor
 
 from medgmae.ops import native_info
 from medgmae.ops.scan import native, reference
+from medgmae.ops.scan.inputs import ScanInputs
 
 torch.set_num_threads(1)  # the tensors are so small that threads would only wait for each other
 
-RUNNABLE = [name for name, runs in native_info().get("cpu_variants", {}).items() if runs]
+RUNNABLE = [name for name, runs in native_info()["cpu_variants"].items() if runs]
 # Forms of B and C: one per token, so many groups of channels with their own, or one for the whole sequence.
 FORMS: list[tuple[Any, Any]] = [("time", "time"), (3, 3), ("constant", "constant"), ("time", "constant")]
 FORMS += [("constant", 2), (2, "time"), (2, 3)]
@@ -148,22 +149,22 @@ def expected(inputs: Inputs, grad: Tensor, grad_state: Tensor | None, softplus: 
     names = leaves.present()
     loss = (out * grad.double()).sum() + (0 if grad_state is None else (state * grad_state.double()).sum())
     loss = loss + sum(0 * t.sum() for t in names.values())  # an empty sequence depends on nothing
-    found = torch.autograd.grad(loss, list(names.values()))
-    return Results(out.detach(), state.detach(), dict(zip(names, found, strict=True)))
+    gradients = torch.autograd.grad(loss, list(names.values()))
+    return Results(out.detach(), state.detach(), dict(zip(names, gradients, strict=True)))
 
 
 class Path(NamedTuple):
-    """One implementation: forward and backward with the argument lists of ``medgmae::selective_scan``."""
+    """One implementation: what the registration of ``medgmae::selective_scan`` takes."""
 
     name: str
     forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor | None, ...]]
 
     def scan(
         self, inputs: Inputs, softplus: bool = True, reverse: bool = False, chunk: int = 64
     ) -> tuple[Tensor, Tensor]:
         """Result (B, D, L) and last state (B, D, N)."""
-        out, states = self.forward(*arguments(inputs), softplus, reverse, chunk)
+        out, states = self.forward(operands(inputs, softplus, reverse, chunk))
         return out.transpose(1, 2), last(states, inputs)
 
     def run(
@@ -176,11 +177,11 @@ class Path(NamedTuple):
         chunk: int = 64,
     ) -> Results:
         """Forward and backward."""
-        rest = (*arguments(inputs), softplus, reverse, chunk)
-        out, states = self.forward(*rest)
-        carried = None if grad_state is None else grad_state.transpose(1, 2)
-        found = self.backward(grad.transpose(1, 2), carried, states, *rest)
-        turned = [public(g, t) for g, t in zip(found, inputs, strict=True) if t is not None]
+        given = operands(inputs, softplus, reverse, chunk)
+        out, states = self.forward(given)
+        gradients = self.backward(grad.transpose(1, 2), of_last(grad_state, states), states, given)
+        assert [g is None for g in gradients] == [t is None for t in inputs]
+        turned = [public(g, t) for g, t in zip(gradients, inputs, strict=True) if g is not None and t is not None]
         return Results(out.transpose(1, 2), last(states, inputs), dict(zip(inputs.present(), turned, strict=True)))
 
 
@@ -193,6 +194,20 @@ def arguments(inputs: Inputs) -> list[Tensor | None]:
             t = t.unsqueeze(2) if name in "BC" and t.dim() == 3 else t
         turned.append(t)
     return turned
+
+
+def operands(inputs: Inputs, softplus: bool = True, reverse: bool = False, chunk: int = 64) -> ScanInputs:
+    """The inputs of the operator."""
+    return ScanInputs(*arguments(inputs), softplus, reverse, chunk)  # type: ignore[arg-type]
+
+
+def of_last(grad_state: Tensor | None, states: Tensor) -> Tensor | None:
+    """The gradient of the last state (B, D, N) as one of all kept states; nobody may read that of the others."""
+    if grad_state is None:
+        return None
+    gradient = torch.full_like(states, torch.nan)
+    gradient[:, -1:] = grad_state.transpose(1, 2)[:, None]
+    return gradient
 
 
 def public(gradient: Tensor, argument: Tensor) -> Tensor:
@@ -223,8 +238,8 @@ def assert_close(got: Results, wanted: Results, values: float, gradients: float)
     for name, tensor in got.named().items():
         exact = wanted.named()[name]
         assert tensor.shape == exact.shape, name
-        found = error(tensor, exact)
-        assert found <= (gradients if name.startswith("d ") else values), f"{name}: {found:.2e}"
+        difference = error(tensor, exact)
+        assert difference <= (gradients if name.startswith("d ") else values), f"{name}: {difference:.2e}"
 
 
 def assert_same_bits(got: Results, wanted: Results) -> None:

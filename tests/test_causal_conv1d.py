@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,8 @@ from sequences import RUNNABLE, error
 from torch import Tensor
 
 from medgmae.ops import causal_conv1d
-from medgmae.ops.conv import native
+from medgmae.ops.conv import native, reference
+from medgmae.ops.conv.inputs import ConvInputs
 
 FORWARD, BACKWARD = torch.ops.medgmae.causal_conv1d.default, torch.ops.medgmae.causal_conv1d_backward.default
 both_directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -23,26 +23,25 @@ with_silu = pytest.mark.parametrize("silu", [False, True], ids=["linear", "silu"
 
 
 class Path(NamedTuple):
-    """One implementation, with the argument lists of ``medgmae::causal_conv1d``."""
+    """One implementation: what the registration of ``medgmae::causal_conv1d`` takes."""
 
     name: str
     forward: Callable[..., Tensor]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor | None, ...]]
 
     def run(self, inputs: list[Any], grad: Tensor, silu: bool, reverse: bool) -> list[Tensor]:
         """Result (B, D, L) and the gradients of what is there, of channels-first tensors."""
-        rest = inputs[0].transpose(1, 2), *inputs[1:], silu, reverse
-        out = self.forward(*rest)
-        dx, dw, db = self.backward(grad.transpose(1, 2), *rest)
-        return [out.transpose(1, 2), dx.transpose(1, 2), dw, *([] if inputs[2] is None else [db])]
+        given = ConvInputs(inputs[0].transpose(1, 2), *inputs[1:], silu, reverse)
+        out = self.forward(given)
+        dx, *parameters = self.backward(grad.transpose(1, 2), given)
+        assert [g is None for g in parameters] == [t is None for t in inputs[1:]]
+        return [out.transpose(1, 2), dx.transpose(1, 2), *(g for g in parameters if g is not None)]
 
 
-# The attribute of that name is the function.
-module = importlib.import_module("medgmae.ops.causal_conv1d")
 NATIVE = [
     Path(name, partial(native.forward, variant=name), partial(native.backward, variant=name)) for name in RUNNABLE
 ]
-PATHS = [Path("reference", module._reference, module._reference_backward), *NATIVE]
+PATHS = [Path("reference", reference.forward, reference.backward), *NATIVE]
 every_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
 
 

@@ -14,13 +14,13 @@ from sequences import (
     Inputs,
     Path,
     Results,
-    arguments,
     assert_close,
     assert_same_bits,
     cotangents,
     error,
     expected,
     make,
+    operands,
     textbook,
 )
 
@@ -101,7 +101,7 @@ def test_groups_narrower_than_a_vector(path: Path, groups: int) -> None:
 def test_the_steps_between_kept_states_do_not_matter(path: Path, chunk: int, reverse: bool) -> None:
     inputs = make(1, 4, 100, 3)
     check(path, inputs, reverse=reverse, chunk=chunk)
-    _, states = path.forward(*arguments(inputs), True, reverse, chunk)
+    _, states = path.forward(operands(inputs, True, reverse, chunk))
     assert states.shape == (1, -(-100 // chunk), 3, 4)
     for c, kept in enumerate(states[0]):
         done = min((c + 1) * chunk, 100)

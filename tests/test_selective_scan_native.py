@@ -16,18 +16,19 @@ from sequences import (
     Inputs,
     Path,
     Results,
-    arguments,
     assert_close,
     assert_same_bits,
     cotangents,
     error,
     expected,
     make,
+    operands,
 )
 from torch import Tensor
 
 from medgmae.ops import causal_conv1d, selective_scan
 from medgmae.ops.conv import native as conv_native
+from medgmae.ops.conv.inputs import ConvInputs
 from medgmae.ops.scan import native
 
 every_path = pytest.mark.parametrize("path", NATIVE, ids=lambda path: path.name)
@@ -121,7 +122,7 @@ def test_public_functions_use_the_kernels_and_torchs_threads() -> None:
     out = selective_scan(*inputs, delta_softplus=True)
     assert torch.equal(out, Path("best", native.forward, native.backward).scan(inputs, chunk=100)[0])
     weight = torch.randn(40, 4)
-    direct = conv_native.forward(inputs.u.mT, weight, None, True, False)
+    direct = conv_native.forward(ConvInputs(inputs.u.mT, weight, None, True, False))
     assert torch.equal(causal_conv1d(inputs.u, weight, activation="silu"), direct.mT)
     before = torch.get_num_threads()
     try:
@@ -243,9 +244,9 @@ def test_nothing_is_written_outside(path: Path, shape: Any, forms: Any, reverse:
         patch.setattr(torch.Tensor, "new_empty", guard(torch.Tensor.new_empty, False))
         patch.setattr(torch.Tensor, "new_zeros", guard(torch.Tensor.new_zeros, True))
         path.run(inputs, grad, grad_state, reverse=reverse)
-        rest = inputs.u.mT, torch.randn(shape[1], 4), torch.randn(shape[1]), True, reverse
-        conv_native.forward(*rest, variant=path.name)
-        conv_native.backward(grad.mT, *rest, variant=path.name)
+        rest = ConvInputs(inputs.u.mT, torch.randn(shape[1], 4), torch.randn(shape[1]), True, reverse)
+        conv_native.forward(rest, variant=path.name)
+        conv_native.backward(grad.mT, rest, variant=path.name)
     assert len(guarded) >= 8
     for whole, count, filled in guarded:
         assert (whole[:GUARD] == 12345.0).all()
@@ -293,4 +294,4 @@ def test_a_backward_from_states_that_lie_too_far_apart(path: Path) -> None:
 def test_an_unknown_instruction_set_is_refused() -> None:
     inputs = make(dtype=torch.float32)
     with pytest.raises(ValueError, match="mmx"):
-        native.forward(*arguments(inputs), True, False, 64, variant="mmx")
+        native.forward(operands(inputs), variant="mmx")
