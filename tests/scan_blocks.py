@@ -22,7 +22,7 @@ from medgmae.ops.scan import cuda
 from medgmae.ops.streams import STREAM_CODES
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-FLAGS = ["-std=c++17", "-O2", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+FLAGS = ["-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
 
 
 class Stream(ctypes.Structure):

@@ -68,13 +68,11 @@ def account(inputs: list[Any], silu: bool, reverse: bool) -> Tensor:
     x, weight, bias = (None if t is None else t.double() for t in inputs)
     length, width = x.shape[2], weight.shape[1]
     out = torch.zeros_like(x) if bias is None else torch.zeros_like(x) + bias[:, None]
-    for t in range(length):
-        for k in range(width):
-            source = t + (width - 1 - k) * (1 if reverse else -1)
-            if 0 <= source < length:
-                tap = torch.zeros(length, dtype=torch.float64)
-                tap[t] = 1
-                out = out + tap * (weight[:, k] * x[:, :, source])[..., None]
+    for k in range(width):
+        late = min(width - 1 - k, length)  # tokens without one to filter
+        nothing = torch.zeros_like(x[:, :, :late])
+        seen = [x[:, :, late:], nothing] if reverse else [nothing, x[:, :, : length - late]]
+        out = out + weight[:, k, None] * torch.cat(seen, -1)
     return out / (1 + torch.exp(-out)) if silu else out
 
 
@@ -114,9 +112,9 @@ def test_lengths(path: Path, length: int, reverse: bool) -> None:
 
 
 @every_path
-@pytest.mark.parametrize("channels", [*range(1, 36), 47, 48, 49, 63, 64, 65, 100])
-def test_numbers_of_channels(path: Path, channels: int) -> None:
-    check(path, make(2, channels, 6), True, False)
+def test_numbers_of_channels(path: Path) -> None:
+    for channels in (*range(1, 36), 47, 48, 49, 63, 64, 65, 100):
+        check(path, make(2, channels, 6), True, False)
 
 
 @every_path

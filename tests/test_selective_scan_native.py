@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sequences import (
     NATIVE,
-    REFERENCE,
     Inputs,
     Path,
     Results,
@@ -23,6 +22,7 @@ from sequences import (
     expected,
     make,
     operands,
+    reference_of,
 )
 from torch import Tensor
 
@@ -48,8 +48,8 @@ def test_error_at_the_width_of_the_published_models(path: Path, reverse: bool) -
         A=-torch.arange(1.0, 17).repeat(768, 1), delta_bias=torch.linspace(-6.9, -2.25, 768), delta=0.5 * inputs.delta
     )
     grad, grad_state = cotangents(inputs)
-    exact = REFERENCE.run(inputs.to(torch.float64), grad.double(), grad_state.double(), reverse=reverse)
-    assert_close(path.run(inputs, grad, grad_state, reverse=reverse), exact, 1e-6, 1e-6)
+    wanted = reference_of(inputs.to(torch.float64), grad.double(), grad_state.double(), reverse=reverse)
+    assert_close(path.run(inputs, grad, grad_state, reverse=reverse), wanted, 1e-6, 1e-6)
 
 
 @every_path
@@ -90,14 +90,16 @@ def test_many_threads_share_the_time_of_few_channels(path: Path, shape: Any, for
     # Some states remember across segments.
     inputs = inputs._replace(A=inputs.A * torch.logspace(-4, 0, shape[3], dtype=torch.float64))
     grad, grad_state = cotangents(inputs)
-    wanted = REFERENCE.run(inputs, grad, grad_state, reverse=reverse)
+    wanted = reference_of(inputs, grad, grad_state, reverse=reverse)
     single = inputs.to(torch.float32)
-    exact = REFERENCE.run(single.to(torch.float64), grad.float().double(), grad_state.float().double(), reverse=reverse)
+    rounded = reference_of(
+        single.to(torch.float64), grad.float().double(), grad_state.float().double(), reverse=reverse
+    )
     for threads in (2, 3, 8):
         many = threaded(path, threads)
         assert_close(many.run(inputs, grad, grad_state, reverse=reverse), wanted, 1e-12, 1e-11)
         found = many.run(single, grad.float(), grad_state.float(), reverse=reverse)
-        assert_close(found, exact, 2e-6, 1e-5)  # a float32 that is added to 1200 times; the reference is no better
+        assert_close(found, rounded, 2e-6, 1e-5)  # a float32 that is added to 1200 times; the reference is no better
         assert_same_bits(many.run(single, grad.float(), grad_state.float(), reverse=reverse), found)
 
 
@@ -163,11 +165,11 @@ def addresses(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[s
                 return function
 
             def record(*arguments: Any) -> Any:
-                found: set[int] = set()
+                given: set[int] = set()
                 for argument in arguments:
                     values = argument.values() if isinstance(argument, dict) else [argument]
-                    found |= {v[0] if isinstance(v, tuple) else v for v in values}
-                calls.append(found)
+                    given |= {v[0] if isinstance(v, tuple) else v for v in values}
+                calls.append(given)
                 return function(*arguments)
 
             return record

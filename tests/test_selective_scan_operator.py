@@ -62,17 +62,13 @@ def test_opcheck_of_what_may_be_left_out(without: tuple[str, ...]) -> None:
 
 @every_form
 @both_directions
-@pytest.mark.parametrize("state", [False, True], ids=["result", "last state"])
-def test_gradcheck(forms: Any, reverse: bool, state: bool) -> None:
+def test_gradcheck(forms: Any, reverse: bool) -> None:
     inputs = make(1, 6, 5, 2, forms=forms, seed=2).leaves()
 
     def scan(*tensors: Tensor) -> Any:
-        return run(Inputs(*tensors), reverse=reverse, return_last_state=True)[int(state)]
+        return run(Inputs(*tensors), reverse=reverse, return_last_state=True)
 
-    def loose(*tensors: Tensor) -> Any:
-        return scan(*tensors).sum() + scan(*tensors).square().sum()
-
-    assert torch.autograd.gradcheck(loose, tuple(inputs))  # the last state does not depend on C, D and z
+    assert torch.autograd.gradcheck(scan, tuple(inputs))
 
 
 def test_gradcheck_over_several_chunks() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from medgmae.ops.voxel.inputs import VoxelInputs
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-FLAGS = ["-std=c++17", "-O2", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+FLAGS = ["-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
 every_support = pytest.mark.parametrize("support", SUPPORTS, ids=str)
 
 
@@ -146,7 +146,7 @@ def test_patches_equal_the_volume(support: Any, patch: tuple[int, ...]) -> None:
         assert relative(got, gradient) <= 1e-9
 
 
-@every_support
+@pytest.mark.parametrize("support", ["box", *(pytest.param(s, marks=pytest.mark.slow) for s in (2.5, None))], ids=str)
 def test_many_gaussians_in_order(support: Any) -> None:
     """More than one round of words, and lists longer than a block; few reach a tile, or all do."""
     for count, scale in [(2500, 0.02), (2100, 0.6)]:
