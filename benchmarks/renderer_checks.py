@@ -14,6 +14,7 @@ from torch import Tensor
 
 from medgmae.ops import voxelize
 from medgmae.ops.voxel import reference
+from medgmae.ops.voxel.inputs import VoxelInputs
 
 HERE = Path(__file__).parent
 SIZE = (96, 96, 96)
@@ -41,10 +42,9 @@ def accuracy() -> list[dict[str, Any]]:
         cotangent = torch.rand(1, 32, 1728, generator=torch.Generator().manual_seed(2))
         for name, support in (("box", "box"), ("everywhere", None)):
             code = 0.0 if support == "box" else math.inf
-            exact = [p.detach().double() for p in parameters]
-            rest = (patches, list(SIZE), [12] * 3, code)
-            expected = reference.forward(*exact, *rest)
-            wanted = reference.backward(cotangent.double(), *exact, *rest)
+            exact = VoxelInputs(*(p.detach().double() for p in parameters), patches, list(SIZE), [12] * 3, code)
+            expected = reference.forward(exact)
+            wanted = reference.backward(cotangent.double(), exact)
             volume = voxelize(*parameters, SIZE, support=support)  # type: ignore[arg-type]
             blocks = volume.reshape(1, 8, 12, 8, 12, 8, 12).permute(0, 1, 3, 5, 2, 4, 6).reshape(1, 512, 1728)
             part = blocks[:, patches[0]]

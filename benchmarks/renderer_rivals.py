@@ -8,12 +8,12 @@ no gradient is saved longer than needed, and nothing is computed twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from medgmae.ops.voxel import reference
+from medgmae.ops.voxel.inputs import VoxelInputs
 
 LOWEST_EXPONENT = -80.0
 Rival = Callable[[Sequence[Tensor], tuple[int, int, int], "Tensor | None"], Tensor]
@@ -130,11 +130,10 @@ def torch_reference(
     parameters: Sequence[Tensor], size: tuple[int, int, int], cotangent: Tensor | None = None
 ) -> Tensor:
     """The library's own reference, without its kernels."""
-    tensors = [p.detach() for p in parameters]
-    rest: tuple[Any, ...] = (torch.zeros(1, 1, dtype=torch.int64), size, size, 0.0)
-    volume = reference.forward(*tensors, *rest).reshape(1, 1, *size)
+    inputs = VoxelInputs(*(p.detach() for p in parameters), torch.zeros(1, 1, dtype=torch.int64), size, size, 0.0)
+    volume = reference.forward(inputs).reshape(1, 1, *size)
     if cotangent is not None:
-        gradients = reference.backward(cotangent.reshape(1, 1, -1), *tensors, *rest)
+        gradients = reference.backward(cotangent.reshape(1, 1, -1), inputs)
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
     return volume

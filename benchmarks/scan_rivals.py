@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from medgmae.ops.scan import reference
+from medgmae.ops.scan.inputs import ScanInputs
 
 PIECE = 64  # steps of the parallel-prefix scan that are in memory at a time
 MAMBA = "mamba-ssm"
@@ -119,8 +120,7 @@ class TorchReference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:  # type: ignore[override]
         """(1, L, D) and (1, L, N) tensors."""
-        rest = (*as_operator(tensors), True, False, 64)
-        out, states = reference.forward(*rest)  # type: ignore[arg-type]
+        out, states = reference.forward(as_operator(tensors))
         ctx.save_for_backward(states, *tensors)
         return out
 
@@ -128,14 +128,13 @@ class TorchReference(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Gradients of all eight."""
         states, *tensors = ctx.saved_tensors
-        rest = (*as_operator(tensors), True, False, 64)
-        found = reference.backward(grad, None, states, *rest)  # type: ignore[arg-type]
-        return tuple(g.squeeze(2) if g.dim() == 4 else g for g in found)
+        gradients = reference.backward(grad, None, states, as_operator(tensors))
+        return tuple(g.squeeze(2) if g.dim() == 4 else g for g in gradients if g is not None)
 
 
-def as_operator(tensors: Tensors) -> list[Tensor]:
+def as_operator(tensors: Tensors) -> ScanInputs:
     """B and C with an axis of groups."""
-    return [t.unsqueeze(2) if i in (3, 4) else t for i, t in enumerate(tensors)]
+    return ScanInputs(*(t.unsqueeze(2) if i in (3, 4) else t for i, t in enumerate(tensors)), True, False, 64)
 
 
 def rivals(device: str) -> dict[str, Rival]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medgmae import Gaussians, patchify
 from medgmae.ops.voxel import reference
+from medgmae.ops.voxel.inputs import VoxelInputs
 
 
 class _SliceLoop(torch.autograd.Function):
@@ -61,12 +62,12 @@ class _Reference(torch.autograd.Function):
         whole = torch.zeros(len(parameters[0]), 1, dtype=torch.int64)
         ctx.save_for_backward(*parameters, whole)
         ctx.size = size
-        return reference.forward(*parameters, whole, size, size, 0.0).reshape(-1, 1, *size)
+        return reference.forward(VoxelInputs(*parameters, whole, size, size, 0.0)).reshape(-1, 1, *size)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         grad = gradients[0].reshape(len(gradients[0]), 1, -1)
-        return (*reference.backward(grad, *ctx.saved_tensors, ctx.size, ctx.size, 0.0), None)
+        return (*reference.backward(grad, VoxelInputs(*ctx.saved_tensors, ctx.size, ctx.size, 0.0)), None)
 
 
 class ReferenceRenderer(nn.Module):

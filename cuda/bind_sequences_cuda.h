@@ -14,15 +14,15 @@ inline void check_status(const char* what, const cuda::Status& status) {
   if (!status.ok()) throw std::runtime_error(std::string(what) + " on CUDA: " + status.text);
 }
 
-int64_t selective_scan_cuda_workspace(int dtype, const ScanSizes& sizes, const ScanStreams& streams, const ScanMatrices& matrices,
-                                      const ScanArrays& arrays) {
+int64_t selective_scan_cuda_workspace(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallMatrices& matrices,
+                                      const CallArrays& arrays) {
   int64_t bytes = 0;
   check_status("selective_scan", cuda::selective_scan_workspace(DType(dtype), scan_call(sizes, streams, matrices, arrays), &bytes));
   return bytes;
 }
 
-void selective_scan_cuda(int dtype, const ScanSizes& sizes, const ScanStreams& streams, const ScanMatrices& matrices,
-                         const ScanArrays& arrays, int stream_type, uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
+void selective_scan_cuda(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallMatrices& matrices,
+                         const CallArrays& arrays, int stream_type, uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
   ScanCall const call = scan_call(sizes, streams, matrices, arrays);
   int64_t bytes = 0;
   check_status("selective_scan", cuda::selective_scan_workspace(DType(dtype), call, &bytes));
@@ -34,7 +34,7 @@ void selective_scan_cuda(int dtype, const ScanSizes& sizes, const ScanStreams& s
                                                       reinterpret_cast<void*>(stream)));
 }
 
-void causal_conv1d_cuda(int dtype, const ScanSizes& sizes, const ScanStreams& streams, const ScanArrays& arrays, int stream_type,
+void causal_conv1d_cuda(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallArrays& arrays, int stream_type,
                         uintptr_t stream) {
   ConvCall const call = conv_call(sizes, streams, arrays);
   check_status("causal_conv1d", cuda::causal_conv1d(DType(dtype), StreamType(stream_type), call, reinterpret_cast<void*>(stream)));

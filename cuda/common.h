@@ -1,9 +1,10 @@
 // What every kernel file shares. The module knows no torch: pointers, sizes and a dtype code come in, torch owns every buffer.
 //
 // A new operator "foo" is
-//   foo.h           the arithmetic of one element, written once for host and device (MEDGMAE_HD)
-//   cpu_kernels.cpp its CPU loop, compiled once for each instruction set, and its entry in CpuKernels
-//   foo.cu          its CUDA kernel and launcher
+//   foo/foo.h       what a call is, and what host and device compute alike (MEDGMAE_HD)
+//   foo/cpu.h       its CPU kernels, compiled once for each instruction set by cpu_kernels.cpp, with an entry in CpuKernels
+//   foo/blocks.h    its programs of CUDA thread blocks, which tests run on the host
+//   foo/foo.cu      its CUDA kernels and launches
 //   module.cpp      its binding
 #pragma once
 
@@ -20,7 +21,7 @@
 
 namespace medgmae {
 
-// Codes shared with medgmae/ops/_native.py.
+// Codes shared with medgmae/ops/native.py.
 enum class DType : int { float32 = 0, float64 = 1 };
 
 // Calls body(T()) for the C++ type of a dtype code; false for a code that has none.
@@ -44,7 +45,6 @@ struct ConvCall;
 
 // The CPU kernels of one instruction set. Each returns false for a dtype that it does not have.
 struct CpuKernels {
-  bool (*axpy)(DType dtype, int64_t n, double a, const void* x, void* y, int threads);
   bool (*voxelize)(DType dtype, const VoxelizeCall& call, int threads, bool* enough_memory);  // backward if call.grad
   void (*banded)(const BandedCall& call, int threads);
   bool (*scan)(DType dtype, const ScanCall& call, int threads, bool* enough_memory);  // backward if call.grad

@@ -1,26 +1,12 @@
 // CPU kernels. setup.py compiles this file once for each instruction set, with MEDGMAE_VARIANT naming it.
-#include "axpy.h"
-#include "voxel/banded.h"
 #include "common.h"
 #include "conv/cpu.h"
 #include "scan/split.h"
+#include "voxel/banded.h"
 #include "voxel/strips.h"
 
 namespace medgmae {
 namespace {
-
-template <class T>
-void axpy_loop(int64_t n, T a, const T* x, T* y, int threads) {
-#pragma omp parallel for simd schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < n; ++i) y[i] = axpy_element(a, x[i], y[i]);
-}
-
-bool axpy(DType dtype, int64_t n, double a, const void* x, void* y, int threads) {
-  return dispatch(dtype, [=](auto zero) {
-    using T = decltype(zero);
-    axpy_loop(n, static_cast<T>(a), static_cast<const T*>(x), static_cast<T*>(y), threads);
-  });
-}
 
 bool voxelize(DType dtype, const VoxelizeCall& call, int threads, bool* enough_memory) {
   return dispatch(dtype, [&](auto zero) {
@@ -49,7 +35,7 @@ void banded(const BandedCall& call, int threads) { banded_product(call, threads)
 }  // namespace
 
 namespace MEDGMAE_VARIANT {
-extern const CpuKernels kernels = {axpy, voxelize, banded, scan, conv};
+extern const CpuKernels kernels = {voxelize, banded, scan, conv};
 }
 
 }  // namespace medgmae

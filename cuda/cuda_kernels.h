@@ -22,7 +22,6 @@ Status count_devices(int* count);
 // The CUDA version of the toolkit that compiled this, as 1000 major + 10 minor.
 int toolkit_version();
 
-Status axpy(DType dtype, int64_t n, double a, const void* x, void* y, void* stream);
 // Bytes of device memory that voxelize needs for this call.
 int64_t voxelize_workspace(const VoxelizeCall& call);
 // Renders, or computes gradients if call.grad is set. Every address is on the device.

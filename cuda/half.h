@@ -13,7 +13,7 @@ struct BFloat {
   uint16_t bits;
 };
 
-// What a stream holds: the type that is computed in, or 16 bits for float. Codes shared with medgmae/ops/_scan_cuda.py.
+// What a stream holds: the type that is computed in, or 16 bits for float. Codes shared with medgmae/ops/streams.py.
 enum class StreamType : int { same = 0, bfloat16 = 1, float16 = 2 };
 
 // Calls body(number()) for the type of the numbers; false where there is none.

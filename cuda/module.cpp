@@ -8,13 +8,13 @@
 #include <string>
 #include <vector>
 
-#include "voxel/banded.h"
 #include "bind_sequences.h"
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
 #include "bind_sequences_cuda.h"
 #endif
 #include "common.h"
 #include "cuda_kernels.h"
+#include "voxel/banded.h"
 #include "voxel/voxelize.h"
 
 #ifdef _OPENMP
@@ -77,9 +77,7 @@ const Variant& find_variant(const std::string& name) {
   return *best;
 }
 
-void check(int64_t n, bool pointers, int threads) {
-  if (n < 0) throw std::invalid_argument("n is " + std::to_string(n) + ": expected 0 or more");
-  if (n > 0 && !pointers) throw std::invalid_argument("a null pointer came with n > 0");
+void check_threads(int threads) {
   if (threads < 1) throw std::invalid_argument("threads is " + std::to_string(threads) + ": expected 1 or more");
 }
 
@@ -87,15 +85,19 @@ void check_dtype(bool known, int dtype) {
   if (!known) throw std::invalid_argument("dtype code " + std::to_string(dtype) + " has no kernel; float32 is 0, float64 is 1");
 }
 
-void axpy(int dtype, int64_t n, double a, uintptr_t x, uintptr_t y, int threads, const std::string& variant) {
-  check(n, x != 0 && y != 0, threads);
+// Runs one kernel of the table on a call without the GIL.
+template <class Call>
+void run_kernel(bool (*CpuKernels::*kernel)(DType, const Call&, int, bool*), int dtype, const Call& call, int threads,
+                const std::string& variant) {
+  check_threads(threads);
   const CpuKernels& kernels = *find_variant(variant).kernels;
-  bool known;
+  bool known, enough_memory = true;
   {
     py::gil_scoped_release release;
-    known = kernels.axpy(DType(dtype), n, a, reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), threads);
+    known = (kernels.*kernel)(DType(dtype), call, threads, &enough_memory);
   }
   check_dtype(known, dtype);
+  if (!enough_memory) throw std::bad_alloc();
 }
 
 using Sizes = std::array<int, 3>;
@@ -134,20 +136,15 @@ void voxelize(int dtype, int64_t batch, int64_t count, int64_t patches, const st
               const Sizes& patch, const Positions& origin, const Positions& step, double support,
               const std::array<double, 2>& widths, int threads, const std::string& variant) {
   VoxelizeCall const call = voxelize_call(batch, count, patches, addresses, size, patch, origin, step, support, widths);
-  check(0, true, threads);
-  const CpuKernels& kernels = *find_variant(variant).kernels;
-  bool known, enough_memory = true;
-  {
-    py::gil_scoped_release release;
-    known = kernels.voxelize(DType(dtype), call, threads, &enough_memory);
-  }
-  check_dtype(known, dtype);
-  if (!enough_memory) throw std::bad_alloc();
+  run_kernel(&CpuKernels::voxelize, dtype, call, threads, variant);
 }
 
 void banded(int64_t stack, int64_t rows_in, int64_t rows_out, int64_t length, int64_t taps, uintptr_t first, uintptr_t weights,
             uintptr_t in, uintptr_t out, bool add, int threads, const std::string& variant) {
-  check(stack * rows_in * rows_out * length * taps, first != 0 && weights != 0 && in != 0 && out != 0, threads);
+  check_threads(threads);
+  if (stack < 0 || rows_in < 0 || rows_out < 0 || length < 0 || taps < 0) throw std::invalid_argument("sizes must be 0 or more");
+  bool const empty = stack * rows_in * rows_out * length * taps == 0;
+  if (!empty && !(first && weights && in && out)) throw std::invalid_argument("a null pointer came with numbers to compute");
   BandedCall const call = {stack, rows_in, rows_out, length, taps, reinterpret_cast<const int64_t*>(first),
                            reinterpret_cast<const float*>(weights), reinterpret_cast<const float*>(in),
                            reinterpret_cast<float*>(out), add};
@@ -168,43 +165,17 @@ void prefer_large_pages(uintptr_t address, int64_t bytes) {
 #endif
 }
 
-// Runs one kernel of the table on a call without the GIL.
-template <class Call>
-void run_kernel(bool (*CpuKernels::*kernel)(DType, const Call&, int, bool*), int dtype, const Call& call, int threads,
-                const std::string& variant) {
-  check(0, true, threads);
-  const CpuKernels& kernels = *find_variant(variant).kernels;
-  bool known, enough_memory = true;
-  {
-    py::gil_scoped_release release;
-    known = (kernels.*kernel)(DType(dtype), call, threads, &enough_memory);
-  }
-  check_dtype(known, dtype);
-  if (!enough_memory) throw std::bad_alloc();
-}
-
-void selective_scan(int dtype, const ScanSizes& sizes, const ScanStreams& streams, const ScanMatrices& matrices, const ScanArrays& arrays,
+void selective_scan(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallMatrices& matrices, const CallArrays& arrays,
                     int threads, const std::string& variant) {
   run_kernel(&CpuKernels::scan, dtype, scan_call(sizes, streams, matrices, arrays), threads, variant);
 }
 
-void causal_conv1d(int dtype, const ScanSizes& sizes, const ScanStreams& streams, const ScanArrays& arrays, int threads,
+void causal_conv1d(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallArrays& arrays, int threads,
                    const std::string& variant) {
   run_kernel(&CpuKernels::conv, dtype, conv_call(sizes, streams, arrays), threads, variant);
 }
 
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
-void axpy_cuda(int dtype, int64_t n, double a, uintptr_t x, uintptr_t y, uintptr_t stream) {
-  check(n, x != 0 && y != 0, 1);
-  cuda::Status status;
-  {
-    py::gil_scoped_release release;
-    status = cuda::axpy(DType(dtype), n, a, reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y),
-                        reinterpret_cast<void*>(stream));
-  }
-  if (!status.ok()) throw std::runtime_error(std::string("axpy on CUDA: ") + status.text);
-}
-
 int64_t voxelize_cuda_workspace(int64_t batch, int64_t count, int64_t patches, const Sizes& size, const Sizes& patch, bool backward) {
   std::vector<uintptr_t> const addresses(backward ? 10 : 6);
   return cuda::voxelize_workspace(voxelize_call(batch, count, patches, addresses, size, patch, {}, {}, 0, {}));
@@ -271,8 +242,6 @@ PYBIND11_MODULE(_C, module) {
   using namespace pybind11::literals;
   module.doc() = "Native kernels of medgmae. Private: medgmae.ops is the interface.";
   module.def("build_info", &medgmae::build_info, "How this module was compiled and what it finds here. Starts the CUDA driver.");
-  module.def("axpy", &medgmae::axpy, "dtype"_a, "n"_a, "a"_a, "x"_a, "y"_a, "threads"_a, "variant"_a = "",
-             "y += a x on the CPU, for n elements at the addresses x and y.");
   module.def("voxelize", &medgmae::voxelize, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a, "patch"_a,
              "origin"_a, "step"_a, "support"_a, "widths"_a, "threads"_a, "variant"_a = "",
              "Renders Gaussians on the CPU (6 addresses), or computes their gradients (10).");
@@ -285,8 +254,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("causal_conv1d", &medgmae::causal_conv1d, "dtype"_a, "sizes"_a, "streams"_a, "arrays"_a, "threads"_a, "variant"_a = "",
              "Runs a causal convolution on the CPU, or its backward if there is a stream 'grad'.");
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
-  module.def("axpy_cuda", &medgmae::axpy_cuda, "dtype"_a, "n"_a, "a"_a, "x"_a, "y"_a, "stream"_a,
-             "y += a x on the current CUDA device, for n elements at the device addresses x and y.");
   module.def("voxelize_cuda_workspace", &medgmae::voxelize_cuda_workspace, "batch"_a, "count"_a, "patches"_a, "size"_a, "patch"_a,
              "backward"_a, "Bytes of device memory that voxelize_cuda needs.");
   module.def("voxelize_cuda", &medgmae::voxelize_cuda, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a,

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from medgmae.ops import native_info
 from medgmae.ops.voxel import native, reference
+from medgmae.ops.voxel.inputs import VoxelInputs
 from medgmae.ops.voxel.operator import support_code
 
 torch.set_num_threads(1)  # the tensors are so small that threads would only wait for each other
 
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 SUPPORTS: list[Any] = ["box", 2.5, None]
-RUNNABLE = [name for name, runs in native_info().get("cpu_variants", {}).items() if runs]
+RUNNABLE = [name for name, runs in native_info()["cpu_variants"].items() if runs]
 
 
 def make(
@@ -140,7 +141,7 @@ def peak_error(got: Tensor, expected: Tensor) -> float:
 
 
 class Path(NamedTuple):
-    """One implementation of the operator: forward and backward with the argument lists of ``medgmae::voxelize``."""
+    """One implementation: what the registration of ``medgmae::voxelize`` takes."""
 
     name: str
     forward: Callable[..., Tensor]
@@ -174,11 +175,11 @@ class _Render(torch.autograd.Function):
     def forward(ctx: Any, path: Path, *inputs: Any) -> Tensor:
         ctx.path, ctx.rest = path, inputs[5:]
         ctx.save_for_backward(*inputs[:5])
-        return path.forward(*inputs)
+        return path.forward(VoxelInputs(*inputs))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return (None, *ctx.path.backward(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None)
+        return (None, *ctx.path.backward(grad, VoxelInputs(*ctx.saved_tensors, *ctx.rest)), None, None, None, None)
 
 
 REFERENCE = Path("reference", reference.forward, reference.backward)

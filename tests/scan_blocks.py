@@ -1,4 +1,4 @@
-"""CUDA's scan and convolution run on the host, one thread after the other, behind the operators' argument lists."""
+"""CUDA's scan and convolution run on the host, one thread after the other, behind the Python side of the kernels."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ import torch
 
 from medgmae.ops.conv import cuda as conv_cuda
 from medgmae.ops.scan import cuda
+from medgmae.ops.streams import STREAM_CODES
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-FLAGS = ["-std=c++17", "-O2", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+FLAGS = ["-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
 
 
 class Stream(ctypes.Structure):
-    """ScanStream of cuda/scan/scan.h."""
+    """Stream of cuda/streams.h."""
 
     _fields_ = [("at", ctypes.c_void_p), ("batch", ctypes.c_int64), ("step", ctypes.c_int64)]
 
@@ -85,15 +86,15 @@ def launch(call: Any, room: int) -> None:
     fields = {name: Stream(*value) for name, value in call.streams.items()}
     fields |= {name: Matrix(*value) for name, value in call.matrices.items()}
     structure = ScanCall(**call.sizes, **fields, **call.arrays)
-    codes = {torch.float32: 0, torch.float64: 1}[call.wide], cuda.STREAM_CODES[call.dtype]
+    codes = {torch.float32: 0, torch.float64: 1}[call.wide], STREAM_CODES[call.dtype]
     assert library().medgmae_scan(*codes, ctypes.byref(structure), ctypes.c_int64(room))
 
 
-def launch_conv(call: Any, wide: torch.dtype, sizes: dict[str, int]) -> None:
+def launch_conv(call: Any) -> None:
     """What ``conv_cuda.launch`` does, on the host."""
     fields = {name: Stream(*value) for name, value in call.streams.items()}
-    structure = ConvCall(**sizes, **fields, **call.arrays)
-    codes = {torch.float32: 0, torch.float64: 1}[wide], cuda.STREAM_CODES[call.dtype]
+    structure = ConvCall(**call.sizes, **fields, **call.arrays)
+    codes = {torch.float32: 0, torch.float64: 1}[call.wide], STREAM_CODES[call.dtype]
     assert library().medgmae_conv(*codes, ctypes.byref(structure))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,8 @@ from sequences import RUNNABLE, error
 from torch import Tensor
 
 from medgmae.ops import causal_conv1d
-from medgmae.ops.conv import native
+from medgmae.ops.conv import native, reference
+from medgmae.ops.conv.inputs import ConvInputs
 
 FORWARD, BACKWARD = torch.ops.medgmae.causal_conv1d.default, torch.ops.medgmae.causal_conv1d_backward.default
 both_directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -23,26 +23,25 @@ with_silu = pytest.mark.parametrize("silu", [False, True], ids=["linear", "silu"
 
 
 class Path(NamedTuple):
-    """One implementation, with the argument lists of ``medgmae::causal_conv1d``."""
+    """One implementation: what the registration of ``medgmae::causal_conv1d`` takes."""
 
     name: str
     forward: Callable[..., Tensor]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor | None, ...]]
 
     def run(self, inputs: list[Any], grad: Tensor, silu: bool, reverse: bool) -> list[Tensor]:
         """Result (B, D, L) and the gradients of what is there, of channels-first tensors."""
-        rest = inputs[0].transpose(1, 2), *inputs[1:], silu, reverse
-        out = self.forward(*rest)
-        dx, dw, db = self.backward(grad.transpose(1, 2), *rest)
-        return [out.transpose(1, 2), dx.transpose(1, 2), dw, *([] if inputs[2] is None else [db])]
+        given = ConvInputs(inputs[0].transpose(1, 2), *inputs[1:], silu, reverse)
+        out = self.forward(given)
+        dx, *parameters = self.backward(grad.transpose(1, 2), given)
+        assert [g is None for g in parameters] == [t is None for t in inputs[1:]]
+        return [out.transpose(1, 2), dx.transpose(1, 2), *(g for g in parameters if g is not None)]
 
 
-# The attribute of that name is the function.
-module = importlib.import_module("medgmae.ops.causal_conv1d")
 NATIVE = [
     Path(name, partial(native.forward, variant=name), partial(native.backward, variant=name)) for name in RUNNABLE
 ]
-PATHS = [Path("reference", module._reference, module._reference_backward), *NATIVE]
+PATHS = [Path("reference", reference.forward, reference.backward), *NATIVE]
 every_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
 
 
@@ -69,13 +68,11 @@ def account(inputs: list[Any], silu: bool, reverse: bool) -> Tensor:
     x, weight, bias = (None if t is None else t.double() for t in inputs)
     length, width = x.shape[2], weight.shape[1]
     out = torch.zeros_like(x) if bias is None else torch.zeros_like(x) + bias[:, None]
-    for t in range(length):
-        for k in range(width):
-            source = t + (width - 1 - k) * (1 if reverse else -1)
-            if 0 <= source < length:
-                tap = torch.zeros(length, dtype=torch.float64)
-                tap[t] = 1
-                out = out + tap * (weight[:, k] * x[:, :, source])[..., None]
+    for k in range(width):
+        late = min(width - 1 - k, length)  # tokens without one to filter
+        nothing = torch.zeros_like(x[:, :, :late])
+        seen = [x[:, :, late:], nothing] if reverse else [nothing, x[:, :, : length - late]]
+        out = out + weight[:, k, None] * torch.cat(seen, -1)
     return out / (1 + torch.exp(-out)) if silu else out
 
 
@@ -115,9 +112,9 @@ def test_lengths(path: Path, length: int, reverse: bool) -> None:
 
 
 @every_path
-@pytest.mark.parametrize("channels", [*range(1, 36), 47, 48, 49, 63, 64, 65, 100])
-def test_numbers_of_channels(path: Path, channels: int) -> None:
-    check(path, make(2, channels, 6), True, False)
+def test_numbers_of_channels(path: Path) -> None:
+    for channels in (*range(1, 36), 47, 48, 49, 63, 64, 65, 100):
+        check(path, make(2, channels, 6), True, False)
 
 
 @every_path
@@ -185,11 +182,9 @@ def test_bits_do_not_depend_on_the_threads(path: Path, silu: bool, reverse: bool
             assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
-@with_silu
-@both_directions
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
-def test_opcheck(silu: bool, reverse: bool) -> None:
-    for bias in (True, False):
+def test_opcheck() -> None:
+    for bias, silu, reverse in ((True, True, False), (False, False, True)):
         x, weight, shift = make(bias=bias)
         inputs = [None if t is None else t.clone().requires_grad_() for t in (x.mT, weight, shift)]
         torch.library.opcheck(FORWARD, (*inputs, silu, reverse))

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import medgmae
 from medgmae import _C
-from medgmae.ops import native as _native
-from medgmae.ops import native_info, self_test
+from medgmae.ops import conv, native_info, self_test, selftest, voxel
+from medgmae.ops.conv.call import Call
+from medgmae.ops.conv.inputs import ConvInputs
+from medgmae.ops.native import CudaInfo
+from medgmae.ops.voxel.inputs import VoxelInputs
 
 X86_VARIANTS = ["generic", "avx2", "avx512"]
 
 
+def convolution() -> Call:
+    """A small call with memory for its result."""
+    call = Call(ConvInputs(torch.ones(1, 5, 4), torch.ones(4, 3), None, False, False), torch.float32)
+    call.stream("out", torch.zeros(1, 5, 4))
+    return call
+
+
 def python(code: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **kwargs)
-
-
-def axpy(n: int, dtype: torch.dtype, threads: int = 1, variant: str = "") -> tuple[torch.Tensor, torch.Tensor]:
-    x, y = torch.randn(n, dtype=dtype), torch.randn(n, dtype=dtype)
-    expected = y + 0.3 * x
-    _C.axpy(_native.DTYPE_CODES[dtype], n, 0.3, x.data_ptr(), y.data_ptr(), threads, variant)
-    return y, expected
 
 
 def test_info_describes_the_build() -> None:
@@ -53,57 +59,89 @@ def test_best_variant_that_runs_is_used() -> None:
 
 
 def test_self_test_takes_every_path() -> None:
-    errors = self_test(1_003)
+    errors = self_test()
     runnable = [name for name, runs in native_info()["cpu_variants"].items() if runs]
-    assert {f"cpu/{name}/{dtype}" for name in runnable for dtype in ("float32", "float64")} <= set(errors)
-    assert max(errors.values()) < 1e-6
+    operators = ["voxelize", "voxelize in levels", "selective_scan", "causal_conv1d"]
+    paths = itertools.product(runnable, ("float32", "float64"), operators)
+    assert {"/".join(("cpu", *path)) for path in paths} <= set(errors)
+    assert max(errors.values()) < 1e-5
+    assert min(errors.values()) > 0  # the reference was not compared with itself
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("n", [0, 1, 7, 64, 1_000])
-def test_axpy_equals_torch_in_every_variant(n: int, threads: int, dtype: torch.dtype) -> None:
-    for variant, runs in native_info()["cpu_variants"].items():
-        if runs:
-            y, expected = axpy(n, dtype, threads, variant)
-            torch.testing.assert_close(y, expected)
+def test_self_test_renders_on_coarse_lattices() -> None:
+    """The only way to the banded product."""
+    inputs = next(case.inputs for case in selftest._cases() if case.name == "voxelize in levels")
+    assert voxel.levels.strides(VoxelInputs(*(t.float() for t in inputs[:4]), *inputs[4:])) == (4, 2)
 
 
-def test_axpy_stays_within_its_n_elements() -> None:
-    x, y = torch.ones(100), torch.zeros(100)
-    _C.axpy(0, 61, 1.0, x.data_ptr(), y[3:].data_ptr(), 2)
-    assert y.nonzero().flatten().tolist() == list(range(3, 64))
+@pytest.mark.parametrize("broken", ["forward", "backward"])
+def test_a_wrong_result_is_reported(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    real = getattr(conv.native, broken)
+
+    def wrong(*inputs: Any, **options: Any) -> Any:
+        result = real(*inputs, **options)
+        (result if isinstance(result, torch.Tensor) else result[1]).flatten()[3] += 0.01
+        return result
+
+    monkeypatch.setattr(conv.native, broken, wrong)
+    with pytest.raises(RuntimeError, match=r"differ from torch .*causal_conv1d") as caught:
+        self_test()
+    assert "selective_scan" not in str(caught.value)
 
 
-def test_wrong_result_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        build_info = staticmethod(_C.build_info)
+GPU: CudaInfo = {"version": "13.0", "architectures": ["90", "90+PTX"], "devices": 1, "driver_error": None}
 
-        @staticmethod
-        def axpy(*args: object) -> None:
-            """Leave y as it was."""
 
-    monkeypatch.setattr(_native, "_C", Broken)
-    with pytest.raises(RuntimeError, match="differ from torch"):
-        self_test(10)
+@pytest.mark.parametrize(
+    ("cuda", "message"),
+    [
+        (None, "torch sees the GPU Tesla, but medgmae._C was built without CUDA kernels.*MEDGMAE_CUDA=1"),
+        ({**GPU, "devices": 0, "driver_error": "cudaErrorInsufficientDriver"}, "medgmae._C does not: cudaErrorInsuff"),
+    ],
+)
+def test_a_gpu_that_the_module_cannot_use_is_reported(
+    monkeypatch: pytest.MonkeyPatch, cuda: CudaInfo | None, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla")
+    monkeypatch.setattr(selftest, "native_info", lambda: {**native_info(), "cuda": cuda})
+    with pytest.raises(RuntimeError, match=message):
+        self_test()
+    assert selftest.gpu_problem(GPU) is None
+
+
+def test_a_gpu_without_code_for_it_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*inputs: Any) -> Any:
+        raise RuntimeError("causal_conv1d on CUDA: cudaErrorNoKernelImageForDevice: no kernel image is available")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    case = next(case for case in selftest._cases() if case.name == "causal_conv1d")
+    with pytest.raises(RuntimeError, match=r"no code for this GPU \(sm_70\)"):
+        selftest._error((launch, launch), case.inputs, torch.float32, "cpu", [])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n": -1}, "n is -1"),
-        ({"x": 0}, "null pointer"),
+        ({"stack": -1}, "sizes must be 0 or more"),
+        ({"input": 0}, "null pointer"),
         ({"threads": 0}, "threads is 0"),
-        ({"dtype": 9}, "dtype code 9"),
         ({"variant": "sse"}, "no CPU variant 'sse'"),
     ],
 )
-def test_refuses(change: dict[str, object], message: str) -> None:
-    x, y = torch.ones(4), torch.zeros(4)
-    arguments = {"dtype": 0, "n": 4, "a": 1.0, "x": x.data_ptr(), "y": y.data_ptr(), "threads": 1} | change
+def test_nonsense_is_refused(change: dict[str, Any], message: str) -> None:
+    first, weights, x, out = torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, 4), torch.ones(1, 1, 4), torch.zeros(4)
+    addresses = {"first": first.data_ptr(), "weights": weights.data_ptr(), "input": x.data_ptr(), "out": out.data_ptr()}
+    sizes = {"stack": 1, "rows_in": 1, "rows_out": 1, "length": 4, "taps": 1}
     with pytest.raises(ValueError, match=message):
-        _C.axpy(**arguments)
-    assert not y.any()
+        _C.banded(**{**sizes, **addresses, "add": False, "threads": 1, **change})
+    assert not out.any()
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    call = convolution()
+    with pytest.raises(ValueError, match="dtype code 9"):
+        _C.causal_conv1d(9, call.sizes, call.streams, call.arrays, 1)
 
 
 def test_missing_module_is_explained() -> None:
@@ -111,10 +149,18 @@ def test_missing_module_is_explained() -> None:
         "import sys; sys.modules['medgmae._C'] = None\n"
         "from medgmae.ops import native_info, self_test\n"
         "info = native_info(); assert info['loaded'] is False, info\n"
+        "assert info['cuda'] is None and info['cpu_variants'] == {}, info\n"
         "assert '_C' in info['error'] and 'pip install' in info['error'], info\n"
         "self_test()"
     )
     assert "RuntimeError: the native module is not loaded" in done.stderr, done.stderr
+
+
+def test_operators_are_functions_and_no_modules() -> None:
+    for name in ("causal_conv1d", "selective_scan", "self_test", "voxelize"):
+        assert callable(getattr(medgmae.ops, name))
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(f"medgmae.ops.{name}")
 
 
 def test_importing_starts_no_cuda_driver_and_one_openmp_runtime() -> None:
@@ -133,27 +179,20 @@ def test_importing_starts_no_cuda_driver_and_one_openmp_runtime() -> None:
 def test_cuda_half_says_what_it_finds() -> None:
     cuda = native_info()["cuda"]
     if cuda is None:
-        assert not hasattr(_C, "axpy_cuda")
+        assert not hasattr(_C, "causal_conv1d_cuda")
         return
     assert cuda["architectures"][-1].endswith("+PTX")
     assert (cuda["devices"] > 0) == (cuda["driver_error"] is None)
     if cuda["devices"] == 0:
-        x = torch.ones(4)
-        with pytest.raises(RuntimeError, match="axpy on CUDA: cudaError"):
-            _C.axpy_cuda(0, 4, 1.0, x.data_ptr(), x.data_ptr(), 0)
+        call = convolution()
+        with pytest.raises(RuntimeError, match="causal_conv1d on CUDA: cudaError"):
+            _C.causal_conv1d_cuda(0, call.sizes, call.streams, call.arrays, 0, 0)
 
 
 @pytest.mark.gpu
-def test_axpy_on_cuda_in_a_stream_of_its_own() -> None:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        x = torch.randn(1_000_003, device="cuda", dtype=torch.float64)
-        y = torch.randn_like(x)
-        expected = y + 0.3 * x
-        _C.axpy_cuda(1, x.numel(), 0.3, x.data_ptr(), y.data_ptr(), stream.cuda_stream)
-    stream.synchronize()
-    torch.testing.assert_close(y, expected)
-    assert any(path.startswith("cuda/") for path in self_test())
+def test_self_test_runs_on_the_gpu() -> None:
+    operators = {path.split("/")[-1] for path in self_test() if path.startswith("cuda/")}
+    assert operators == {"voxelize", "voxelize in levels", "selective_scan", "causal_conv1d"}
 
 
 @pytest.mark.gpu
@@ -161,7 +200,7 @@ def test_compute_sanitizer_finds_nothing() -> None:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         pytest.skip("no compute-sanitizer in this CUDA toolkit")
-    code = "from medgmae.ops import self_test; assert any(path.startswith('cuda/') for path in self_test(10_007))"
+    code = "from medgmae.ops import self_test; assert any(path.startswith('cuda/') for path in self_test())"
     command = [tool, "--error-exitcode", "9", "--target-processes", "all", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

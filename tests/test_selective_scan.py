@@ -14,14 +14,16 @@ from sequences import (
     Inputs,
     Path,
     Results,
-    arguments,
     assert_close,
     assert_same_bits,
     cotangents,
     error,
     expected,
     make,
+    operands,
+    reference_of,
     textbook,
+    walk,
 )
 
 every_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
@@ -83,10 +85,10 @@ def test_numbers_of_states(path: Path, states: int) -> None:
 
 
 @every_path
-@pytest.mark.parametrize("channels", [*range(1, 36), 47, 48, 49, 63, 64, 65, 100])
-def test_numbers_of_channels(path: Path, channels: int) -> None:
-    """Vectors hold 4, 8 or 16 of them; what is left over is computed as well."""
-    check(path, make(2, channels, 11, 4))
+def test_numbers_of_channels(path: Path) -> None:
+    """Vectors hold 2 to 16 of them; what is left over is computed as well."""
+    for channels in (*range(1, 36), 47, 48, 49, 63, 64, 65, 100, 128, 130):
+        check(path, make(2, channels, 11, 4))
 
 
 @every_path
@@ -101,13 +103,11 @@ def test_groups_narrower_than_a_vector(path: Path, groups: int) -> None:
 def test_the_steps_between_kept_states_do_not_matter(path: Path, chunk: int, reverse: bool) -> None:
     inputs = make(1, 4, 100, 3)
     check(path, inputs, reverse=reverse, chunk=chunk)
-    _, states = path.forward(*arguments(inputs), True, reverse, chunk)
+    _, states = path.forward(operands(inputs, True, reverse, chunk))
     assert states.shape == (1, -(-100 // chunk), 3, 4)
+    after = walk(inputs, True, reverse)[1]
     for c, kept in enumerate(states[0]):
-        done = min((c + 1) * chunk, 100)
-        part = inputs._replace(**{n: (t[..., 100 - done :] if reverse else t[..., :done])
-                                  for n, t in inputs.present().items() if t.dim() > 2})  # fmt: skip
-        torch.testing.assert_close(kept.T[None], textbook(part, True, reverse)[1], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(kept.T[None], after[min((c + 1) * chunk, 100)], rtol=1e-11, atol=1e-12)
 
 
 @every_path
@@ -318,7 +318,7 @@ def test_error_of_a_long_sequence(path: Path) -> None:
         delta_bias=torch.linspace(-6.9, -2.25, 16),
     )
     grad, _ = cotangents(inputs)
-    exact = REFERENCE.run(inputs.to(torch.float64), grad.double())
+    wanted = reference_of(inputs.to(torch.float64), grad.double())
     found = path.run(inputs, grad)
     for name, tensor in found.named().items():
-        assert error(tensor, exact.named()[name]) <= (GRADIENTS if name.startswith("d ") else VALUES), name
+        assert error(tensor, wanted.named()[name]) <= (GRADIENTS if name.startswith("d ") else VALUES), name

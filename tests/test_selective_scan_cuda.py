@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -205,9 +206,9 @@ def filtered(inputs: list[Any], grad: Tensor, silu: bool, reverse: bool) -> list
 @both_directions
 @pytest.mark.parametrize("silu", [False, True], ids=["linear", "silu"])
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("shape", [(2, 6, 9), (1, 100, 300), (3, 33, 1), (0, 4, 9), (2, 4, 0)], ids=str)
-def test_convolution(shape: Any, width: int, silu: bool, reverse: bool) -> None:
-    for bias in (True, False):
+def test_convolution(width: int, silu: bool, reverse: bool) -> None:
+    shapes = (2, 6, 9), (1, 100, 300), (3, 33, 1), (0, 4, 9), (2, 4, 0)
+    for shape, bias in itertools.product(shapes, (True, False)):
         inputs = make_filter(*shape, width, bias=bias)
         grad = torch.randn(shape, dtype=torch.float64)
         for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 5e-6)):

@@ -12,22 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sequences import (
     NATIVE,
-    REFERENCE,
     Inputs,
     Path,
     Results,
-    arguments,
     assert_close,
     assert_same_bits,
     cotangents,
     error,
     expected,
     make,
+    operands,
+    reference_of,
 )
 from torch import Tensor
 
 from medgmae.ops import causal_conv1d, selective_scan
 from medgmae.ops.conv import native as conv_native
+from medgmae.ops.conv.inputs import ConvInputs
 from medgmae.ops.scan import native
 
 every_path = pytest.mark.parametrize("path", NATIVE, ids=lambda path: path.name)
@@ -47,8 +48,8 @@ def test_error_at_the_width_of_the_published_models(path: Path, reverse: bool) -
         A=-torch.arange(1.0, 17).repeat(768, 1), delta_bias=torch.linspace(-6.9, -2.25, 768), delta=0.5 * inputs.delta
     )
     grad, grad_state = cotangents(inputs)
-    exact = REFERENCE.run(inputs.to(torch.float64), grad.double(), grad_state.double(), reverse=reverse)
-    assert_close(path.run(inputs, grad, grad_state, reverse=reverse), exact, 1e-6, 1e-6)
+    wanted = reference_of(inputs.to(torch.float64), grad.double(), grad_state.double(), reverse=reverse)
+    assert_close(path.run(inputs, grad, grad_state, reverse=reverse), wanted, 1e-6, 1e-6)
 
 
 @every_path
@@ -89,14 +90,16 @@ def test_many_threads_share_the_time_of_few_channels(path: Path, shape: Any, for
     # Some states remember across segments.
     inputs = inputs._replace(A=inputs.A * torch.logspace(-4, 0, shape[3], dtype=torch.float64))
     grad, grad_state = cotangents(inputs)
-    wanted = REFERENCE.run(inputs, grad, grad_state, reverse=reverse)
+    wanted = reference_of(inputs, grad, grad_state, reverse=reverse)
     single = inputs.to(torch.float32)
-    exact = REFERENCE.run(single.to(torch.float64), grad.float().double(), grad_state.float().double(), reverse=reverse)
+    rounded = reference_of(
+        single.to(torch.float64), grad.float().double(), grad_state.float().double(), reverse=reverse
+    )
     for threads in (2, 3, 8):
         many = threaded(path, threads)
         assert_close(many.run(inputs, grad, grad_state, reverse=reverse), wanted, 1e-12, 1e-11)
         found = many.run(single, grad.float(), grad_state.float(), reverse=reverse)
-        assert_close(found, exact, 2e-6, 1e-5)  # a float32 that is added to 1200 times; the reference is no better
+        assert_close(found, rounded, 2e-6, 1e-5)  # a float32 that is added to 1200 times; the reference is no better
         assert_same_bits(many.run(single, grad.float(), grad_state.float(), reverse=reverse), found)
 
 
@@ -121,7 +124,7 @@ def test_public_functions_use_the_kernels_and_torchs_threads() -> None:
     out = selective_scan(*inputs, delta_softplus=True)
     assert torch.equal(out, Path("best", native.forward, native.backward).scan(inputs, chunk=100)[0])
     weight = torch.randn(40, 4)
-    direct = conv_native.forward(inputs.u.mT, weight, None, True, False)
+    direct = conv_native.forward(ConvInputs(inputs.u.mT, weight, None, True, False))
     assert torch.equal(causal_conv1d(inputs.u, weight, activation="silu"), direct.mT)
     before = torch.get_num_threads()
     try:
@@ -162,11 +165,11 @@ def addresses(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[s
                 return function
 
             def record(*arguments: Any) -> Any:
-                found: set[int] = set()
+                given: set[int] = set()
                 for argument in arguments:
                     values = argument.values() if isinstance(argument, dict) else [argument]
-                    found |= {v[0] if isinstance(v, tuple) else v for v in values}
-                calls.append(found)
+                    given |= {v[0] if isinstance(v, tuple) else v for v in values}
+                calls.append(given)
                 return function(*arguments)
 
             return record
@@ -243,9 +246,9 @@ def test_nothing_is_written_outside(path: Path, shape: Any, forms: Any, reverse:
         patch.setattr(torch.Tensor, "new_empty", guard(torch.Tensor.new_empty, False))
         patch.setattr(torch.Tensor, "new_zeros", guard(torch.Tensor.new_zeros, True))
         path.run(inputs, grad, grad_state, reverse=reverse)
-        rest = inputs.u.mT, torch.randn(shape[1], 4), torch.randn(shape[1]), True, reverse
-        conv_native.forward(*rest, variant=path.name)
-        conv_native.backward(grad.mT, *rest, variant=path.name)
+        rest = ConvInputs(inputs.u.mT, torch.randn(shape[1], 4), torch.randn(shape[1]), True, reverse)
+        conv_native.forward(rest, variant=path.name)
+        conv_native.backward(grad.mT, rest, variant=path.name)
     assert len(guarded) >= 8
     for whole, count, filled in guarded:
         assert (whole[:GUARD] == 12345.0).all()
@@ -293,4 +296,4 @@ def test_a_backward_from_states_that_lie_too_far_apart(path: Path) -> None:
 def test_an_unknown_instruction_set_is_refused() -> None:
     inputs = make(dtype=torch.float32)
     with pytest.raises(ValueError, match="mmx"):
-        native.forward(*arguments(inputs), True, False, 64, variant="mmx")
+        native.forward(operands(inputs), variant="mmx")

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from medgmae.ops import native_info, voxelize
 from medgmae.ops.voxel import levels, native
+from medgmae.ops.voxel.inputs import VoxelInputs
 
 pytestmark = pytest.mark.skipif(not native_info()["loaded"], reason="no native module: levels are a part of it")
 
 SIZE = (40, 48, 37)
-VARIANTS = [name for name, runs in native_info().get("cpu_variants", {}).items() if runs]
+VARIANTS = [name for name, runs in native_info()["cpu_variants"].items() if runs]
 
 
 def parameters(scale: float, count: int = 96, batch: int = 2) -> list[Tensor]:
@@ -26,6 +27,11 @@ def parameters(scale: float, count: int = 96, batch: int = 2) -> list[Tensor]:
 
     means = torch.rand(batch, count, 3, generator=generator)
     return [means, scale * torch.exp(0.4 * draw(3)), draw(4), draw()]
+
+
+def dense(gaussians: list[Tensor]) -> VoxelInputs:
+    """Two whole volumes, without truncation."""
+    return VoxelInputs(*gaussians, torch.zeros(2, 1, dtype=torch.int64), SIZE, SIZE, math.inf)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stride", levels.STRIDES)
@@ -66,26 +72,24 @@ def test_short_axes(size: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("scale", "expected"), [(0.4, (4, 2)), (0.22, (2,)), (0.03, ())])
 def test_rendering_in_levels_equals_rendering_directly(scale: float, expected: tuple[int, ...]) -> None:
     values = parameters(scale)
-    whole = torch.zeros(2, 1, dtype=torch.int64)
-    assert levels.strides(values, whole, SIZE, SIZE, math.inf) == expected
+    assert levels.strides(dense(values)) == expected
     grad = torch.randn(2, 1, math.prod(SIZE), generator=torch.Generator().manual_seed(1))
     exact = [v.double() for v in values]
-    wanted = native.forward(*exact, whole, SIZE, SIZE, math.inf)
-    found = native.forward(*values, whole, SIZE, SIZE, math.inf)
+    wanted = native.forward(dense(exact))
+    found = native.forward(dense(values))
     assert (found - wanted).abs().max() <= 2e-6 * wanted.abs().max()
-    gradients = native.backward(grad.double(), *exact, whole, SIZE, SIZE, math.inf)
-    for ours, theirs in zip(native.backward(grad, *values, whole, SIZE, SIZE, math.inf), gradients, strict=True):
+    gradients = native.backward(grad.double(), dense(exact))
+    for ours, theirs in zip(native.backward(grad, dense(values)), gradients, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 def test_levels_do_not_depend_on_the_threads() -> None:
     values = parameters(0.4)
-    whole = torch.zeros(2, 1, dtype=torch.int64)
     grad = torch.randn(2, 1, math.prod(SIZE))
     runs = [
         [
-            native.forward(*values, whole, SIZE, SIZE, math.inf, threads=threads),
-            *native.backward(grad, *values, whole, SIZE, SIZE, math.inf, threads=threads),
+            native.forward(dense(values), threads=threads),
+            *native.backward(grad, dense(values), threads=threads),
         ]
         for threads in (1, 2, 3)
     ]

@@ -13,6 +13,7 @@ from gaussians import NATIVE, REFERENCE, SUPPORTS, Parameters, Path, cut, leaves
 
 from medgmae.ops import voxelize
 from medgmae.ops.voxel import native
+from medgmae.ops.voxel.inputs import VoxelInputs
 
 every_path = pytest.mark.parametrize("path", NATIVE, ids=lambda path: path.name)
 every_support = pytest.mark.parametrize("support", SUPPORTS, ids=str)
@@ -232,5 +233,5 @@ def test_the_public_function_uses_the_kernels() -> None:
     parameters = make(dtype=torch.float32)
     volume = voxelize(*parameters, (20, 20, 20), support="box")
     whole = torch.zeros(2, 1, dtype=torch.int64)
-    direct = native.forward(*parameters, whole, [20] * 3, [20] * 3, 0.0)
+    direct = native.forward(VoxelInputs(*parameters, whole, [20] * 3, [20] * 3, 0.0))
     assert torch.equal(volume, direct.reshape(2, 1, 20, 20, 20))

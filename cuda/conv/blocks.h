@@ -2,8 +2,8 @@
 // Written for the device and, so that tests can run the same arithmetic without one, for the host.
 #pragma once
 
-#include "conv.h"
 #include "../half.h"
+#include "conv.h"
 
 namespace medgmae {
 
@@ -31,7 +31,7 @@ template <class T, class IO>
 struct ConvColumn {
   const IO* at;
   int64_t step, length;
-  MEDGMAE_MEMBER ConvColumn(const ConvCall& call, const ScanStream& s, const ConvStrip& mine)
+  MEDGMAE_MEMBER ConvColumn(const ConvCall& call, const Stream& s, const ConvStrip& mine)
       : at(static_cast<const IO*>(s.at) + mine.b * s.batch + mine.channel), step(s.step), length(call.length) {}
   MEDGMAE_MEMBER T operator()(int64_t t) const { return t >= 0 && t < length ? T(widen(at[t * step])) : T(0); }
 };

@@ -1,12 +1,10 @@
 // The causal convolution on CUDA: launches the programs of cuda/conv/blocks.h.
-#include "blocks.h"
 #include "../cuda_common.cuh"
+#include "blocks.h"
 
 namespace medgmae {
 namespace cuda {
 namespace {
-
-__device__ __forceinline__ int64_t item() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
 template <class T, class IO, int kWidth>
 __global__ void convolve_kernel(const ConvCall call) {
@@ -20,15 +18,12 @@ __global__ void differentiate_kernel(const ConvCall call) {
 
 template <class T, class IO>
 cudaError_t launch(const ConvCall& call, cudaStream_t stream) {
-  constexpr int threads = 128;
-  int64_t const blocks = (conv_items(call) + threads - 1) / threads;
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   bool const usual = call.width == kConvWidth;
   auto const forward = usual ? convolve_kernel<T, IO, kConvWidth> : convolve_kernel<T, IO, 0>;
   auto const backward = usual ? differentiate_kernel<T, IO, kConvWidth> : differentiate_kernel<T, IO, 0>;
-  (call.grad.at == nullptr ? forward : backward)<<<unsigned(blocks), threads, 0, stream>>>(call);
-  return cudaGetLastError();
+  Launcher run = {stream};
+  run.items(conv_items(call), 128, call.grad.at == nullptr ? forward : backward, call);
+  return run.error;
 }
 
 }  // namespace

@@ -2,10 +2,10 @@
 //
 //   out[t] = act(bias + sum over k < width of weight[k] x[t - (width - 1) + k])
 //
-// Streams are those of scan.h: a reversed convolution walks from the last token with negative strides.
+// x, out and their gradients are streams.
 #pragma once
 
-#include "../scan/scan.h"
+#include "../streams.h"
 
 namespace medgmae {
 
@@ -16,11 +16,11 @@ constexpr int kConvSegment = 256;
 struct ConvCall {
   int64_t batch, length, channels, width;
   bool silu;
-  ScanStream x, out;
+  Stream x, out;
   const void *weight, *bias;  // (width, channels), channels side by side; (channels) or null
   // Backward, if grad.at is set: grad is read, dx written, and `sums`, (batch, segments, width + 1, channels), gets the gradients
   // of the weight and, last, of the bias, per segment of time; the caller adds them up in order.
-  ScanStream grad, dx;
+  Stream grad, dx;
   void* sums;
 };
 

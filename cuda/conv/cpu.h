@@ -1,8 +1,9 @@
 // The causal convolution on the CPU: rows of memory in order, vectors of channels.
 #pragma once
 
+#include "../cpu_memory.h"
+#include "../lanes.h"
 #include "conv.h"
-#include "../scan/cpu.h"
 
 namespace medgmae {
 namespace {
@@ -18,7 +19,7 @@ struct ConvColumn {
 
   Vec<T> weight(int64_t k) const { return load_part(static_cast<const T*>(call.weight) + k * call.channels + channel, lanes); }
   Vec<T> bias() const { return call.bias ? load_part(static_cast<const T*>(call.bias) + channel, lanes) : Vec<T>{}; }
-  Vec<T> at(const ScanStream& stream, int64_t b, int64_t t) const { return load_part(element<T>(stream, b, t, channel), lanes); }
+  Vec<T> at(const Stream& stream, int64_t b, int64_t t) const { return load_part(element<T>(stream, b, t, channel), lanes); }
   // The filtered value at step t.
   Vec<T> filtered(int64_t b, int64_t t) const {
     Vec<T> y = bias();
@@ -106,7 +107,7 @@ bool conv_gradient(const ConvCall& call, int threads) {
   bool enough_memory = true;
 #pragma omp parallel num_threads(threads)
   {
-    ScanScratch<T> memory(rows + (call.width + 1) * apart);
+    ThreadMemory<T> memory(rows + (call.width + 1) * apart);
     if (memory.at == nullptr) {
 #pragma omp atomic write
       enough_memory = false;

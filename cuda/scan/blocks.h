@@ -46,7 +46,7 @@ MEDGMAE_DEVICE T step_size(const ScanCall& call, const IO* delta, T bias, bool t
 
 // A channel of a stream, from one step on.
 template <class IO>
-MEDGMAE_DEVICE IO* column(const ScanStream& s, int b, int step, int channel) {
+MEDGMAE_DEVICE IO* column(const Stream& s, int b, int step, int channel) {
   return static_cast<IO*>(s.at) + b * s.batch + int64_t(step) * int(s.step) + channel;
 }
 
@@ -177,7 +177,7 @@ MEDGMAE_DEVICE T weight(const ScanMatrix& m, T of_step, T of_channel) {
 template <class T, class IO, bool kBack, bool kGated>
 MEDGMAE_DEVICE void load_local(const ScanCall& call, const ScanPlace& p, const ScanTile& tile, int t, ScanShared<T, kForwardWide>* shared,
                                ScanLane<T, kForwardWide>* own) {
-  const ScanStream& driving = kBack ? call.grad : call.u;
+  const Stream& driving = kBack ? call.grad : call.u;
   int const channel = p.first + t, count = t < p.channels ? tile.stop - tile.start : 0;
   bool const gated = kGated && call.z.at != nullptr;
   T const bias = t < p.channels ? parameter<T>(call.bias, channel) : T(0);

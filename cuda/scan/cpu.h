@@ -3,31 +3,15 @@
 // of memory, and packed block by block for the recurrence, which then reads cache lines in order.
 #pragma once
 
-#include <stdlib.h>
-
+#include "../cpu_memory.h"
+#include "../lanes.h"
 #include "scan.h"
-#include "lanes.h"
 
 namespace medgmae {
 namespace {
 
 constexpr int kTileSteps = 32;    // steps per tile
 constexpr int kPieceBlocks = 64;  // most vectors of channels that a thread works on at a time: whole rows, where it can
-
-// Memory for one thread, aligned for vectors.
-template <class T>
-struct ScanScratch {
-  T* at;
-  explicit ScanScratch(int64_t count) : at(static_cast<T*>(aligned_alloc(64, size_t(count * int64_t(sizeof(T)) + 63) / 64 * 64))) {}
-  ~ScanScratch() { free(at); }
-  ScanScratch(const ScanScratch&) = delete;
-  ScanScratch& operator=(const ScanScratch&) = delete;
-};
-
-template <class T>
-inline T* element(const ScanStream& s, int64_t b, int64_t t, int64_t channel) {
-  return static_cast<T*>(s.at) + b * s.batch + t * s.step + channel;
-}
 
 // Vectors of channels, none of which holds channels of two groups.
 struct ScanBlocks {
@@ -210,7 +194,7 @@ bool scan_forward(const ScanCall& call, int threads) {
   for (int part = 0; part < threads; ++part) {
     FlushSubnormals flush;
     int64_t const packed = int64_t(kPieceBlocks) * kTileSteps * kWide, kept = int64_t(kPieceBlocks) * call.states * kWide;
-    ScanScratch<T> memory(2 * packed + kept + ScanPiece<T>::constants(call));
+    ThreadMemory<T> memory(2 * packed + kept + ScanPiece<T>::constants(call));
     if (memory.at == nullptr) {
 #pragma omp atomic write
       enough_memory = false;

@@ -20,8 +20,8 @@ template <class T>
 struct GradientScratch {
   static constexpr int kWide = kLanes<T>;
   int64_t packed, per_state, per_block, per_group, sums_count;
-  ScanScratch<T> memory;
-  ScanScratch<double> sums;
+  ThreadMemory<T> memory;
+  ThreadMemory<double> sums;
   T *s, *x, *dy, *y, *w, *q, *constants, *carry, *part_D, *part_bias, *decay, *state, *sum_B, *sum_C;
   double *dA, *dB, *dC, *dD, *dbias;
 
@@ -200,7 +200,7 @@ inline void gradient_outputs(const GradientChunk<T>& at) {
   T *const part_D = at.my.part_D, *const part_bias = at.my.part_bias;
   memset(part_D, 0, size_t(2 * at.my.per_block) * sizeof(T));
   for (int t = 0; t < at.steps; ++t) {
-    auto const row = [&](const ScanStream& stream) { return element<T>(stream, piece.b, at.t0 + t, piece.first); };
+    auto const row = [&](const Stream& stream) { return element<T>(stream, piece.b, at.t0 + t, piece.first); };
     for (int k = 0; k < piece.blocks; ++k) {
       int const lanes = piece.lanes(k);
       int64_t const packed = (int64_t(k) * call.chunk + t) * kWide, c = k * kWide;

@@ -226,7 +226,7 @@ MEDGMAE_DEVICE void differentiate_tile(const ScanCall& call, const ScanWork& wor
   walk_back<T, kConstant>(call, block);
   block.meet();
   block.lanes([&](int t, Lane&) {
-    finish_gradient<T, IO>(call, work, p, tile, t, &shared);
+    finish_tokens<T, IO>(call, work, p, tile, t, &shared);
     finish_matrices<T>(call, work, p, tile, t, shared);
   });
 }

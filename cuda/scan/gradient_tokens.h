@@ -131,8 +131,8 @@ MEDGMAE_DEVICE void pass_totals(const ScanCall& call, const ScanWork& work, cons
 }
 
 template <class T, class IO>
-MEDGMAE_DEVICE void finish_gradient(const ScanCall& call, const ScanWork& work, const ScanPlace& p, const ScanTile& tile, int t,
-                                    GradientShared<T>* shared) {
+MEDGMAE_DEVICE void finish_tokens(const ScanCall& call, const ScanWork& work, const ScanPlace& p, const ScanTile& tile, int t,
+                                  GradientShared<T>* shared) {
   GradientShare<T> const mine(p, tile, t);
   if (mine.row >= mine.count) return;
   if (call.states > kPieceStates) pass_totals<T>(call, work, p, mine, shared);

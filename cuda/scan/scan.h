@@ -2,19 +2,12 @@
 //
 //   s = softplus(delta + bias)   a = exp(s A)   h = a h + s u B   y = C . h + D u   out = y silu(z)
 //
-// Streams (u, delta, z, out, ...) hold the channels of a token side by side; a reversed scan is one that walks from the last
-// token with negative strides, so that no kernel knows about it.
+// u, delta, z, out and their gradients are streams.
 #pragma once
 
-#include "../common.h"
+#include "../streams.h"
 
 namespace medgmae {
-
-// A stream: element (batch b, scanned step t, channel d) is at[b * batch + t * step + d], in elements.
-struct ScanStream {
-  void* at;
-  int64_t batch, step;
-};
 
 // B or C. By time: (b, t, group, n) is at[b * batch + t * step + group * of_group + n]. Constant: (d, n) is at[d * states + n].
 struct ScanMatrix {
@@ -29,14 +22,14 @@ struct ScanCall {
   int64_t batch, length, channels, states, groups;
   int64_t chunk;  // steps between kept states
   bool softplus;
-  ScanStream u, delta, z;
+  Stream u, delta, z;
   ScanMatrix B, C;
   const void *A, *D, *bias;  // (channels, states), (channels), (channels)
   // Forward: written. Backward: read. The state after each chunk, (batch, chunks, states, channels).
   void* kept;
-  ScanStream out;  // forward only
+  Stream out;  // forward only
   // Backward only. grad is read, grad_state (batch, states, channels) too; the rest is written.
-  ScanStream grad, du, ddelta, dz;
+  Stream grad, du, ddelta, dz;
   const void* grad_state;
   void *dA, *dD, *dbias;  // per batch: (batch, channels, states), (batch, channels), (batch, channels); the caller sums them
   // Gradients of B and C, dense. By time: (parts, batch, length, groups, states) of partial sums over slabs of channels, which the

@@ -23,7 +23,7 @@ inline int64_t scan_segments(int64_t pieces, int64_t length, int threads, int le
 template <class T>
 struct Segments {
   int64_t count, per_state, per_block;
-  ScanScratch<T> memory;
+  ThreadMemory<T> memory;
   Segments(int64_t pieces, int64_t count, int64_t blocks, int64_t states)
       : count(count),
         per_state(blocks * states * kLanes<T>),
@@ -72,7 +72,7 @@ bool scan_forward_split(const ScanCall& call, int threads, int64_t count) {
 #pragma omp parallel num_threads(threads)
   {
     FlushSubnormals flush;
-    ScanScratch<T> memory(2 * packed + 4 * call.states * kWide);
+    ThreadMemory<T> memory(2 * packed + 4 * call.states * kWide);
     if (memory.at == nullptr) {
 #pragma omp atomic write
       enough_memory = false;
@@ -132,7 +132,7 @@ bool scan_gradient_split(const ScanCall& call, int threads, int64_t count) {
   auto const border = [&](int64_t segment) { return chunks * segment / count; };
   Segments<T> const segments(slabs.total, count, blocks, call.states);
   int64_t const sums_count = (3 * call.states + 2) * kScanSlab;
-  ScanScratch<double> sums(slabs.total * count * sums_count);
+  ThreadMemory<double> sums(slabs.total * count * sums_count);
   bool enough_memory = segments.memory.at != nullptr && sums.at != nullptr;
 #pragma omp parallel num_threads(threads)
   {

@@ -6,20 +6,6 @@ namespace medgmae {
 namespace cuda {
 namespace {
 
-// A block of the device, as the programs see it.
-template <class Shared, class State>
-struct DeviceBlock {
-  Shared* shared;
-  State state;
-  template <class Phase>
-  __device__ __forceinline__ void each(Phase phase) {
-    phase(int(threadIdx.x), state);
-    __syncthreads();
-  }
-};
-
-__device__ __forceinline__ int64_t item() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
-
 template <class T>
 __global__ void prepare_kernel(const VoxelizeCall call, const VoxelizeWork work) {
   prepare_one<T>(call, work, item());
@@ -52,38 +38,18 @@ __global__ void finish_kernel(const VoxelizeCall call, const VoxelizeWork work) 
   finish_one<T>(call, work, item());
 }
 
-using Kernel = void (*)(VoxelizeCall, VoxelizeWork);
-
-// Launches `blocks` blocks, if the grid can have so many; keeps the first error.
-struct Launcher {
-  const VoxelizeCall& call;
-  const VoxelizeWork& work;
-  cudaStream_t stream;
-  cudaError_t error;
-  void blocks(Kernel kernel, int64_t blocks, int threads) {
-    if (blocks == 0 || error != cudaSuccess) return;
-    if (blocks > INT32_MAX) {
-      error = cudaErrorInvalidConfiguration;
-      return;
-    }
-    kernel<<<unsigned(blocks), threads, 0, stream>>>(call, work);
-    error = cudaGetLastError();
-  }
-  void items(Kernel kernel, int64_t items, int threads) { blocks(kernel, (items + threads - 1) / threads, threads); }
-};
-
 template <class T>
 cudaError_t launch(const VoxelizeCall& call, const VoxelizeWork& work, cudaStream_t stream) {
-  Launcher run = {call, work, stream, cudaSuccess};
+  Launcher run = {stream};
   int64_t const all = call.batch * call.count;
   // Double precision in few threads: small blocks spread over more of the device.
-  run.items(prepare_kernel<T>, all, 32);
+  run.items(all, 32, prepare_kernel<T>, call, work);
   if (call.grad == nullptr) {
-    run.items(mask_kernel, call.batch * call.patches * work.regions * work.words, kThreads);
-    run.blocks(render_kernel<T>, call.batch * call.patches * all_pieces(call, tile_sides()), kThreads);
+    run.items(call.batch * call.patches * work.regions * work.words, kThreads, mask_kernel, call, work);
+    run.blocks(call.batch * call.patches * all_pieces(call, tile_sides()), kThreads, render_kernel<T>, call, work);
   } else {
-    run.blocks(moment_kernel<T>, all * work.shares, kThreads);
-    run.items(finish_kernel<T>, all, 32);
+    run.blocks(all * work.shares, kThreads, moment_kernel<T>, call, work);
+    run.items(all, 32, finish_kernel<T>, call, work);
   }
   return run.error;
 }

@@ -118,7 +118,7 @@ void run(unsigned seed) {
   call.softplus = seed % 2 == 0;
   int64_t const rows = call.batch * call.channels, tokens = rows * call.length;
   auto stream = [&](double low, double high) {
-    return ScanStream{buffers.numbers<T>(tokens, low, high), call.length * call.channels, call.channels};
+    return Stream{buffers.numbers<T>(tokens, low, high), call.length * call.channels, call.channels};
   };
   call.u = stream(-1, 1), call.delta = stream(0, 0.5), call.out = stream(0, 0);
   if (pick(0, 2)) call.z = stream(-2, 2);

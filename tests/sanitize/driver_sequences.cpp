@@ -18,7 +18,7 @@ using medgmae::ConvCall;
 using medgmae::DType;
 using medgmae::ScanCall;
 using medgmae::ScanMatrix;
-using medgmae::ScanStream;
+using medgmae::Stream;
 using namespace hostile_input;
 
 template <class T>
@@ -52,22 +52,22 @@ struct Case {
   }
 
   // Rows of `width` elements with a gap between them, one row per token, seen from the first scanned one.
-  ScanStream rows(T* at, int64_t stride) const {
+  Stream rows(T* at, int64_t stride) const {
     if (reverse && length) at += (length - 1) * stride;
     return {at, length * stride, reverse ? -stride : stride};
   }
 
-  ScanStream input(int64_t width, double low, double high) {
+  Stream input(int64_t width, double low, double high) {
     int64_t const stride = width + (pick(random, 0, 1) ? 0 : pick(random, 1, 40)), count = batch * length;
     return rows(filled(count ? (count - 1) * stride + width : 0, low, high), stride);
   }
 
-  ScanStream written() { return rows(output(batch * length * channels, false), channels); }
+  Stream written() { return rows(output(batch * length * channels, false), channels); }
 
   ScanMatrix matrix(int64_t groups, int64_t states) {
     if (pick(random, 0, 3) == 0) return {filled(channels * states, -1, 1), 0, 0, 0, true};
     bool const shared = pick(random, 0, 2) == 0;  // one group for all
-    ScanStream const s = input((shared ? 1 : groups) * states, -1, 1);
+    Stream const s = input((shared ? 1 : groups) * states, -1, 1);
     return {s.at, s.batch, s.step, shared ? 0 : states, false};
   }
 };

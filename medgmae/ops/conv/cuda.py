@@ -1,67 +1,37 @@
-"""The CUDA kernels of :mod:`medgmae.ops.causal_conv1d`, in the manner of :mod:`medgmae.ops.scan.cuda`."""
+"""The CUDA kernels of :func:`medgmae.ops.causal_conv1d`, in the manner of :mod:`medgmae.ops.scan.cuda`."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from medgmae.ops.conv.call import Call
+from medgmae.ops.conv.inputs import ConvInputs
 from medgmae.ops.native import _C, DTYPE_CODES
-from medgmae.ops.scan.cuda import STREAM_CODES
-from medgmae.ops.scan.native import Kernel, Streams
+from medgmae.ops.streams import STREAM_CODES
 
 STRIP = 32  # kConvStrip of cuda/conv/blocks.h: steps over which a thread sums the gradients of weight and bias
 
 
-def kernels() -> Iterator[tuple[str, Kernel, Kernel]]:
-    """Dispatch key, forward and backward, if they are compiled in."""
-    if hasattr(_C, "causal_conv1d_cuda"):
-        yield "CUDA", forward, backward
-
-
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+def forward(inputs: ConvInputs) -> Tensor:
     """See ``medgmae::causal_conv1d``."""
-    call = _call(x, weight, bias, reverse)
-    out = x.new_empty(x.shape, dtype=call.dtype)
-    call.stream("out", out)
-    if out.numel():
-        launch(call, weight.dtype, _sizes(x, weight, silu))
-    return out.to(x.dtype)
+    call = _call(inputs)
+    return call.forward(lambda: launch(call))
 
 
-def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, inputs: ConvInputs) -> tuple[Tensor | None, ...]:
     """See ``medgmae::causal_conv1d_backward``."""
-    call = _call(x, weight, bias, reverse)
-    width, strips = weight.shape[1], -(-x.shape[1] // STRIP)
-    dx, sums = x.new_empty(x.shape, dtype=call.dtype), weight.new_empty(x.shape[0], strips, width + 1, x.shape[2])
-    call.stream("grad", grad)
-    call.stream("dx", dx)
-    call.array("sums", sums)
-    if dx.numel():
-        launch(call, weight.dtype, _sizes(x, weight, silu))
-    total = sums.sum((0, 1))  # (width + 1, channels)
-    return dx.to(x.dtype), total[:width].T.contiguous(), weight.new_empty(0) if bias is None else total[width].clone()
+    call = _call(inputs)
+    return call.backward(grad, STRIP, lambda: launch(call))
 
 
-def launch(call: Streams, wide: torch.dtype, sizes: dict[str, int]) -> None:
+def launch(call: Call) -> None:
     """Run the kernel in the current stream of the device that holds the call's tensors."""
     assert _C is not None
-    with torch.cuda.device(call.held[0].device):
-        stream = torch.cuda.current_stream().cuda_stream
-        _C.causal_conv1d_cuda(DTYPE_CODES[wide], sizes, call.streams, call.arrays, STREAM_CODES[call.dtype], stream)
+    with torch.cuda.device(call.device):
+        arguments = DTYPE_CODES[call.wide], call.sizes, call.streams, call.arrays, STREAM_CODES[call.dtype]
+        _C.causal_conv1d_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
 
 
-def _call(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Streams:
-    call = Streams(x.dtype if x.dtype in STREAM_CODES else weight.dtype, x.shape[1], reverse)
-    call.stream("x", x)
-    call.array("weight", weight.T)
-    if bias is not None:
-        call.array("bias", bias)
-    return call
-
-
-def _sizes(x: Tensor, weight: Tensor, silu: bool) -> dict[str, int]:
-    return {"batch": x.shape[0], "length": x.shape[1], "channels": x.shape[2], "width": weight.shape[1], "silu": silu}
+def _call(inputs: ConvInputs) -> Call:
+    return Call(inputs, inputs.x.dtype if inputs.x.dtype in STREAM_CODES else inputs.weight.dtype)

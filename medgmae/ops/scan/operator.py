@@ -6,26 +6,74 @@ device and native kernels for CPU and CUDA where ``medgmae._C`` has them. docs/s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from medgmae.ops.register import Operator, register
 from medgmae.ops.scan import cuda, native, reference
+from medgmae.ops.scan.inputs import ScanInputs
 
 # Steps between the states that a forward keeps for its backward.
 CHUNK = 64
 
-_ARGUMENTS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool softplus, "
-    "bool reverse, SymInt chunk"
-)
-_LIBRARY: Any = torch.library.Library("medgmae", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"selective_scan({_ARGUMENTS}) -> (Tensor, Tensor)")
-_LIBRARY.define(
-    f"selective_scan_backward(Tensor grad, Tensor? grad_state, Tensor states, {_ARGUMENTS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+
+def _fake(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    u, A = inputs.u, inputs.A
+    return u.new_empty(u.shape), A.new_empty(u.shape[0], -(-u.shape[1] // inputs.chunk), A.shape[1], A.shape[0])
+
+
+_OP = register(Operator("selective_scan", ScanInputs, _fake, ("out", "states")), reference, native, cuda)
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    return_last_state: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    *,
+    return_last_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def selective_scan(
@@ -40,7 +88,7 @@ def selective_scan(
     delta_softplus: bool = False,
     reverse: bool = False,
     return_last_state: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Scan a sequence with input-dependent state spaces, one per channel.
 
     With steps s = delta + delta_bias, through softplus if asked for, every channel d has the states h (N numbers)::
@@ -82,27 +130,26 @@ def selective_scan(
     dtype = streams[0].dtype
     for tensor in streams[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    parameters = [p if p is None else p.to(wide) for p in (A, D, delta_bias)]
-    tensors = [*streams, *(p for p in parameters if p is not None)]
-    learning = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    out, states = _OP(
-        u.to(dtype).transpose(1, 2),
-        delta.to(dtype).transpose(1, 2),
-        parameters[0],
-        _by_token(B.to(dtype if B.dim() > 2 else wide)),
-        _by_token(C.to(dtype if C.dim() > 2 else wide)),
-        parameters[1],
-        None if z is None else z.to(dtype).transpose(1, 2),
-        parameters[2],
-        delta_softplus,
-        reverse,
-        CHUNK if learning else max(u.shape[2], 1),
+    inputs = ScanInputs(
+        u=u.to(dtype).transpose(1, 2),
+        delta=delta.to(dtype).transpose(1, 2),
+        A=A.to(wide),
+        B=_by_token(B.to(dtype if B.dim() > 2 else wide)),
+        C=_by_token(C.to(dtype if C.dim() > 2 else wide)),
+        D=None if D is None else D.to(wide),
+        z=None if z is None else z.to(dtype).transpose(1, 2),
+        delta_bias=None if delta_bias is None else delta_bias.to(wide),
+        softplus=delta_softplus,
+        reverse=reverse,
+        chunk=CHUNK,
     )
-    out = out.to(u.dtype).transpose(1, 2)
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:8])
+    out, states = _OP(*(inputs if learning else inputs._replace(chunk=max(u.shape[2], 1))))
+    result: Tensor = out.to(u.dtype).transpose(1, 2)
     if not return_last_state:
-        return out
+        return result
     last = states[:, -1] if u.shape[2] else states.new_zeros(u.shape[0], A.shape[1], A.shape[0])
-    return out, last.transpose(1, 2)
+    return result, last.transpose(1, 2)
 
 
 def _by_token(weights: Tensor) -> Tensor:
@@ -150,95 +197,3 @@ def _check(
     for name, tensor in {"u": u, "A": A, "B": B, "C": C, **{n: t for n, (t, _) in expected.items()}}.items():
         if tensor is not None and (not tensor.is_floating_point() or tensor.device != u.device):
             raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}: expected real floating point on {u.device}")
-
-
-def _fake(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), A.new_empty(u.shape[0], -(-u.shape[1] // chunk), A.shape[1], A.shape[0])
-
-
-def _fake_backward(
-    grad: Tensor,
-    grad_state: Tensor | None,
-    states: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    chunk: int,
-) -> tuple[Tensor, ...]:
-    d_z = u.new_empty(0 if z is None else z.shape)
-    d_skip, d_bias = (
-        A.new_empty(0 if D is None else D.shape),
-        A.new_empty(0 if delta_bias is None else delta_bias.shape),
-    )
-    return *(t.new_empty(t.shape) for t in (u, delta, A, B, C)), d_skip, d_z, d_bias
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *inputs[:8])
-    ctx.rest = inputs[8:]
-
-
-def _backward(ctx: Any, grad: Tensor | None, grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
-    states, *inputs = ctx.saved_tensors
-    grad = torch.zeros_like(inputs[0]) if grad is None else grad
-    # Of the kept states only the last is handed out.
-    grad_state = None if grad_states is None or not grad_states.shape[1] else grad_states[:, -1]
-    gradients = torch.ops.medgmae.selective_scan_backward(grad, grad_state, states, *inputs, *ctx.rest)
-    wanted = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
-    return (*wanted, None, None, None)
-
-
-def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "selective_scan has no second-order gradient: call backward() or torch.autograd.grad() without "
-        "create_graph=True, or detach the gradient before it is used"
-    )
-
-
-def _mapped(op: Any) -> Any:
-    """vmap as a loop: A is not batched, so the mapped dimension cannot join the batch."""
-
-    def run(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        results = [
-            op(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
-
-    return run
-
-
-_LIBRARY.impl("selective_scan", reference.forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("selective_scan_backward", reference.backward, "CompositeExplicitAutograd")
-for _device, _forward, _gradient in (*native.kernels(), *cuda.kernels()):
-    _LIBRARY.impl("selective_scan", _forward, _device)
-    _LIBRARY.impl("selective_scan_backward", _gradient, _device)
-torch.library.register_fake("medgmae::selective_scan", _fake, lib=_LIBRARY)
-torch.library.register_fake("medgmae::selective_scan_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd("medgmae::selective_scan", _backward, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("medgmae::selective_scan_backward", _no_second_gradient, lib=_LIBRARY)
-_OP = torch.ops.medgmae.selective_scan.default
-torch.library.register_vmap("medgmae::selective_scan", _mapped(_OP), lib=_LIBRARY)
-torch.library.register_vmap(
-    "medgmae::selective_scan_backward", _mapped(torch.ops.medgmae.selective_scan_backward.default), lib=_LIBRARY
-)

@@ -6,98 +6,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medgmae.ops.scan.inputs import ScanInputs
+
 PIECE = 64  # steps whose (batch, steps, channels, states) tensors are in memory at a time
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """See ``medgmae::selective_scan``."""
-    with torch.autocast(u.device.type, enabled=False):
-        steps = _steps(delta, delta_bias, softplus, A.dtype)
-        wide = u.to(A.dtype)
-        y, states = wide.new_zeros(u.shape), A.new_zeros(u.shape[0], -(-u.shape[1] // chunk), *A.T.shape)
-        h = A.new_zeros(u.shape[0], *A.shape)
-        for c, start in enumerate(range(0, u.shape[1], chunk)):
-            for at in _pieces(start, min(start + chunk, u.shape[1]), reverse, u.shape[1]):
-                _, after = _run(h, steps[:, at], wide[:, at], A, _matrices(B, at, A), reverse)
-                y[:, at] = (after * _matrices(C, at, A)).sum(-1)
-                h = after[:, 0 if reverse else -1]
-            states[:, c] = h.transpose(1, 2)
-        if D is not None:
-            y = y + D * wide
-        out = y if z is None else y * F.silu(z.to(A.dtype))
-        return out.to(u.dtype), states
+    u, delta, A, B, C, D, z, delta_bias, softplus, reverse, chunk = inputs
+    steps = _steps(delta, delta_bias, softplus, A.dtype)
+    wide = u.to(A.dtype)
+    y, states = wide.new_zeros(u.shape), A.new_zeros(u.shape[0], -(-u.shape[1] // chunk), *A.T.shape)
+    h = A.new_zeros(u.shape[0], *A.shape)
+    for c, start in enumerate(range(0, u.shape[1], chunk)):
+        for at in _pieces(start, min(start + chunk, u.shape[1]), reverse, u.shape[1]):
+            _, after = _run(h, steps[:, at], wide[:, at], A, _matrices(B, at, A), reverse)
+            y[:, at] = (after * _matrices(C, at, A)).sum(-1)
+            h = after[:, 0 if reverse else -1]
+        states[:, c] = h.transpose(1, 2)
+    if D is not None:
+        y = y + D * wide
+    out = y if z is None else y * F.silu(z.to(A.dtype))
+    return out.to(u.dtype), states
 
 
-def backward(
-    grad: Tensor,
-    grad_state: Tensor | None,
-    states: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    chunk: int,
-) -> tuple[Tensor, ...]:
+def backward(grad: Tensor, grad_states: Tensor | None, states: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
     """See ``medgmae::selective_scan_backward``."""
-    if chunk > PIECE:
-        _, states = forward(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, PIECE)
-        chunk = PIECE
-    with torch.autocast(u.device.type, enabled=False):
-        steps, wide, length = _steps(delta, delta_bias, softplus, A.dtype), u.to(A.dtype), u.shape[1]
-        dy, gate = grad.to(A.dtype), None
-        if z is not None:
-            gate = z.to(A.dtype)
-            dy = dy * F.silu(gate)
-        y = wide * (D if D is not None else 0)
-        du, d_steps = dy * (D if D is not None else 0), torch.zeros_like(steps)
-        dA, dB, dC = torch.zeros_like(A), torch.zeros_like(B, dtype=A.dtype), torch.zeros_like(C, dtype=A.dtype)
-        carry = A.new_zeros(u.shape[0], *A.shape) if grad_state is None else grad_state.to(A.dtype).transpose(1, 2)
-        for c in reversed(range(states.shape[1])):
-            h = states[:, c - 1].transpose(1, 2) if c else torch.zeros_like(carry)
-            (at,) = _pieces(c * chunk, min((c + 1) * chunk, length), reverse, length)
-            weights, rows = _matrices(B, at, A), _matrices(C, at, A)
-            decay, after = _run(h, steps[:, at], wide[:, at], A, weights, reverse)
-            before = torch.cat([after[:, 1:], h[:, None]], 1) if reverse else torch.cat([h[:, None], after[:, :-1]], 1)
-            y[:, at] += (after * rows).sum(-1)
-            g, carry = _run_back(carry, rows * dy[:, at, :, None], decay, reverse)
-            pushed, pulled = (g * weights).sum(-1), g * before * decay
-            du[:, at] += steps[:, at] * pushed
-            d_steps[:, at] = wide[:, at] * pushed + (pulled * A).sum(-1)
-            dA += (pulled * steps[:, at, :, None]).sum((0, 1))
-            _gather(dB, g * (steps * wide)[:, at, :, None], at)
-            _gather(dC, after * dy[:, at, :, None], at)
-        slope = _slope(delta, delta_bias, softplus, A.dtype)
-        d_delta, dz = d_steps * slope, A.new_empty(0)
-        if gate is not None:
-            dz = grad.to(A.dtype) * y * torch.sigmoid(gate) * (1 + gate * (1 - torch.sigmoid(gate)))
-        return (
-            du.to(u.dtype),
-            d_delta.to(u.dtype),
-            dA,
-            dB.to(B.dtype),
-            dC.to(C.dtype),
-            A.new_empty(0) if D is None else (dy * wide).sum((0, 1)),
-            dz.to(u.dtype),
-            A.new_empty(0) if delta_bias is None else d_delta.sum((0, 1)),
-        )
+    if inputs.chunk > PIECE:
+        inputs = inputs._replace(chunk=PIECE)
+        states = forward(inputs)[1]
+    u, delta, A, B, C, D, z, delta_bias, softplus, reverse, chunk = inputs
+    steps, wide, length = _steps(delta, delta_bias, softplus, A.dtype), u.to(A.dtype), u.shape[1]
+    dy, gate = grad.to(A.dtype), None
+    if z is not None:
+        gate = z.to(A.dtype)
+        dy = dy * F.silu(gate)
+    y = wide * (D if D is not None else 0)
+    du, d_steps = dy * (D if D is not None else 0), torch.zeros_like(steps)
+    dA, dB, dC = torch.zeros_like(A), torch.zeros_like(B, dtype=A.dtype), torch.zeros_like(C, dtype=A.dtype)
+    carry = A.new_zeros(u.shape[0], *A.shape)
+    if grad_states is not None and length:
+        carry = grad_states[:, -1].to(A.dtype).transpose(1, 2)  # the only one that is handed out
+    for c in reversed(range(states.shape[1])):
+        h = states[:, c - 1].transpose(1, 2) if c else torch.zeros_like(carry)
+        (at,) = _pieces(c * chunk, min((c + 1) * chunk, length), reverse, length)
+        weights, rows = _matrices(B, at, A), _matrices(C, at, A)
+        decay, after = _run(h, steps[:, at], wide[:, at], A, weights, reverse)
+        before = torch.cat([after[:, 1:], h[:, None]], 1) if reverse else torch.cat([h[:, None], after[:, :-1]], 1)
+        y[:, at] += (after * rows).sum(-1)
+        g, carry = _run_back(carry, rows * dy[:, at, :, None], decay, reverse)
+        pushed, pulled = (g * weights).sum(-1), g * before * decay
+        du[:, at] += steps[:, at] * pushed
+        d_steps[:, at] = wide[:, at] * pushed + (pulled * A).sum(-1)
+        dA += (pulled * steps[:, at, :, None]).sum((0, 1))
+        _gather(dB, g * (steps * wide)[:, at, :, None], at)
+        _gather(dC, after * dy[:, at, :, None], at)
+    d_delta, dz = d_steps * _slope(delta, delta_bias, softplus, A.dtype), None
+    if gate is not None:
+        dz = grad.to(A.dtype) * y * torch.sigmoid(gate) * (1 + gate * (1 - torch.sigmoid(gate)))
+        dz = dz.to(u.dtype)
+    return (
+        du.to(u.dtype),
+        d_delta.to(u.dtype),
+        dA,
+        dB.to(B.dtype),
+        dC.to(C.dtype),
+        None if D is None else (dy * wide).sum((0, 1)),
+        dz,
+        None if delta_bias is None else d_delta.sum((0, 1)),
+    )
 
 
 def _steps(delta: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""The CUDA kernels of :mod:`medgmae.ops.voxelize`: torch allocates what they write, they go into the current stream.
+"""The CUDA kernels of :func:`medgmae.ops.voxelize`: torch allocates what they write, they go into the current stream.
 
 Nothing waits for the device, so a call can be captured in a CUDA graph. That is also why nobody looks at the numbers of
 the patches: a patch that does not exist is rendered as NaN, and nothing of its gradient is used.
@@ -7,69 +7,47 @@ the patches: a patch that does not exist is rendered as NaN, and nothing of its 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from medgmae.ops.native import _C, DTYPE_CODES
+from medgmae.ops.voxel.inputs import VoxelInputs
 
 
-def forward(
-    means: Tensor,
-    scales: Tensor,
-    quats: Tensor,
-    densities: Tensor,
-    patches: Tensor,
-    size: Sequence[int],
-    patch_size: Sequence[int],
-    support: float,
-) -> Tensor:
+def forward(inputs: VoxelInputs) -> Tensor:
     """See ``medgmae::voxelize``."""
-    out = means.new_empty(*patches.shape, math.prod(patch_size))
-    _launch([means, scales, quats, densities, patches], [out], size, patch_size, support)
+    out = inputs.means.new_empty(*inputs.patches.shape, math.prod(inputs.patch_size))
+    _launch(inputs, [out])
     return out
 
 
-def backward(
-    grad: Tensor,
-    means: Tensor,
-    scales: Tensor,
-    quats: Tensor,
-    densities: Tensor,
-    patches: Tensor,
-    size: Sequence[int],
-    patch_size: Sequence[int],
-    support: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, inputs: VoxelInputs) -> tuple[Tensor, ...]:
     """See ``medgmae::voxelize_backward``."""
-    parameters = [means, scales, quats, densities]
-    out = [tensor.new_empty(tensor.shape) for tensor in parameters]
-    _launch([*parameters, patches, grad.to(means.dtype)], out, size, patch_size, support)
-    return out[0], out[1], out[2], out[3]
+    gradients = tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:4])
+    _launch(inputs, [grad.to(inputs.means.dtype), *gradients])
+    return gradients
 
 
-def _launch(
-    inputs: list[Tensor], outputs: list[Tensor], size: Sequence[int], patch_size: Sequence[int], support: float
-) -> None:
+def _launch(inputs: VoxelInputs, others: list[Tensor]) -> None:
+    """Run the kernels with the result, or with a gradient and its four results."""
     assert _C is not None
-    means, patches = inputs[0], inputs[4]
-    backward = len(outputs) > 1
+    means, patches = inputs.means, inputs.patches
     shape = means.shape[0], means.shape[1], patches.shape[1]
-    sides = list(size), list(patch_size)
+    sides = list(inputs.size), list(inputs.patch_size)
     with torch.cuda.device(means.device):
-        contiguous = [tensor.contiguous() for tensor in inputs]
+        contiguous = [tensor.contiguous() for tensor in (*inputs[:5], *others)]  # what is written is dense
         # The allocator hands these blocks out again to later work of the same stream only.
-        workspace_bytes = _C.voxelize_cuda_workspace(*shape, *sides, backward)
+        workspace_bytes = _C.voxelize_cuda_workspace(*shape, *sides, len(others) > 1)
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=means.device)
         _C.voxelize_cuda(
             DTYPE_CODES[means.dtype],
             *shape,
-            [tensor.data_ptr() for tensor in (*contiguous, *outputs)],
+            [tensor.data_ptr() for tensor in contiguous],
             *sides,
             [0.0, 0.0, 0.0],
-            [1 / (s - 1) if s > 1 else 0.0 for s in size],
-            support,
+            [1 / (s - 1) if s > 1 else 0.0 for s in inputs.size],
+            inputs.support,
             (0.0, math.inf),
             workspace.data_ptr(),
             workspace_bytes,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from medgmae.ops.native import _C
 from medgmae.ops.rotations import rotation_matrix
+from medgmae.ops.voxel.inputs import VoxelInputs
 
 TAPS = 9
 # Lattice steps per standard deviation from which on a Gaussian is rendered on that lattice.
@@ -70,34 +70,32 @@ def voxels(size: tuple[int, ...]) -> Lattice:
     return Lattice(size, (0.0,) * 3, tuple(1 / (n - 1) if n > 1 else 0.0 for n in size))
 
 
-def strides(
-    parameters: Sequence[Tensor], patches: Tensor, size: Sequence[int], patch_size: Sequence[int], support: float
-) -> tuple[int, ...]:
-    """The coarse lattices that pay for these means, scales and quaternions, widest first; none where nothing does.
+def strides(inputs: VoxelInputs) -> tuple[int, ...]:
+    """The coarse lattices that pay for these Gaussians, widest first; none where nothing does.
 
     Interpolating a lattice costs as much as some ten Gaussians, so it is used for whole volumes in float32, and where
     enough Gaussians are wide enough.
     """
-    means, scales, quats = parameters[:3]
+    means, scales, quats, _, patches, size, patch_size, support = inputs
     dense = patches.shape[1] == 1 and list(size) == list(patch_size)
     if not (math.isinf(support) and dense and means.dtype == torch.float32 and math.prod(size) >= 32**3):
         return ()
     precision = (rotation_matrix(quats) / scales.unsqueeze(-2)).square().sum(-1)  # (B, K, 3), the diagonal
     widths = (precision.sqrt() * torch.tensor(voxels(tuple(size)).step)).amax(-1).reciprocal()
-    found: list[int] = []
+    chosen: list[int] = []
     limit = math.inf
     for stride in STRIDES:
         if int(((widths >= WIDTH * stride) & (widths < limit)).sum()) >= len(means) * WORTH[stride]:
-            found.append(stride)
+            chosen.append(stride)
             limit = WIDTH * stride
-    return tuple(found)
+    return tuple(chosen)
 
 
 @functools.lru_cache(maxsize=32)
 def levels(size: tuple[int, ...], strides: tuple[int, ...]) -> list[Lattice]:
     """The voxels, then the lattices of these strides for a volume. Every Gaussian belongs to exactly one."""
     fine = voxels(size)
-    found = [fine._replace(widths=(0.0, WIDTH * min(strides, default=math.inf)))]
+    lattices = [fine._replace(widths=(0.0, WIDTH * min(strides, default=math.inf)))]
     for coarser, stride in zip((math.inf, *strides), strides, strict=False):
         before, after = (TAPS - 1) // 2, TAPS // 2
         points = tuple((n - 1) // stride + 1 + before + after if n > 1 else 1 for n in size)
@@ -105,8 +103,8 @@ def levels(size: tuple[int, ...], strides: tuple[int, ...]) -> list[Lattice]:
         origin = tuple(-before * s for s in step)
         matrices = [_interpolation(n, m, stride, before) for n, m in zip(size, points, strict=True)]
         up = tuple(Interpolation(_band(matrix), _band(matrix.T.contiguous())) for matrix in matrices)
-        found.append(Lattice(points, origin, step, (WIDTH, WIDTH * coarser / stride), up))
-    return found
+        lattices.append(Lattice(points, origin, step, (WIDTH, WIDTH * coarser / stride), up))
+    return lattices
 
 
 def _interpolation(size: int, points: int, stride: int, before: int) -> Tensor:

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from medgmae.ops.voxel import native, reference
+from medgmae.ops.register import Operator, register
+from medgmae.ops.voxel import cuda, native, reference
+from medgmae.ops.voxel.inputs import VoxelInputs
 
 Support = Literal["box"] | float | None
 
-_ARGUMENTS = (
-    "Tensor means, Tensor scales, Tensor quats, Tensor densities, Tensor patches, int[] size, int[] patch_size, "
-    "float support"
-)
-_LIBRARY: Any = torch.library.Library("medgmae", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"voxelize({_ARGUMENTS}) -> Tensor")
-_LIBRARY.define(f"voxelize_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+
+def _fake(inputs: VoxelInputs) -> Tensor:
+    return inputs.means.new_empty(*inputs.patches.shape, math.prod(inputs.patch_size))
+
+
+_OP = register(Operator("voxelize", VoxelInputs, _fake, joins_batch=True), reference, native, cuda)
 
 
 def voxelize(
@@ -31,7 +32,7 @@ def voxelize(
     scales: Tensor,
     quats: Tensor,
     densities: Tensor,
-    size: Sequence[int],
+    size: int | Sequence[int],
     *,
     support: Support = 4.0,
     patches: Tensor | None = None,
@@ -48,7 +49,7 @@ def voxelize(
         scales: (B, K, 3) standard deviations along the Gaussian's own axes, in the same units.
         quats: (B, K, 4) rotations (w, x, y, z), of any length but taken as directions; 0 is no rotation.
         densities: (B, K) values at the centres.
-        size: voxels (D, H, W).
+        size: voxels (D, H, W), or one number for all three.
         support: where a Gaussian counts. A number k: inside its ellipsoid of k standard deviations. None: everywhere.
             "box": in MedGMAE's box of ±2 scales, which is not turned with the Gaussian. The support has no gradient.
         patches: (B, n) long, the patches to render, numbered in raster order over the grid of patches (what
@@ -96,10 +97,10 @@ def _check_parameters(means: Tensor, scales: Tensor, quats: Tensor, densities: T
     return [tensor.to(wide) for tensor, _ in named.values()]
 
 
-def _triple(size: Sequence[int], what: str) -> list[int]:
-    values = [int(s) for s in size]
+def _triple(size: int | Sequence[int], what: str) -> list[int]:
+    values = [size] * 3 if isinstance(size, int) else [int(s) for s in size]
     if len(values) != 3 or any(s < 1 for s in values):
-        raise ValueError(f"{what} must be three positive numbers of voxels (d, h, w), got {tuple(values)}")
+        raise ValueError(f"{what} must be one or three positive numbers of voxels (d, h, w), got {tuple(values)}")
     return values
 
 
@@ -114,10 +115,12 @@ def support_code(support: Support) -> float:
     raise ValueError(f"support must be 'box', a number of standard deviations above 0, or None, got {support!r}")
 
 
-def _check_patches(patches: Tensor, patch_size: Any, size: list[int], means: Tensor) -> list[int]:
+def _check_patches(
+    patches: Tensor, patch_size: int | Sequence[int] | None, size: list[int], means: Tensor
+) -> list[int]:
     if patch_size is None:
         raise ValueError("patches came without patch_size; pass the voxels of a patch, a number or (d, h, w)")
-    patch = _triple([patch_size] * 3 if isinstance(patch_size, int) else patch_size, "patch_size")
+    patch = _triple(patch_size, "patch_size")
     if any(s % p for s, p in zip(size, patch, strict=True)):
         raise ValueError(f"size {tuple(size)} is not a multiple of patch_size {tuple(patch)} along every axis")
     if patches.dim() != 2 or patches.shape[0] != means.shape[0] or patches.dtype != torch.int64:
@@ -127,80 +130,3 @@ def _check_patches(patches: Tensor, patch_size: Any, size: list[int], means: Ten
     if patches.device != means.device:
         raise TypeError(f"patches is on {patches.device}, means on {means.device}: expected one device")
     return patch
-
-
-def _fake(
-    means: Tensor,
-    scales: Tensor,
-    quats: Tensor,
-    densities: Tensor,
-    patches: Tensor,
-    size: Sequence[int],
-    patch_size: Sequence[int],
-    support: float,
-) -> Tensor:
-    return means.new_empty(*patches.shape, math.prod(patch_size))
-
-
-def _fake_backward(
-    grad: Tensor,
-    means: Tensor,
-    scales: Tensor,
-    quats: Tensor,
-    densities: Tensor,
-    patches: Tensor,
-    size: Sequence[int],
-    patch_size: Sequence[int],
-    support: float,
-) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (means, scales, quats, densities))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.rest = inputs[5:]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.medgmae.voxelize_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    wanted = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
-    return (*wanted, None, None, None, None)
-
-
-def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "voxelize has no second-order gradient: call backward() or torch.autograd.grad() without create_graph=True, "
-        "or detach the gradient before it is used"
-    )
-
-
-def _batched(op: Any, tensors: int) -> Any:
-    """vmap by joining the mapped dimension with the batch: the samples of a batch are independent."""
-
-    def run(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        joined = []
-        for value, dim in zip(arguments[:tensors], in_dims, strict=False):
-            value = value.movedim(dim, 0) if dim is not None else value.expand(info.batch_size, *value.shape)
-            joined.append(value.flatten(0, 1))
-        out = op(*joined, *arguments[tensors:])
-        if isinstance(out, Tensor):
-            return out.reshape(info.batch_size, -1, *out.shape[1:]), 0
-        return tuple(t.reshape(info.batch_size, -1, *t.shape[1:]) for t in out), (0,) * len(out)
-
-    return run
-
-
-_LIBRARY.impl("voxelize", reference.forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("voxelize_backward", reference.backward, "CompositeExplicitAutograd")
-for _device, _forward, _gradient in native.kernels():
-    _LIBRARY.impl("voxelize", _forward, _device)
-    _LIBRARY.impl("voxelize_backward", _gradient, _device)
-torch.library.register_fake("medgmae::voxelize", _fake, lib=_LIBRARY)
-torch.library.register_fake("medgmae::voxelize_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd("medgmae::voxelize", _backward, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("medgmae::voxelize_backward", _no_second_gradient, lib=_LIBRARY)
-_OP = torch.ops.medgmae.voxelize.default
-torch.library.register_vmap("medgmae::voxelize", _batched(_OP, 5), lib=_LIBRARY)
-torch.library.register_vmap(
-    "medgmae::voxelize_backward", _batched(torch.ops.medgmae.voxelize_backward.default, 6), lib=_LIBRARY
-)

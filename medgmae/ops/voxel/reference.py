@@ -1,4 +1,4 @@
-"""The sum of 3D Gaussians on a grid in plain torch: what the native kernels of :mod:`medgmae.ops.voxelize` must equal.
+"""The sum of 3D Gaussians on a grid in plain torch: what the native kernels of :func:`medgmae.ops.voxelize` must equal.
 
 Written to be read. It computes every Gaussian at every voxel, in chunks that bound the memory.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from medgmae.ops.rotations import rotation_matrix
+from medgmae.ops.voxel.inputs import VoxelInputs
 
 # Weights below exp(-80) are 0: exp of less is many times slower on a CPU. They are not left at exp(-80), because the
 # gradient of a tiny Gaussian multiplies them by numbers as large.
@@ -102,17 +103,9 @@ def _weights(
     return weights, distance
 
 
-def forward(
-    means: Tensor,
-    scales: Tensor,
-    quats: Tensor,
-    densities: Tensor,
-    patches: Tensor,
-    size: Sequence[int],
-    patch_size: Sequence[int],
-    support: float,
-) -> Tensor:
+def forward(inputs: VoxelInputs) -> Tensor:
     """See ``medgmae::voxelize``: (B, n, prod(patch_size))."""
+    means, scales, quats, densities, patches, size, patch_size, support = inputs
     precision = precision_matrix(scales, quats)
     bad = is_bad(means, scales, precision, densities)
     means, scales, precision, densities = _harmless(bad, means, scales, precision, densities)
@@ -124,22 +117,13 @@ def forward(
     return torch.where(bad.any(1)[:, None, None], math.nan, out.flatten(2))
 
 
-def backward(
-    grad: Tensor,
-    means: Tensor,
-    scales: Tensor,
-    quats: Tensor,
-    densities: Tensor,
-    patches: Tensor,
-    size: Sequence[int],
-    patch_size: Sequence[int],
-    support: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, inputs: VoxelInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to means, scales, quats and densities; the support carries none.
 
     With w the weight, g the gradient at a voxel and a the density, the moments M0 = Σ g w, M1 = Σ g w d and
     M2 = Σ g w d dᵀ give dL/da = M0, dL/dμ = a P M1, dL/dP = -½ a M2; the rest is the chain rule through P.
     """
+    means, scales, quats, densities, patches, size, patch_size, support = inputs
     precision = precision_matrix(scales, quats)
     bad = is_bad(means, scales, precision, densities)
     safe_means, safe_scales, precision, amplitude = _harmless(bad, means, scales, precision, densities)

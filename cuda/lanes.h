@@ -1,7 +1,7 @@
-// The functions of the selective scan for vectors of channels. Unlike those of simd.h they keep NaN.
+// Functions for vectors of channels. Unlike those of simd.h they keep NaN.
 #pragma once
 
-#include "../simd.h"
+#include "simd.h"
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -31,7 +31,7 @@ constexpr float kDecayScale<float> = 1.44269504088896341f;
 
 // 2^n (1 + r q(r)) for shifted = 1.5 * 2^23 + n and |r| <= 1/2, to 1.4e-7. Of the polynomials it is the one with the least error
 // over sqrt|r|, because slow decays, with small r, are multiplied most often.
-inline Vec<float> power_of_two(Vec<float> shifted, Vec<float> r) {
+inline Vec<float> power_of_two_lanes(Vec<float> shifted, Vec<float> r) {
   Vec<float> p = splat(1.3266379246488214e-3f);
   p = p * r + 9.668998420238495e-3f;
   p = p * r + 5.550699681043625e-2f;
@@ -52,14 +52,14 @@ constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an 
 inline Vec<float> decay_lanes(Vec<float> x) {
   x = clamp_lanes(x, -126.0f, 128.0f);
   Vec<float> const shifted = x + kRounding;
-  return power_of_two(shifted, x - (shifted - kRounding));
+  return power_of_two_lanes(shifted, x - (shifted - kRounding));
 }
 
 // exp(x) for x <= 0, to 2e-7.
 inline Vec<float> shrink_lanes(Vec<float> x) {
   x = clamp_lanes(x, -87.0f, 0.0f);
   Vec<float> const shifted = x * 1.44269504088896341f + kRounding;
-  return power_of_two(shifted, x * 1.44269504088896341f - (shifted - kRounding) + x * 1.925963033e-8f);
+  return power_of_two_lanes(shifted, x * 1.44269504088896341f - (shifted - kRounding) + x * 1.925963033e-8f);
 }
 
 inline Vec<double> shrink_lanes(Vec<double> x) {

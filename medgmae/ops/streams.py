@@ -1,0 +1,66 @@
+"""What the kernels of sequences share: tensors (batch, L, channels) that they read and write, and where these lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from medgmae.ops.native import _C
+
+# StreamType of cuda/half.h: what streams hold.
+STREAM_CODES = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
+LARGE = 8 << 20  # bytes of an output from which on large pages are worth asking for
+
+
+def room(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A dense tensor for a kernel to write, of the shape and on the device of another."""
+    assert _C is not None
+    tensor = like.new_empty(like.shape, dtype=dtype)
+    if tensor.nbytes >= LARGE and tensor.device.type == "cpu":
+        _C.prefer_large_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+class Streams:
+    """Where the tensors of one call lie; holds them while it lives.
+
+    A stream is (batch, L, channels) with the channels of a token side by side; a reversed one begins at its last token.
+
+    Attributes:
+        dtype: of what is a stream.
+        wide: dtype of the parameters and of the computation.
+        sizes, streams, arrays: what the kernel is given, by its own names.
+    """
+
+    def __init__(self, dtype: torch.dtype, wide: torch.dtype, length: int, reverse: bool) -> None:
+        self.dtype, self.wide, self.length, self.reverse = dtype, wide, length, reverse
+        self.held: list[Tensor] = []
+        self.sizes: dict[str, int] = {}
+        self.streams: dict[str, tuple[int, int, int]] = {}
+        self.arrays: dict[str, int] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Of all the tensors."""
+        return self.held[0].device
+
+    def stream(self, name: str, tensor: Tensor) -> None:
+        """Add a stream; one that is read is copied where it has another dtype or layout."""
+        ready = tensor.to(self.dtype)
+        ready = ready if ready.stride(2) == 1 else ready.contiguous()
+        self.streams[name] = (self.start(ready), ready.stride(0), self.step(ready))
+
+    def array(self, name: str, tensor: Tensor) -> None:
+        """Add a dense tensor of the dtype of the computation."""
+        self.held.append(tensor.contiguous())
+        self.arrays[name] = self.held[-1].data_ptr()
+
+    def start(self, tensor: Tensor) -> int:
+        """Address of the first token, in the order of the call."""
+        self.held.append(tensor)
+        last = (self.length - 1) * tensor.stride(1) * tensor.element_size() if self.reverse else 0
+        return tensor.data_ptr() + last
+
+    def step(self, tensor: Tensor) -> int:
+        """Elements from one token to the next, in the order of the call."""
+        return -tensor.stride(1) if self.reverse else tensor.stride(1)
