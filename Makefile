@@ -9,11 +9,16 @@ READY := $(VENV)/ready
 export UV_COMPILE_BYTECODE := 1
 # One thread for each of the pytest workers: they share the machine's cores.
 WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: test demo lint bench sanitize clean setup
+.PHONY: test test-slow demo lint bench sanitize clean setup
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	$(PYTEST) -m "not slow"
+
+# What need not run each time: more sizes of models through compilers, wheels with CUDA, long loops of damaged files.
+test-slow: $(READY)
+	$(PYTEST) -m slow
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py

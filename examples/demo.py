@@ -18,11 +18,17 @@ import click
 import torch
 from safetensors import safe_open
 
-from medgmae import Reconstruction, Volume, create_model, create_transform, reconstruct_scan
+from medgmae import (
+    Grid,
+    Reconstruction,
+    Volume,
+    create_model,
+    create_transform,
+    dense_features,
+    feature_colours,
+    reconstruct_scan,
+)
 from medgmae.cli import main as medgmae_command
-from medgmae.data import Grid
-from medgmae.inference.colours import feature_colours
-from medgmae.inference.features import dense_features
 from medgmae.visualize import reconstruction_figure
 
 ROOT = Path(__file__).parent.parent

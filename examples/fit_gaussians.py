@@ -11,7 +11,6 @@ from pathlib import Path
 
 import click
 import torch
-from tqdm.auto import tqdm
 
 import medgmae
 
@@ -19,18 +18,6 @@ ROOT = Path(__file__).parent.parent
 THORAX = ROOT / "examples/data/ct_thorax.nii.gz"
 WINDOW = {"window": [-1000, 400], "range": [0.0, 1.0]}  # air is 0, where no Gaussian is needed
 SUPPORT = 3.0
-
-
-def fit(scan: medgmae.Volume, count: int, steps: int, seed: int) -> medgmae.Gaussians:
-    """Gaussians of a scan, in units of its axes, with a bar that shows the PSNR."""
-    with tqdm(total=steps, unit="step") as bar:
-
-        def show(_: int, psnr: float) -> None:
-            bar.set_postfix_str(f"PSNR {psnr:.2f} dB", refresh=False)
-            bar.update()
-
-        generator = torch.Generator().manual_seed(seed)
-        return medgmae.fit_gaussians(scan, count, steps, support=SUPPORT, generator=generator, callback=show)
 
 
 @click.command()
@@ -44,7 +31,8 @@ def main(path: Path, count: int, steps: int, seed: int, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     scan = medgmae.create_transform(WINDOW, whole=True)(path)
     begin = time.perf_counter()
-    gaussians = fit(scan, count, steps, seed)
+    generator = torch.Generator().manual_seed(seed)
+    gaussians = medgmae.fit_gaussians(scan, count, steps, support=SUPPORT, generator=generator)
     seconds = time.perf_counter() - begin
     rendered = scan.with_data(medgmae.GaussianRenderer(SUPPORT)(gaussians, scan.size)[0])
     psnr = medgmae.psnr(rendered.data, scan.data)

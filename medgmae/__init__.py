@@ -47,6 +47,8 @@ _PUBLIC = {
     "write_volume": "medgmae.data",
     "create_transform": "medgmae.factory",
     "extract_features": "medgmae.inference.features",
+    "dense_features": "medgmae.inference.features",
+    "feature_colours": "medgmae.inference.colours",
     "Features": "medgmae.inference.features",
     "inspect_checkpoint": "medgmae.checkpoints.inspection",
     "reconstruct_scan": "medgmae.inference.reconstruction",
@@ -96,7 +98,9 @@ if TYPE_CHECKING:
     from medgmae.gaussians.fitting import fit_gaussians as fit_gaussians
     from medgmae.gaussians.rendering import GaussianRenderer as GaussianRenderer
     from medgmae.gaussians.rendering import Gaussians as Gaussians
+    from medgmae.inference.colours import feature_colours as feature_colours
     from medgmae.inference.features import Features as Features
+    from medgmae.inference.features import dense_features as dense_features
     from medgmae.inference.features import extract_features as extract_features
     from medgmae.inference.latents import latent_map_defaults as latent_map_defaults
     from medgmae.inference.latents import latent_to_spatial as latent_to_spatial

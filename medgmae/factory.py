@@ -86,10 +86,10 @@ def create_model(
         **overrides: options of the architecture: img_size, in_chans, num_classes, global_pool, drop_path_rate ...
 
     Returns:
-        The model in training mode, on torch's default device, with ``config`` (architecture, model_args, grid, card),
-        ``pretrained_cfg`` (the card, or an empty dictionary) and, where weights were loaded, ``load_report``. On the
-        CPU the parameters are then mapped from the file, which is quick and takes its size in memory once: do not write
-        over that file in place while the model lives. :func:`~medgmae.save_pretrained` replaces files safely.
+        The model in training mode, on torch's default device, with ``config`` (architecture, model_args, grid),
+        ``pretrained_cfg`` (the weight card, or an empty dictionary) and, where weights were loaded, ``load_report``. On
+        the CPU the parameters are then mapped from the file, which is quick and takes its size in memory once: do not
+        write over that file in place while the model lives. :func:`~medgmae.save_pretrained` replaces files safely.
 
     Raises:
         ValueError: unknown name.
@@ -190,7 +190,6 @@ def _build(
         "architecture": architecture,
         "model_args": model_args,
         "grid": list(model.grid_size),
-        "card": model.pretrained_cfg or None,
     }
     if source is not None:
         model.load_report = load_pretrained(model, source, **loading)
@@ -212,13 +211,11 @@ def card_input(source: Any) -> Mapping[str, Any]:
     what = repr(source)
     if isinstance(source, str):
         source = weight_card(source)
-    config = getattr(source, "config", None)
-    if isinstance(config, Mapping):
-        what = f"the model {config.get('architecture')!r}, with no input in its weight card,"
-        block = (config.get("card") or {}).get("input")
+    card = getattr(source, "pretrained_cfg", None)
+    if isinstance(card, Mapping):
+        what, block = f"the model {type(source).__name__}, with no input in its weight card,", card.get("input")
     else:
-        what = getattr(source, "tag", what)
-        block = getattr(source, "input", None)
+        what, block = getattr(source, "tag", what), getattr(source, "input", None)
     if not isinstance(block, Mapping):
         raise VolumeError(
             f"{what} says nothing about its input; expected a tag, a card or a model that does, or an input block"
@@ -237,7 +234,7 @@ def create_transform(source: Any, *, whole: bool = False) -> Preparation:
         prepare("BraTS_0001/")
 
     Args:
-        source: a tag (``"vit_large_patch16_256.tangerine"``), a weight card, a model with ``config["card"]``, or an
+        source: a tag (``"vit_large_patch16_256.tangerine"``), a weight card, a model whose weights have a card, or an
             ``input`` block.
         whole: keep the whole field of view for a sliding window, instead of the card's centre crop.
 

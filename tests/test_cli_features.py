@@ -42,7 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with weights and a card of preprocessing, as save_pretrained leaves it."""
     torch.manual_seed(0)
     model: Any = medgmae.create_model(NANO)
-    model.config["card"] = medgmae.weight_card(CARD).to_json()
+    model.pretrained_cfg = medgmae.weight_card(CARD).to_json()
     return medgmae.save_pretrained(model, tmp_path_factory.mktemp("model") / "nano")
 
 
@@ -297,7 +297,7 @@ def test_cases_of_several_contrasts(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = medgmae.create_model(NANO, in_chans=4)
     block = {"channels": 4, "contrasts": names, "window": {"percentiles": [0, 100], "per": "channel"}}
-    model.config["card"] = {**medgmae.weight_card(CARD).to_json(), "input": block}
+    model.pretrained_cfg = {**medgmae.weight_card(CARD).to_json(), "input": block}
     saved, out = medgmae.save_pretrained(model, tmp_path / "model"), tmp_path / "f.safetensors"
     result = features(tmp_path / "cases", "--model", f"local-dir:{saved}", "--out", out)
     assert result.exit_code == 1

@@ -32,7 +32,7 @@ def saved(folder: Path, name: str, block: dict[str, Any], **options: Any) -> str
     """A small model with a card of preprocessing, as save_pretrained leaves it."""
     torch.manual_seed(0)
     model: Any = medgmae.create_model(name, **options)
-    model.config["card"] = {**medgmae.weight_card("vit_tiny_patch8_64.demo").to_json(), "input": block}
+    model.pretrained_cfg = {**medgmae.weight_card("vit_tiny_patch8_64.demo").to_json(), "input": block}
     return f"local-dir:{medgmae.save_pretrained(model, folder / name)}"
 
 

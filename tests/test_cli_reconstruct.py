@@ -26,7 +26,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model of Gaussians with a card of preprocessing, as save_pretrained leaves it."""
     torch.manual_seed(0)
     model: Any = medgmae.create_model(NANO)
-    model.config["card"] = medgmae.weight_card(CARD).to_json()
+    model.pretrained_cfg = medgmae.weight_card(CARD).to_json()
     return medgmae.save_pretrained(model, tmp_path_factory.mktemp("model") / "nano")
 
 

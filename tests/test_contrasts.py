@@ -88,7 +88,7 @@ def test_latent_map_of_a_case_in_a_process_of_its_own(case: dict[str, Any], tmp_
     """Contrasts as files in the channels' order, and as a folder; nothing has imported the parts of the library yet."""
     files = save({name: contrast(seed, (16, 16, 16)) for seed, name in enumerate(NAMES)}, tmp_path / "case")
     model: Any = medgmae.create_model("vim_nano_patch8_32", in_chans=4)
-    model.config["card"] = {**medgmae.weight_card("vim_small_patch16_160.mamba_mae").to_json(), "input": MAMBA}
+    model.pretrained_cfg = {**medgmae.weight_card("vim_small_patch16_160.mamba_mae").to_json(), "input": MAMBA}
     saved = medgmae.save_pretrained(model, tmp_path / "model")
     command = [sys.executable, "-m", "medgmae", "latent-map", "--model", f"local-dir:{saved}", "--threads", "1"]
     for scans, out in ((files.values(), "files.nii.gz"), ([tmp_path / "case"], "folder.nii.gz")):

@@ -58,7 +58,7 @@ def test_config_has_the_common_layout(tmp_path: Path) -> None:
 def test_card_travels_with_the_weights(tmp_path: Path) -> None:
     card = medgmae.weight_card("vit_large_patch16_256.tangerine")
     model = tiny()
-    model.config["card"] = card.to_json()
+    model.pretrained_cfg = card.to_json()
     save_pretrained(model, tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
     assert {key: saved[key] for key in ("tag", "license", "input", "citation", "page")} == {
@@ -69,7 +69,7 @@ def test_card_travels_with_the_weights(tmp_path: Path) -> None:
     assert readme.startswith("---\n")
     assert "license: cc-by-nc-4.0" in readme.split("---")[1]
     assert "10.1038/s43856-025-01328-1" in readme
-    assert medgmae.create_model(f"local-dir:{tmp_path}").config["card"]["tag"] == card.tag
+    assert medgmae.create_model(f"local-dir:{tmp_path}").pretrained_cfg["tag"] == card.tag
 
 
 def test_new_head_is_saved_with_its_size(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_readme_of_every_card_is_valid() -> None:
 
     model = tiny()
     for tag in medgmae.list_weights():
-        model.config["card"] = medgmae.weight_card(tag).to_json()
+        model.pretrained_cfg = medgmae.weight_card(tag).to_json()
         card = ModelCard(model_readme(model_config(model), "lab/net"), ignore_metadata_errors=False)
         assert card.data.library_name == "medgmae"
         assert tag in card.text

@@ -230,3 +230,13 @@ def test_a_registered_module_of_ones_own_does_not_disturb(tmp_path: Path, monkey
     medgmae.register_model(my_linear)
     torch.save(medgmae.create_model("vit_nano_patch8_32").state_dict(), tmp_path / "plain.pth")
     assert medgmae.inspect_checkpoint(tmp_path / "plain.pth")["architecture"] == "vit_nano_patch8_32"
+
+
+def test_an_inspection_shows_itself_in_a_few_lines(tmp_path: Path) -> None:
+    torch.save(medgmae.create_model("vit_nano_patch8_32").state_dict(), tmp_path / "<b>.pth")
+    facts = medgmae.inspect_checkpoint(tmp_path / "<b>.pth")
+    assert json.loads(json.dumps(facts)) == facts
+    assert len(repr(facts)) < 1000
+    assert "architecture: vit_nano_patch8_32" in repr(facts)
+    assert "&lt;b&gt;.pth" in facts._repr_html_()
+    assert f"<td>{len(facts['renamed'])}</td>" in facts._repr_html_()

@@ -277,12 +277,12 @@ def test_monai_pipelines_of_selfmedmae(block: dict[str, object], file: str, whol
 
 def test_sources_of_a_preparation() -> None:
     card = SimpleNamespace(input=BTCV)
-    model = SimpleNamespace(config={"architecture": "vit", "card": {"input": BTCV}})
+    model = SimpleNamespace(pretrained_cfg={"input": BTCV})
     results = [create_transform(source)(THORAX).data for source in (BTCV, card, model)]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    with pytest.raises(VolumeError, match="'vit', with no input in its weight card"):
-        create_transform(SimpleNamespace(config={"architecture": "vit", "card": None}))
+    with pytest.raises(VolumeError, match="the model SimpleNamespace, with no input in its weight card"):
+        create_transform(SimpleNamespace(pretrained_cfg={}))
 
 
 def test_an_early_crop_changes_nothing() -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from medgmae.checkpoints import loading, opening
 from medgmae.checkpoints.cards import WeightsError
 from medgmae.checkpoints.dialects.entries import Converted, Target
 from medgmae.checkpoints.dialects.recognise import convert
+from medgmae.checkpoints.report import html_table
 from medgmae.checkpoints.settings import encoder_of, model_settings
 from medgmae.checkpoints.sources import WEIGHTS_FILE
 from medgmae.layers.patches import Shape
@@ -28,59 +29,34 @@ from medgmae.models.registry import model_builder, model_names
 UNKNOWN = "unknown"
 
 
-class HeadFacts(TypedDict):
-    """The classifier in a file: its classes (0 for none) and the widths of its hidden layers."""
+class Inspection(dict[str, Any]):
+    """What :func:`inspect_checkpoint` finds: a dictionary, ready for JSON, that shows itself in a few lines.
 
-    num_classes: int
-    head_hidden: list[int]
-
-
-class Rehearsal(TypedDict):
-    """What loading a file would do.
-
-    unused: the file's name to the reason why it would be left out.
-    missing: parameters that would keep a random start.
-    resized, adapted: see :class:`~medgmae.LoadReport`.
-    problem: why the file would not load, or None.
+    - path, bytes: the file. container: entry that held the weights, "" for none. source: the dialect.
+    - tensors, parameters, dtypes: their number, the number of their values, their kinds.
+    - sizes: embed_dim, depth, grid and so on, by the names of the options of the file's family; "unknown" for an option
+      that changes what the weights mean and that the file does not show, such as the number of attention heads.
+    - head: the classifier in the file, ``num_classes`` (0 for none) and ``head_hidden``, the widths of hidden layers.
+    - config: of a file or folder of this library, else None.
+    - architecture, model_args: what to give ``create_model``; None when no registered architecture fits.
+    - encoder_architecture: the same for the encoder alone, when the file is a masked autoencoder.
+    - renamed: the file's name to ours. unused: the file's name to the reason why it would be left out.
+    - missing: parameters that would keep a random start. resized, adapted: see :class:`~medgmae.LoadReport`.
+    - problem: why the file would not load, or None.
     """
 
-    unused: dict[str, str]
-    missing: list[str]
-    resized: dict[str, str]
-    adapted: dict[str, str]
-    problem: str | None
+    def __repr__(self) -> str:
+        told = ", ".join(f"{name}: {value}" for name, value in self.summary().items())
+        return f"Inspection({told})"
 
+    def _repr_html_(self) -> str:
+        return html_table([(name, str(value)) for name, value in self.summary().items()])
 
-class CheckpointFacts(Rehearsal):
-    """What :func:`inspect_checkpoint` returns, ready for JSON: what a file holds, and what loading it would do.
-
-    path, bytes: the file.
-    container: entry that held the weights, "" for none.
-    source: the dialect.
-    tensors, parameters, dtypes: their number, the number of their values, their kinds.
-    sizes: embed_dim, depth, grid and so on, by the names of the options of the file's family; "unknown" for an option
-        that changes what the weights mean and that the file does not show, such as the number of attention heads.
-    head: the classifier.
-    config: of a file or folder of this library, else None.
-    architecture, model_args: what to give ``create_model``; None when no registered architecture fits.
-    encoder_architecture: the same for the encoder alone, when the file is a masked autoencoder.
-    renamed: the file's name to ours.
-    """
-
-    path: str
-    bytes: int
-    container: str
-    source: str
-    tensors: int
-    parameters: int
-    dtypes: list[str]
-    sizes: dict[str, Any]
-    head: HeadFacts
-    config: dict[str, Any] | None
-    architecture: str | None
-    model_args: dict[str, Any]
-    encoder_architecture: str | None
-    renamed: dict[str, str]
+    def summary(self) -> dict[str, Any]:
+        """The facts without the names of single tensors, of which there are their numbers."""
+        counted = ("renamed", "unused", "missing", "resized", "adapted")
+        facts = {name: len(value) if name in counted else value for name, value in self.items()}
+        return {name: value for name, value in facts.items() if name in counted or value not in (None, "", {}, [])}
 
 
 class Choice(NamedTuple):
@@ -123,7 +99,7 @@ class Known(NamedTuple):
     target: Target
 
 
-def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | None = None) -> CheckpointFacts:
+def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | None = None) -> Inspection:
     """Report what a weight file is and what would be loaded from it.
 
     Args:
@@ -131,7 +107,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | Non
         source_grid: patch grid (d, h, w) of the file's table of positions, where the file leaves it open.
 
     Returns:
-        a dictionary for JSON with the keys of :class:`CheckpointFacts`.
+        a dictionary for JSON, see :class:`Inspection`.
 
     Raises:
         WeightsError: the file is not readable or not recognised.
@@ -151,7 +127,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | Non
     chosen = chosen or _choose(reading, converted, settings)
     encoder = _encoders_choice(reading, converted, settings)
     tensors = opened.checkpoint.state.values()
-    return {
+    facts = {
         "path": str(path),
         "bytes": (path / WEIGHTS_FILE if path.is_dir() else path).stat().st_size,
         "container": opened.checkpoint.container,
@@ -168,6 +144,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | Non
         "renamed": dict(converted.renamed),
         **_rehearse(opened, converted, chosen, source_grid),
     }
+    return Inspection(facts)
 
 
 def _recognise(opened: opening.OpenSource, source_grid: Shape | None) -> tuple[Converted, Choice | None]:
@@ -283,7 +260,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _head(encoder: Mapping[str, Tensor]) -> HeadFacts:
+def _head(encoder: Mapping[str, Tensor]) -> dict[str, Any]:
     """Classes and hidden widths of the classifier in an encoder: ``head``, or the linear layers of ``head.N``."""
     layers: dict[int, int] = {}
     for name, tensor in encoder.items():
@@ -300,7 +277,7 @@ def _head_options(encoder: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _rehearse(
     opened: opening.OpenSource, converted: Converted, chosen: Choice | None, source_grid: Shape | None
-) -> Rehearsal:
+) -> dict[str, Any]:
     """Load into a model without storage and report what happened."""
     if chosen is None:
         return _problem(converted, "no registered architecture has these sizes")
@@ -319,5 +296,5 @@ def _rehearse(
     }
 
 
-def _problem(converted: Converted, problem: str) -> Rehearsal:
+def _problem(converted: Converted, problem: str) -> dict[str, Any]:
     return {"unused": dict(converted.unused), "missing": [], "resized": {}, "adapted": {}, "problem": problem}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from medgmae._version import __version__
-from medgmae.checkpoints.cards import WeightCard, WeightsError
+from medgmae.checkpoints.cards import WeightsError
 from medgmae.checkpoints.download import writing
 from medgmae.checkpoints.settings import encoder_of
 from medgmae.checkpoints.sources import CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, hub_errors
@@ -123,7 +123,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
         "num_features": getattr(model, "num_features", None),
         "model_args": made["model_args"],
         "grid": list(encoder.grid_size) if hasattr(encoder, "grid_size") else made.get("grid"),
-        "pretrained_cfg": _origin(made.get("card")),
+        "pretrained_cfg": _origin(getattr(model, "pretrained_cfg", None)),
         "library_name": "medgmae",
         "library_version": __version__,
     }
@@ -223,12 +223,9 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else f"`{json.dumps(value)}`"
 
 
-def _origin(card: WeightCard | Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _origin(card: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The card without where to fetch it: hashes and addresses are those of another file."""
-    if card is None:
-        return None
-    data = card.to_json() if isinstance(card, WeightCard) else dict(card)
-    return {name: None if name in _SOURCES else value for name, value in data.items()}
+    return {name: None if name in _SOURCES else value for name, value in card.items()} if card else None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -66,7 +66,7 @@ def convert_command(
         bar.update()
         medgmae.save_pretrained(model, out)
         bar.update()
-    report, card = model.load_report, model.config["card"] or {}
+    report, card = model.load_report, model.pretrained_cfg
     architecture = model.config["architecture"]
     facts = {
         "out": str(out),
@@ -102,7 +102,7 @@ def _load(file: Path, name: str | None, options: dict[str, Any], source_grid: tu
     except TypeError as error:  # an option that the architecture does not have
         raise click.BadParameter(str(error), param_hint="--set") from error
     if card is not None:
-        model.config["card"] = card
+        model.pretrained_cfg = card
     return model
 
 

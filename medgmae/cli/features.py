@@ -193,7 +193,6 @@ class _Run:
             want_map=bool(self.how.want_map),
             batch_size=self.how.batch_size,
             autocast=torch.bfloat16 if self.how.bf16 else None,
-            progress=sys.stderr.isatty(),
         )
         maps = None if features.map is None else features.map.data
         writer.add(name, path, pooled=features.pooled if self.how.pooled else None, map=maps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -69,7 +68,8 @@ def fit_command(
     prepare = preprocessing(block or DEFAULT_INPUT, inputs.changes)
     volume = prepare(scan)
     start = time.perf_counter()
-    gaussians = _fit(volume, count, steps, support, seed)
+    generator = torch.Generator().manual_seed(seed)
+    gaussians = medgmae.fit_gaussians(volume, count, steps, support=support, generator=generator)
     seconds = time.perf_counter() - start
     with torch.no_grad():
         rendered = volume.with_data(medgmae.GaussianRenderer(support)(gaussians, volume.size)[0])
@@ -96,18 +96,3 @@ def fit_command(
         "input": prepare.input,
     }
     echo_result(facts, as_json, input=None, psnr=f"{psnr:.2f} dB")
-
-
-def _fit(volume: medgmae.Volume, count: int, steps: int, support: float, seed: int) -> medgmae.Gaussians:
-    """Fit, with a bar that shows the PSNR."""
-    import torch
-    from tqdm.auto import tqdm
-
-    with tqdm(total=steps, desc="fit", unit="step", disable=None, file=sys.stderr) as bar:
-
-        def show(done: int, psnr: float) -> None:
-            bar.set_postfix_str(f"PSNR {psnr:.2f} dB", refresh=False)
-            bar.update()
-
-        generator = torch.Generator().manual_seed(seed)
-        return medgmae.fit_gaussians(volume, count, steps, support=support, generator=generator, callback=show)

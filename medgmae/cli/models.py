@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
 
     PATTERN is shell-style ('vit_*_256*'); without a wildcard it may stand anywhere in the name ('tangerine').
     """
-    pattern = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
     tags = medgmae.list_models(pattern, pretrained=True) if pretrained else medgmae.list_weights(pattern)
     names = sorted([*tags, *([] if pretrained else medgmae.list_models(pattern))])
     rows = [_row(name) for name in names]
@@ -109,7 +109,7 @@ def _build(name: str) -> Any:
 
 def _row(name: str) -> dict[str, Any]:
     model = _build(name)
-    encoder = getattr(model, "encoder", model)
+    encoder = model.encoder
     card = medgmae.weight_card(name) if "." in name else None
     weights = None
     if card is not None:
@@ -127,7 +127,7 @@ def _row(name: str) -> dict[str, Any]:
 
 def _architecture(name: str) -> dict[str, Any]:
     model = _build(name)
-    encoder, decoder = getattr(model, "encoder", model), getattr(model, "decoder", None)
+    encoder, decoder = model.encoder, getattr(model, "decoder", None)
     facts = {
         "name": name,
         "kind": "encoder" if decoder is None else "masked autoencoder",
@@ -138,34 +138,26 @@ def _architecture(name: str) -> dict[str, Any]:
         "patch_size": list(encoder.patch_size),
         "grid": list(encoder.grid_size),
         "embed_dim": encoder.embed_dim,
-        "depth": len(encoder.blocks),
-        **_mixing(encoder),
-        "global_pool": encoder.global_pool,
         "num_features": encoder.num_features,
     }
+    facts |= _options(encoder, facts)
     if decoder is not None:
         facts["decoder"] = {
             "parameters": sum(p.numel() for p in decoder.parameters()),
             "embed_dim": decoder.embed.out_features,
-            "depth": len(decoder.blocks),
-            **_mixing(decoder),
         }
-        # What a decoder of voxels has, or one of Gaussians.
-        optional = {name: getattr(decoder, name, None) for name in ("sigmoid", "kind", "total_gaussians")}
-        facts["decoder"] |= {name: value for name, value in optional.items() if value is not None}
+        facts["decoder"] |= _options(decoder, facts["decoder"])
+        if hasattr(decoder, "total_gaussians"):
+            facts["decoder"]["total_gaussians"] = decoder.total_gaussians
         facts["mask_ratio"] = model.mask_ratio
         if hasattr(model, "norm_target"):
             facts["norm_target"] = model.norm_target
     return facts
 
 
-def _mixing(part: Any) -> dict[str, Any]:
-    """How the blocks of an encoder or decoder bring tokens together."""
-    block = part.blocks[0]
-    if hasattr(block, "attn"):
-        return {"num_heads": block.attn.num_heads}
-    names = ("class_token", "rope", "rope_residual", "scan_order", "off_by_one")
-    return {"d_state": block.mixer.d_state, **{name: getattr(part, name) for name in names if hasattr(part, name)}}
+def _options(part: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a part was built with, as far as the facts do not have it yet."""
+    return {name: value for name, value in part.options().items() if name not in (*facts, "in_dim", "out_dim")}
 
 
 def _file(path: str, source_grid: int | tuple[int, ...] | None) -> dict[str, Any]:

@@ -246,15 +246,12 @@ def model_with_weights(name: str, weights: str, **options: Any) -> Any:
     """A model with weights from a source of the user's; a tag in ``name`` says by its card what they are."""
     if "." not in name or name.startswith(("hf-hub:", "local-dir:")):
         return medgmae.create_model(name, pretrained=weights, **options)
-    card = medgmae.weight_card(name)
-    model: Any = medgmae.create_model(card.architecture, pretrained=weights, **{**card.model_args, **options})
-    model.config["card"] = card.to_json()
-    return model
+    return medgmae.create_model(name, checkpoint_path=weights, **options)
 
 
 def preprocessing_of(model: Any, inputs: InputChoice) -> Any:
     """Preprocessing of whole scans by the chosen card, the model's own or the default, with changes."""
-    card = medgmae.weight_card(inputs.tag).to_json() if inputs.tag else model.config["card"]
+    card = medgmae.weight_card(inputs.tag).to_json() if inputs.tag else model.pretrained_cfg
     if card and card["input"]:
         return preprocessing(card["input"], inputs.changes)
     if not inputs.changes:
@@ -263,8 +260,7 @@ def preprocessing_of(model: Any, inputs: InputChoice) -> Any:
             "between the 0.5th and 99.5th percentile mapped to 0..1. Change that with --input or --input-of.",
             err=True,
         )
-    encoder = getattr(model, "encoder", model)
-    return preprocessing({"channels": encoder.in_chans, **DEFAULT_INPUT}, inputs.changes)
+    return preprocessing({"channels": model.in_chans, **DEFAULT_INPUT}, inputs.changes)
 
 
 def preprocessing(block: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,6 @@ def reconstruct_command(
         mask_ratio=mask_ratio,
         generator=torch.Generator().manual_seed(seed),
         overlap=overlap,
-        progress=sys.stderr.isatty(),
     )
     scores = _scores(result, volume)
     medgmae.write_volume(result.filled if keep_visible else result.predicted, out)

@@ -26,7 +26,7 @@ class MaskDecoder(Part, Readable):
 
     def __init__(self, in_dim: int, grid_size: Shape, embed_dim: int, num_prefix_tokens: int) -> None:
         super().__init__()
-        self.grid_size, self.num_prefix_tokens = grid_size, num_prefix_tokens
+        self.grid_size, self.num_prefix_tokens = tuple(grid_size), num_prefix_tokens
         self.grad_checkpointing = False
         self.embed = nn.Linear(in_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))

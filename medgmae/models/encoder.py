@@ -29,7 +29,7 @@ Pair = tuple[Tensor, Tensor]
 class Model(Part):
     """Every model of this library: an encoder, alone or as a part of a masked autoencoder.
 
-    ``create_model`` adds what it knows: ``config`` (architecture, model_args, grid, card), ``pretrained_cfg`` (the
+    ``create_model`` adds what it knows: ``config`` (architecture, model_args, grid), ``pretrained_cfg`` (the
     weight card as a dictionary, empty without one) and, where weights were loaded, ``load_report``.
     """
 
