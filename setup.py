@@ -63,7 +63,7 @@ def cuda_architectures(nvcc: Path) -> list[str]:
 
 
 class BuildNative(build_ext):
-    """Compiles cuda/cpu_kernels.cpp once per CPU variant and .cu files with nvcc, then links all with the bindings."""
+    """Compiles cuda/cpu_kernels.cpp once per CPU variant, the .cu files with nvcc, and links them with the bindings."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         """Build one extension; a compiler error ends with what can be switched off."""

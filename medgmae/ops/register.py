@@ -46,7 +46,7 @@ class Kernels(Protocol):
     def backward(self) -> Callable[..., Any]: ...  # noqa: D102
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operator(Generic[Inputs]):
     """What torch is told of ``medgmae::name`` and of its derivative ``medgmae::name_backward``.
 
@@ -80,7 +80,7 @@ class Operator(Generic[Inputs]):
         """Inputs that have a gradient."""
         return self.tensors - list(get_type_hints(self.inputs, include_extras=True).values()).count(Index)
 
-    @property
+    @cached_property
     def further(self) -> tuple[str, ...]:
         """The results behind the first."""
         return self.results[1:]
@@ -101,19 +101,21 @@ class Operator(Generic[Inputs]):
 
     def forward(self, kernels: Kernels) -> Callable[..., Any]:
         """The operator as torch calls it."""
+        compute, inputs = kernels.forward, self.inputs
 
         def run(*values: Any) -> Any:
-            return kernels.forward(self.inputs(*values))
+            return compute(inputs(*values))
 
         return _without_autocast(run)
 
     def backward(self, kernels: Kernels) -> Callable[..., Any]:
         """The derivative as torch calls it; what is absent gets an empty gradient."""
+        compute, split = kernels.backward, self.split
 
         def run(*values: Any) -> Any:
-            lead, inputs = self.split(values)
-            gradients = kernels.backward(*lead, inputs)
-            return tuple(inputs[0].new_empty(0) if g is None else g for g in gradients)
+            lead, inputs = split(values)
+            gradients = compute(*lead, inputs)
+            return tuple([inputs[0].new_empty(0) if g is None else g for g in gradients])
 
         return _without_autocast(run)
 
@@ -132,18 +134,18 @@ class Operator(Generic[Inputs]):
         """Keep for autograd what the derivative takes."""
         if self.further:
             ctx.set_materialize_grads(False)
-        kept = output[1:] if self.further else ()
-        ctx.save_for_backward(*kept, *inputs[: self.tensors])
-        ctx.options = inputs[self.tensors :]
+        kept, tensors = output[1:] if self.further else (), self.tensors
+        ctx.save_for_backward(*kept, *inputs[:tensors])
+        ctx.options = inputs[tensors:]
 
     def differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Autograd's backward."""
-        saved = ctx.saved_tensors
+        saved, options = ctx.saved_tensors, ctx.options
         # Only the last of several results was used; the first has the shape of the first input.
         grad = torch.zeros_like(saved[len(self.further)]) if grads[0] is None else grads[0]
-        gradients = _overload(f"{self.name}_backward")(grad, *grads[1:], *saved, *ctx.options)
+        gradients = _overload(f"{self.name}_backward")(grad, *grads[1:], *saved, *options)
         wanted = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
-        return (*wanted, *[None] * (self.tensors - self.differentiable + len(ctx.options)))
+        return (*wanted, *[None] * (self.tensors - self.differentiable + len(options)))
 
     def refuse(self, ctx: Any, *grads: Tensor) -> None:
         """Autograd's backward of the derivative."""

@@ -130,6 +130,8 @@ def selective_scan(
     dtype = streams[0].dtype
     for tensor in streams[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
+    given = (u, delta, A, B, C, D, z, delta_bias)
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     inputs = ScanInputs(
         u=u.to(dtype).transpose(1, 2),
         delta=delta.to(dtype).transpose(1, 2),
@@ -141,10 +143,9 @@ def selective_scan(
         delta_bias=None if delta_bias is None else delta_bias.to(wide),
         softplus=delta_softplus,
         reverse=reverse,
-        chunk=CHUNK,
+        chunk=CHUNK if learning else max(u.shape[2], 1),
     )
-    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:8])
-    out, states = _OP(*(inputs if learning else inputs._replace(chunk=max(u.shape[2], 1))))
+    out, states = _OP(*inputs)
     result: Tensor = out.to(u.dtype).transpose(1, 2)
     if not return_last_state:
         return result
