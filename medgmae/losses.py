@@ -128,11 +128,11 @@ def _band(size: int, window_size: int, sigma: float, like: Tensor) -> Tensor:
     return (-0.5 * (offsets / sigma).square()).exp() * (offsets.abs() <= half) / total
 
 
-def psnr(found: Tensor, true: Tensor, *, data_range: float = 1.0, where: Tensor | None = None) -> float:
+def psnr(predicted: Tensor, true: Tensor, *, data_range: float = 1.0, where: Tensor | None = None) -> float:
     """Peak signal-to-noise ratio in dB, 10 log10(data_range² / mean squared error); infinite where nothing differs.
 
     Args:
-        found: any shape.
+        predicted: any shape.
         true: the same shape.
         data_range: largest minus smallest possible value.
         where: bool, of a shape that broadcasts to theirs: the voxels that count; all when None.
@@ -140,12 +140,12 @@ def psnr(found: Tensor, true: Tensor, *, data_range: float = 1.0, where: Tensor 
     Raises:
         ValueError: shapes differ, no voxel counts, or the range is not positive.
     """
-    if found.shape != true.shape or not data_range > 0:
+    if predicted.shape != true.shape or not data_range > 0:
         raise ValueError(
-            f"psnr needs two volumes of one shape and a positive data_range, got {tuple(found.shape)}, "
+            f"psnr needs two volumes of one shape and a positive data_range, got {tuple(predicted.shape)}, "
             f"{tuple(true.shape)} and {data_range}"
         )
-    squared = (found.double() - true.double()).square()
+    squared = (predicted.double() - true.double()).square()
     squared = squared if where is None else squared[where.expand_as(squared)]
     if not squared.numel():
         raise ValueError("psnr of no voxels; expected at least one that counts")

@@ -187,11 +187,11 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
         (whole.replace(b"element vertex", b"element chunk"), "first element is 'chunk 5'"),
         (whole.replace(b"float opacity", b"float alpha__"), "expected Gaussians, with opacity"),
         (whole.replace(b"float nx", b"float x"), "each name once"),
-        (whole.replace(b"property float nx", b"property list uchar int nx"), "'list uchar int nx' is no number"),
+        (whole.replace(b"property float nx", b"property list uchar int nx"), "'list uchar int nx' is not a number"),
         (whole.replace(b"frame axes", b"frame moon"), "frame is 'moon'; expected one of axes, world"),
         (whole[:-20] + np.float32(np.nan).tobytes() + whole[-16:], "quats of Gaussian 4 is NaN or infinite"),
         (text[: text.rindex(b" ")], "is cut off: 113 numbers, expected 114 for 6 Gaussians"),
-        (text[: text.rindex(b" ")] + b" none", "a value is no number"),
+        (text[: text.rindex(b" ")] + b" none", "a value is not a number"),
     ]:
         broken.write_bytes(content)
         with pytest.raises(ValueError, match=re.escape(message)) as error:

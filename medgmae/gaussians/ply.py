@@ -107,7 +107,7 @@ def read_ply(path: str | os.PathLike[str]) -> Splats:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no PLY file, holds no Gaussians, is cut off or longer than its header says, or holds NaN or
+        ValueError: it is not a PLY file, holds no Gaussians, is cut off or longer than its header says, or holds NaN or
             infinite values.
     """
     table = _table(Path(path))
@@ -136,8 +136,8 @@ def read_ply(path: str | os.PathLike[str]) -> Splats:
     return splats
 
 
-def _same(expected: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.bool_]:
-    return np.asarray(np.abs(expected - found) <= _SAME * np.maximum(1, np.abs(expected)))
+def _same(expected: NDArray[np.float64], stored: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.asarray(np.abs(expected - stored) <= _SAME * np.maximum(1, np.abs(expected)))
 
 
 def _check_finite(where: str, splats: Splats) -> None:
@@ -197,7 +197,7 @@ def _layout(path: Path, lines: list[list[str]], order: str) -> tuple[int, np.dty
     odd = next((words for words in properties if len(words) != 2 or words[0] not in _TYPES), None)
     if odd is not None:
         raise ValueError(
-            f"{path}: the vertex property {' '.join(odd)!r} is no number; expected properties such as 'float x'"
+            f"{path}: the vertex property {' '.join(odd)!r} is not a number; expected properties such as 'float x'"
         )
     names = [name for _, name in properties]
     missing = [name for name in _NEEDED if name not in names]
@@ -224,7 +224,7 @@ def _text(path: Path, body: bytes, count: int, dtype: np.dtype[Any]) -> NDArray[
     try:
         numbers = np.array(words[: count * width]).astype(np.float64).reshape(count, width)
     except ValueError as error:
-        raise ValueError(f"{path}: a value is no number: {error}") from None
+        raise ValueError(f"{path}: a value is not a number: {error}") from None
     values = np.empty(count, dtype)
     for name, column in zip(dtype.names or (), numbers.T, strict=True):
         values[name] = column

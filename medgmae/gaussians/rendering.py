@@ -153,7 +153,7 @@ class Gaussians:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: the file is not of that frame, is no PLY file of Gaussians, is cut off, or holds NaN.
+            ValueError: the file is not of that frame, is not a PLY file of Gaussians, is cut off, or holds NaN.
         """
         splats = read_ply(path)
         if frame not in (None, "axes", "world") or (frame and splats.frame not in (None, frame)):

@@ -1,4 +1,4 @@
-"""The dialect of MedGMAE's Gaussian autoencoders: official names and conventions become ours.
+"""The dialect of MedGMAE's Gaussian autoencoders: official names and conventions are converted to ours.
 
 The authors' renderer works with the transposed rotation (inverse covariance Rᵀ diag(1 / s²) R), which is ours with the
 quaternion conjugated. A head's outputs are linear in its rows, so the conjugation is done once, on the weights.

@@ -1,4 +1,4 @@
-"""State dictionaries of every known dialect become ours, once, here.
+"""State dictionaries of every known dialect are converted to our names, once, here.
 
 Our language: one dictionary for the encoder, one for the decoder; tables of positions (1, N, E) without class row; a
 class row of the encoder's table added into the class token; patch weights (E, C, *patch). See :func:`convert`.
