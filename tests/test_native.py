@@ -15,7 +15,7 @@ import torch
 
 import medgmae
 from medgmae import _C
-from medgmae.ops import conv, native_info, self_test, selftest, voxel
+from medgmae.ops import check, conv, native_info, self_test, voxel
 from medgmae.ops.conv.call import Call
 from medgmae.ops.conv.inputs import ConvInputs
 from medgmae.ops.native import CudaInfo
@@ -70,7 +70,7 @@ def test_self_test_takes_every_path() -> None:
 
 def test_self_test_renders_on_coarse_lattices() -> None:
     """The only way to the banded product."""
-    inputs = next(case.inputs for case in selftest._cases() if case.name == "voxelize in levels")
+    inputs = next(case.inputs for case in check._cases() if case.name == "voxelize in levels")
     assert voxel.levels.strides(VoxelInputs(*(t.float() for t in inputs[:4]), *inputs[4:])) == (4, 2)
 
 
@@ -104,10 +104,10 @@ def test_a_gpu_that_the_module_cannot_use_is_reported(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla")
-    monkeypatch.setattr(selftest, "native_info", lambda: {**native_info(), "cuda": cuda})
+    monkeypatch.setattr(check, "native_info", lambda: {**native_info(), "cuda": cuda})
     with pytest.raises(RuntimeError, match=message):
         self_test()
-    assert selftest.gpu_problem(GPU) is None
+    assert check.gpu_problem(GPU) is None
 
 
 def test_a_gpu_without_code_for_it_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,9 +115,9 @@ def test_a_gpu_without_code_for_it_is_reported(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("causal_conv1d on CUDA: cudaErrorNoKernelImageForDevice: no kernel image is available")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    case = next(case for case in selftest._cases() if case.name == "causal_conv1d")
+    case = next(case for case in check._cases() if case.name == "causal_conv1d")
     with pytest.raises(RuntimeError, match=r"no code for this GPU \(sm_70\)"):
-        selftest._error((launch, launch), case.inputs, torch.float32, "cpu", [])
+        check._error((launch, launch), case.inputs, torch.float32, "cpu", [])
 
 
 @pytest.mark.parametrize(

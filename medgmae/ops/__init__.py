@@ -1,9 +1,9 @@
 """Operators, one room each: a torch reference for every device and native kernels where `medgmae._C` has them."""
 
+from medgmae.ops.check import self_test
 from medgmae.ops.conv.operator import causal_conv1d
 from medgmae.ops.native import native_info
 from medgmae.ops.scan.operator import selective_scan
-from medgmae.ops.selftest import self_test
 from medgmae.ops.voxel.operator import voxelize
 
 __all__ = ["causal_conv1d", "native_info", "selective_scan", "self_test", "voxelize"]
