@@ -171,7 +171,7 @@ def test_native_module_needs_neither_torch_nor_cuda(wheel: Path, tmp_path: Path)
     allowed = re.compile(r"linux-vdso|libstdc\+\+|libgomp|libgcc_s|libc|libm|libdl|librt|libpthread|/lib.*/ld-linux.*")
     assert needed
     assert not [library for library in needed if not allowed.fullmatch(library)]
-    symbols = run("nm", "-D", module, cwd=tmp_path)
+    symbols = "\n".join(line.split()[-1] for line in run("nm", "-D", module, cwd=tmp_path).splitlines())  # no addresses
     assert "PyInit__C" in symbols
     # An exported cudart would answer for the one that torch loads; a torch symbol would tie the wheel to one torch.
     assert not re.search(r"\bcuda\w+|c10|torch|at::", symbols)

@@ -242,7 +242,7 @@ def _offer_streams(case: Case, model: Any, x: Tensor, streams: list[tuple[Tensor
 
     Where the stream is turned as well, our blocks get the sum of the two turned at once; the case has the two apart.
     """
-    sequence, table = model._embed(x, None)
+    sequence, table = model._sequence(x, None)
     case.offer("tokens_with_pos", sequence)
     for i, (hidden, residual) in enumerate(streams):
         case.offer(f"block{i}_in_hidden", sequence if table is None else mamba.rotate(sequence, table))

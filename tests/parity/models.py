@@ -50,7 +50,7 @@ def decoder(options: Options) -> dict[str, Any]:
 
 def load(model: M, file: Path | Mapping[str, Tensor], source_grid: Any = None, unused: str = "") -> M:
     """Fill a model from a file; every tensor must find its place, but those whose names match ``unused``."""
-    grid = tuple(source_grid) if source_grid else getattr(model, "encoder", model).grid
+    grid = tuple(source_grid) if source_grid else model.encoder.grid_size
     report = medgmae.load_pretrained(model, file, source_grid=grid)
     assert not report.missing, f"not in the file: {report.missing}"
     left = [name for name in report.unused if not (unused and re.search(unused, name))]

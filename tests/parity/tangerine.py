@@ -36,7 +36,7 @@ def vit(config: dict[str, Any]) -> medgmae.ViT:
     model = medgmae.ViT(
         **geometry(settings),
         **transformer(settings),
-        global_pool="token_avg" if pooled else "cls",
+        global_pool="token_avg" if pooled else "token",
         num_classes=settings("num_classes", 0),
         head_hidden=tuple(settings("hidden_layers", ())),
     )
@@ -48,7 +48,7 @@ def embeddings(model: medgmae.ViT, x: Tensor) -> dict[str, Tensor]:
     """What the reference's extraction script calls its embeddings; all but ``pre_logits`` are not normalised."""
     tokens = raw_tokens(model, x)
     concat = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
-    pooled = model.global_pool == "cat"
+    pooled = model.global_pool == "token_avg"
     return {
         "tokens": tokens,
         "class": tokens[:, 0],
@@ -152,7 +152,11 @@ def container(case: Case) -> None:
 
 
 def _check_groups(case: Case, model: medgmae.MaskedAutoencoder, names: dict[str, str]) -> None:
-    """The reference's optimiser decays the same parameters as our groups."""
+    """The reference's optimiser decays the same parameters as our groups, but for the tokens.
+
+    The reference hands no marks to its optimiser in pre-training: it decays the class token and the mask token, which
+    ours leaves alone. With the marks left out the groups are the same.
+    """
     official = {our: name for name, our in names.items()}
     of = {id(parameter): official.get(name, name) for name, parameter in model.named_parameters()}
     listed = {0.0: case.spec["no_decay_params"]}
@@ -160,6 +164,9 @@ def _check_groups(case: Case, model: medgmae.MaskedAutoencoder, names: dict[str,
     assert len(decays) == 1, f"expected one weight decay besides 0, the case has {decays}"
     decay = decays.pop()
     listed[decay] = case.spec["decay_params"]
+    spared = {name for name, parameter in model.named_parameters() if parameter.requires_grad} & model.no_weight_decay()
+    case.same("trained parameters with marks of ours", sorted(spared), ["decoder.mask_token", "encoder.cls_token"])
+    model.no_weight_decay = lambda: set()  # type: ignore[method-assign]
     for group in param_groups(model, decay):
         found = sorted(of[id(parameter)] for parameter in group["params"])
         case.same(f"parameters with weight decay {group['weight_decay']}", found, sorted(listed[group["weight_decay"]]))
@@ -176,7 +183,7 @@ def finetune_optim(case: Case) -> None:
     # A hidden layer is three modules, two of which have weights: head.0, head.2 | head.3, head.5 | ... | the last.
     head: dict[str, Any] = {"num_classes": 2, "head_hidden": (4,) * (len(hidden) // 2)} if _has_head(case) else {}
     model = medgmae.ViT(
-        8, 4, embed_dim=12, depth=depth, num_heads=2, global_pool="token_avg" if pooled else "cls", **head
+        8, 4, embed_dim=12, depth=depth, num_heads=2, global_pool="token_avg" if pooled else "token", **head
     )
     groups = param_groups(model, settings("weight_decay"), layer_decay=settings("layer_decay"))
     optimizer = torch.optim.AdamW(groups, lr=settings("lr"))
@@ -278,7 +285,7 @@ def manifest(case: Case) -> None:
     overrides: dict[str, Any] = {}
     if "global_pool" in config:
         overrides = {
-            "global_pool": "token_avg" if config["global_pool"] else "cls",
+            "global_pool": "token_avg" if config["global_pool"] else "token",
             "num_classes": config["num_classes"],
         }
         if config.get("hidden_layers"):
