@@ -57,7 +57,7 @@ class Side:
 
 def rendering(renderer: nn.Module, gaussians: Gaussians, x: Tensor, masking: Masking, patch: Any) -> float:
     """Seconds of one rendering of the masked patches, forward and backward."""
-    leaves = Gaussians(*(tensor.detach().clone().requires_grad_() for tensor in gaussians))
+    leaves = Gaussians(*(tensor.detach().clone().requires_grad_() for tensor in gaussians.tensors()))
     hidden = torch.stack([torch.nonzero(mask).flatten() for mask in masking.mask])
     begin = time.perf_counter()
     renderer(leaves, x.shape[2:], hidden, patch).sum().backward()

@@ -44,7 +44,7 @@ class SliceLoopRenderer(nn.Module):
     ) -> Tensor:
         """As :class:`medgmae.GaussianRenderer`."""
         samples = [
-            _SliceLoop.apply(*(tensor[i : i + 1] for tensor in gaussians), tuple(size))
+            _SliceLoop.apply(*(tensor[i : i + 1] for tensor in gaussians.tensors()), tuple(size))
             for i in range(len(gaussians.means))
         ]
         volume = torch.stack(samples)[:, None]
@@ -75,5 +75,5 @@ class ReferenceRenderer(nn.Module):
 
     def forward(self, gaussians: Gaussians, size: Sequence[int]) -> Tensor:
         """As :class:`medgmae.GaussianRenderer`."""
-        rendered: Tensor = _Reference.apply(*gaussians, tuple(size))
+        rendered: Tensor = _Reference.apply(*gaussians.tensors(), tuple(size))
         return rendered

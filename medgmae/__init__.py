@@ -50,6 +50,7 @@ _PUBLIC = {
     "dense_features": "medgmae.inference.features",
     "feature_colours": "medgmae.inference.colours",
     "Features": "medgmae.inference.features",
+    "PooledFeatures": "medgmae.inference.features",
     "inspect_checkpoint": "medgmae.checkpoints.inspection",
     "reconstruct_scan": "medgmae.inference.reconstruction",
     "Reconstruction": "medgmae.inference.reconstruction",
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     from medgmae.gaussians.rendering import Gaussians as Gaussians
     from medgmae.inference.colours import feature_colours as feature_colours
     from medgmae.inference.features import Features as Features
+    from medgmae.inference.features import PooledFeatures as PooledFeatures
     from medgmae.inference.features import dense_features as dense_features
     from medgmae.inference.features import extract_features as extract_features
     from medgmae.inference.latents import latent_map_defaults as latent_map_defaults

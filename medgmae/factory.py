@@ -19,7 +19,7 @@ from medgmae.models.encoder import Encoder, Model
 from medgmae.models.gmae import GaussianMAE
 from medgmae.models.mae import MaskedAutoencoder
 from medgmae.models.names import EncoderName, GaussianName, VoxelName
-from medgmae.models.registry import matching, model_builder, model_names
+from medgmae.models.registry import is_registered, matching, model_builder, model_names
 
 FOLDER_PREFIXES = ("hf-hub:", "local-dir:")
 
@@ -86,7 +86,7 @@ def create_model(
         **overrides: options of the architecture: img_size, in_chans, num_classes, global_pool, drop_path_rate ...
 
     Returns:
-        The model in training mode, on torch's default device, with ``config`` (architecture, model_args, grid),
+        The model in training mode, on torch's default device, with ``config`` (architecture, model_args),
         ``pretrained_cfg`` (the weight card, or an empty dictionary) and, where weights were loaded, ``load_report``. On
         the CPU the parameters are then mapped from the file, which is quick and takes its size in memory once: do not
         write over that file in place while the model lives. :func:`~medgmae.save_pretrained` replaces files safely.
@@ -101,22 +101,33 @@ def create_model(
     loading = {"strict": strict, "source_grid": source_grid, "inflate": inflate, **fetching}
     if isinstance(name, os.PathLike):
         name = f"local-dir:{os.fspath(name)}"
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a model is text or a path, got {name!r}; list_models() gives the names")
     if name.startswith(FOLDER_PREFIXES):
-        if checkpoint_path is not None:
+        if checkpoint_path:
             raise ValueError(f"{name} brings its own weights; drop checkpoint_path={os.fspath(checkpoint_path)!r}")
         return _from_saved(name, pretrained, overrides, loading, fetching)
     if "/" in name or os.sep in name:
-        raise ValueError(f"{name!r} is not a model name; did you mean 'local-dir:{name}' or 'hf-hub:{name}'?")
+        raise ValueError(f"{name!r} is not a model name; did you mean {_meant(name)}?")
     architecture, dot, tag = name.partition(".")
+    if not is_registered(architecture) and os.path.isdir(name):
+        raise ValueError(f"{name!r} is not a model name, but a folder; did you mean {_meant(name)}?")
     model_builder(architecture)
     if dot and not tag:
         raise ValueError(f"{name!r} ends without a tag; known weights: {list_weights(f'{architecture}.*') or 'none'}")
+    if checkpoint_path and pretrained not in (None, False):  # timm's default of checkpoint_path is ""
+        raise ValueError(f"checkpoint_path and pretrained={pretrained!r} both name weights; leave one out")
     card, source = _choose(architecture, tag, pretrained)
-    if checkpoint_path is not None:
-        if pretrained not in (None, False):
-            raise ValueError(f"checkpoint_path and pretrained={pretrained!r} both name weights; leave one out")
-        source = os.fspath(checkpoint_path)
+    source = os.fspath(checkpoint_path) if checkpoint_path else source
     return _build(architecture, {**dict(card.model_args if card else {}), **overrides}, card, source, loading)
+
+
+def _meant(name: str) -> str:
+    """The spellings of a model that has been saved somewhere, for what a user typed."""
+    if name.startswith("hf_hub:"):  # timm's former prefix
+        return repr(name.replace("hf_hub:", "hf-hub:", 1))
+    local = repr(f"local-dir:{name}")
+    return local if name.startswith(("/", "~", ".")) or os.path.exists(name) else f"{local} or 'hf-hub:{name}'"
 
 
 def _choose(architecture: str, tag: str, pretrained: bool | Source | None) -> tuple[WeightCard | None, Any]:
@@ -189,7 +200,6 @@ def _build(
     model.config = {
         "architecture": architecture,
         "model_args": model_args,
-        "grid": list(model.grid_size),
     }
     if source is not None:
         model.load_report = load_pretrained(model, source, **loading)
@@ -207,7 +217,7 @@ def card_input(source: Any) -> Mapping[str, Any]:
         VolumeError: there is none.
     """
     if isinstance(source, Mapping):
-        return source
+        return source["input"] or {} if "tag" in source and "input" in source else source  # a card, as pretrained_cfg
     what = repr(source)
     if isinstance(source, str):
         source = weight_card(source)

@@ -57,4 +57,4 @@ def plain(output: Any) -> Any:
     """An output as assert_close compares it: Gaussians as their tensors."""
     if isinstance(output, Tensor):
         return output
-    return [tuple(part) if isinstance(part, medgmae.Gaussians) else part for part in output]
+    return [part.tensors() if isinstance(part, medgmae.Gaussians) else part for part in output]

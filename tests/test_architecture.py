@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, list[str]] = {
     "gaussians": ["ops"],
     "models": ["layers", "gaussians", "losses"],
     "checkpoints": ["_version", "layers", "models.encoder", "models.parts", "models.registry"],
-    "inference": ["models.encoder", "layers", "gaussians", "data", "ops.progress"],
+    "inference": ["models.encoder", "models.parts", "layers", "gaussians", "data", "ops.progress"],
     "factory": ["checkpoints", "models", "data"],
     "visualize": ["inference", "data"],
     "training": ["factory", "checkpoints", "inference", "evaluation", "data", "losses"],

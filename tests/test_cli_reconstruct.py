@@ -65,7 +65,7 @@ def test_files_and_figures_are_the_librarys(saved: Path, scan: Path, tmp_path: P
     assert torch.equal(medgmae.data.resample_like(written, volume).data, expected.predicted.data)
     # From the files alone: the Gaussians on the grid of the written volume, and in the patient where the scan is.
     gaussians = medgmae.Gaussians.load_ply(files["--ply"], "world")
-    rendered = voxelize(*gaussians.to_grid(written), written.size)[0]
+    rendered = voxelize(*gaussians.to_grid(written).tensors(), written.size)[0]
     torch.testing.assert_close(rendered, written.data, rtol=0, atol=1e-4)
     source = medgmae.read_volume(scan)
     index = source.grid.index(gaussians.means[0].numpy())

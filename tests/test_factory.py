@@ -95,7 +95,6 @@ def test_the_config_builds_the_model_again() -> None:
     assert model.config == {
         "architecture": "vit_nano_patch8_32",
         "model_args": {"img_size": (16, 24, 8), "in_chans": 2, "global_pool": "token_avg", "num_classes": 3},
-        "grid": [2, 3, 1],
     }
     again = medgmae.create_model(model.config["architecture"], **model.config["model_args"])
     again.load_state_dict(model.state_dict())
@@ -192,7 +191,7 @@ def test_what_is_no_source_is_refused(source: Any) -> None:
 
 
 def test_names_that_are_paths_or_unfinished() -> None:
-    with pytest.raises(ValueError, match=r"did you mean 'local-dir:\./folder' or 'hf-hub:\./folder'"):
+    with pytest.raises(ValueError, match=r"did you mean 'local-dir:\./folder'\?"):
         medgmae.create_model("./folder")
     with pytest.raises(ValueError, match="ends without a tag"):
         medgmae.create_model("vit_tiny_patch8_64.")
@@ -212,3 +211,44 @@ def test_a_masking_of_another_batch_or_grid_is_refused() -> None:
             model(torch.rand(2, 1, 32, 32, 32), masking)
     with pytest.raises(ValueError, match="keep is for a batch of 1"):
         model.encoder.forward_features(torch.rand(2, 1, 32, 32, 32), keep=medgmae.random_masking(1, 64, 0.5).keep)
+
+
+def test_paths_and_timms_words_for_weights(tmp_path: Path) -> None:
+    model = randomize(medgmae.create_model("vit_nano_patch8_32"))
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    again = medgmae.create_model("vit_nano_patch8_32", checkpoint_path=tmp_path / "w.pth")
+    assert_same_state(again, state_copy(model))
+    assert not hasattr(medgmae.create_model("vit_nano_patch8_32", checkpoint_path=""), "load_report")
+    with pytest.raises(ValueError, match="both name weights"):
+        medgmae.create_model("vit_nano_patch8_32", pretrained=True, checkpoint_path=tmp_path / "w.pth")
+    with pytest.raises(TypeError, match="name of a model is text or a path, got None"):
+        medgmae.create_model(None)  # type: ignore[call-overload]
+
+
+def test_a_folder_without_its_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    medgmae.save_pretrained(medgmae.create_model("vit_nano_patch8_32"), "finetuned")
+    with pytest.raises(ValueError, match="but a folder; did you mean 'local-dir:finetuned'"):
+        medgmae.create_model("finetuned")
+    with pytest.raises(ValueError, match=r"did you mean 'local-dir:/some/folder'\?"):
+        medgmae.create_model("/some/folder")
+    with pytest.raises(ValueError, match=r"did you mean 'hf-hub:org/net'\?"):
+        medgmae.create_model("hf_hub:org/net")
+    with pytest.raises(WeightsError, match=r"saved as a folder; leave out '\.safetensors'"):
+        medgmae.save_pretrained(medgmae.create_model("vit_nano_patch8_32"), "model.safetensors")
+
+
+def test_the_preprocessing_of_a_models_own_card() -> None:
+    model = medgmae.create_model("vit_tiny_patch8_64.demo")
+    for source in (model, model.pretrained_cfg, "vit_tiny_patch8_64.demo"):
+        assert medgmae.create_transform(source).input == medgmae.create_transform(model.pretrained_cfg["input"]).input
+
+
+def test_names_are_listed_by_parts_of_them() -> None:
+    assert medgmae.list_models("nano") == [name for name in medgmae.list_models() if "nano" in name]
+    both = medgmae.list_models(["vim_*", "gmae_vit_nano*"])
+    assert both == sorted([*medgmae.list_models("vim_*"), "gmae_vit_nano_patch8_32"])
+    assert medgmae.list_models("tangerine", pretrained=True) == [
+        "mae_vit_large_patch16_256.tangerine",
+        "vit_large_patch16_256.tangerine",
+    ]

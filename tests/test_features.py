@@ -290,7 +290,8 @@ def test_features_show_what_they_are_and_not_their_numbers(nano: medgmae.ViT) ->
     html = features._repr_html_()
     assert "<th>pooled</th><td>(24,)</td>" in html
     assert place in html
-    assert repr(features._replace(map=None)) == "Features(pooled: (24,), map: None)"
+    pooled_only = medgmae.extract_features(nano, volume(40, 32, 32), want_map=False)
+    assert repr(pooled_only) == "PooledFeatures(pooled: (24,))"
     pooled, maps = features
     assert pooled is features.pooled
     assert maps is features.map

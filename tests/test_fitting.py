@@ -46,8 +46,8 @@ def test_it_finds_what_was_rendered() -> None:
     scan = blobs()
     told: list[tuple[int, float]] = []
     found = fit_gaussians(scan, 60, 150, callback=lambda *progress: told.append(progress))
-    assert [tensor.shape for tensor in found] == [(1, 60, 3), (1, 60, 3), (1, 60, 4), (1, 60)]
-    assert not any(tensor.requires_grad for tensor in found)
+    assert [tensor.shape for tensor in found.tensors()] == [(1, 60, 3), (1, 60, 3), (1, 60, 4), (1, 60)]
+    assert not any(tensor.requires_grad for tensor in found.tensors())
     assert [done for done, _ in told] == list(range(1, 151))
     assert score(found, scan) > 38
     assert score(found, scan) == pytest.approx(told[-1][1], abs=1)
@@ -66,7 +66,7 @@ def test_exactly_as_many_as_were_asked_for(count: int, steps: int) -> None:
     scan = blobs()
     found = fit_gaussians(scan, count, steps)
     assert found.means.shape == (1, count, 3)
-    assert all(bool(tensor.isfinite().all()) for tensor in found)
+    assert all(bool(tensor.isfinite().all()) for tensor in found.tensors())
     assert bool((found.densities != 0).all())
 
 
@@ -148,14 +148,14 @@ def test_thin_volumes(size: tuple[int, int, int]) -> None:
     data = torch.zeros(1, *size)
     data[0, size[0] // 2, size[1] // 2, size[2] // 2] = 1
     found = fit_gaussians(data, 5, 20)
-    assert all(bool(tensor.isfinite().all()) for tensor in found)
+    assert all(bool(tensor.isfinite().all()) for tensor in found.tensors())
     assert score(found, Volume(data)) > -10 * math.log10(float(data.mean()))  # better than nothing
 
 
 def test_a_checkerboard_has_no_central_differences() -> None:
     d, h, w = torch.meshgrid(*[torch.arange(8)] * 3, indexing="ij")
     found = fit_gaussians(((d + h + w) % 2).float()[None], 10, 5)
-    assert all(bool(tensor.isfinite().all()) for tensor in found)
+    assert all(bool(tensor.isfinite().all()) for tensor in found.tensors())
 
 
 def ruined(value: float) -> Tensor:

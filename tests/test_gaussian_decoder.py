@@ -49,7 +49,7 @@ def level0(model: Any, x: Tensor) -> list[Tensor]:
 
 
 def assert_gaussians(found: medgmae.Gaussians, expected: list[Tensor]) -> None:
-    for ours, theirs in zip(found, [*expected[:3], 0.1 * expected[3]], strict=True):
+    for ours, theirs in zip(found.tensors(), [*expected[:3], 0.1 * expected[3]], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 

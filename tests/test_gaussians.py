@@ -51,7 +51,7 @@ def covariance(gaussians: Gaussians) -> Tensor:
 
 
 def assert_same_bits(found: Gaussians, expected: Gaussians) -> None:
-    for name, a, b in zip(("means", "scales", "quats", "densities"), found, expected, strict=True):
+    for name, a, b in zip(("means", "scales", "quats", "densities"), found.tensors(), expected.tensors(), strict=True):
         assert a.shape == b.shape, name
         np.testing.assert_array_equal(a.numpy().view(np.int32), b.numpy().view(np.int32), err_msg=name)
 
@@ -217,7 +217,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_joined_sets_render_as_their_sum() -> None:
     first, second = some(3, batch=2, seed=1), some(5, batch=2, seed=2)
     joined = Gaussians.concat([first, second])
-    assert [tuple(t.shape) for t in joined] == [(2, 8, 3), (2, 8, 3), (2, 8, 4), (2, 8)]
+    assert [tuple(t.shape) for t in joined.tensors()] == [(2, 8, 3), (2, 8, 3), (2, 8, 4), (2, 8)]
     expected = voxelize(*first, SIZE) + voxelize(*second, SIZE)
     torch.testing.assert_close(voxelize(*joined, SIZE), expected)
     with pytest.raises(ValueError, match=r"batch sizes \[1, 2\]"):
@@ -256,7 +256,7 @@ def test_through_the_patient_and_back_renders_the_same(
         gaussians = some(dtype=dtype)
         back = gaussians.to_world(place).to_grid(Volume(torch.zeros(1, *size), place))
         assert all(t.dtype == dtype for t in back)
-        direct, through = (voxelize(*g, size, support=support) for g in (gaussians, back))
+        direct, through = (voxelize(*g.tensors(), size, support=support) for g in (gaussians, back))
         assert float((direct - through).abs().max()) <= tolerance * float(direct.abs().max())
 
 
@@ -265,8 +265,8 @@ def test_a_windows_gaussians_render_the_same_voxels_on_the_whole_scan(support: f
     scan = grid("oblique", (15, 20, 17))
     start, window = (4, 6, 3), (8, 10, 12)
     gaussians = some(dtype=torch.float64)
-    inside = voxelize(*gaussians, window, support=support)
-    whole = voxelize(*gaussians.to_world(scan.part(start, window)).to_grid(scan), scan.size, support=support)
+    inside = voxelize(*gaussians.tensors(), window, support=support)
+    whole = voxelize(*gaussians.to_world(scan.part(start, window)).to_grid(scan).tensors(), scan.size, support=support)
     part = whole[(..., *(slice(s, s + w) for s, w in zip(start, window, strict=True)))]
     torch.testing.assert_close(part, inside, rtol=1e-9, atol=1e-9)
 
@@ -302,7 +302,7 @@ def test_nothing_that_is_not_finite_is_moved() -> None:
 
 def test_no_gaussians_are_a_set_too(tmp_path: Path) -> None:
     empty = some(0)
-    assert all(t.shape[1] == 0 for t in empty.to_world(grid()).to_grid(grid()))
+    assert all(t.shape[1] == 0 for t in empty.to_world(grid()).to_grid(grid()).tensors())
     empty.save_ply(tmp_path / "g.ply")
     assert Gaussians.load_ply(tmp_path / "g.ply").means.shape == (1, 0, 3)
 
@@ -310,19 +310,26 @@ def test_no_gaussians_are_a_set_too(tmp_path: Path) -> None:
 def test_sets_of_a_batch() -> None:
     gaussians = some(batch=3)
     assert len(gaussians) == 3
-    assert_same_bits(gaussians[1], Gaussians(*(t[1:2] for t in gaussians)))
+    assert_same_bits(gaussians[1], Gaussians(*(t[1:2] for t in gaussians.tensors())))
     assert_same_bits(gaussians[-1], gaussians[2])
-    assert_same_bits(gaussians[:2], Gaussians(*(t[:2] for t in gaussians)))
+    assert_same_bits(gaussians[:2], Gaussians(*(t[:2] for t in gaussians.tensors())))
+    for i, one in enumerate(gaussians):
+        assert_same_bits(one, gaussians[np.int64(i)])
+    assert_same_bits(gaussians[torch.tensor(1)], gaussians[1])
     with pytest.raises(IndexError, match="set 3 of a batch of 3"):
         gaussians[3]
+    for wrong in ((0, 1), None, 1.0):
+        with pytest.raises(TypeError):
+            gaussians[wrong]
 
 
 def test_to_another_dtype_and_without_gradients() -> None:
     gaussians = some()
-    assert {t.dtype for t in gaussians.to(torch.float64)} == {torch.float64}
-    assert {t.device.type for t in gaussians.to("meta")} == {"meta"}
-    learning = Gaussians(*(t.clone().requires_grad_() for t in gaussians))
-    assert not any(t.requires_grad for t in learning.detach())
+    assert {t.dtype for t in gaussians.to(torch.float64).tensors()} == {torch.float64}
+    assert {t.device.type for t in gaussians.to("meta").tensors()} == {"meta"}
+    assert (gaussians.to("meta").device.type, gaussians.dtype) == ("meta", torch.float32)
+    learning = Gaussians(*(t.clone().requires_grad_() for t in gaussians.tensors()))
+    assert not any(t.requires_grad for t in learning.detach().tensors())
 
 
 def test_how_they_show_themselves() -> None:
@@ -330,11 +337,12 @@ def test_how_they_show_themselves() -> None:
     table = some()._repr_html_()
     assert table.count("<tr>") == 5
     assert "(1, 20, 4)" in table
-    assert Gaussians(*(t[:, :0] for t in some()))._repr_html_().count("<td>-</td>") == 4
+    assert Gaussians(*(t[:, :0] for t in some().tensors()))._repr_html_().count("<td>-</td>") == 4
 
 
 def test_one_number_is_a_cube() -> None:
     renderer, gaussians = GaussianRenderer(), some()
     assert torch.equal(renderer(gaussians, 8), renderer(gaussians, (8, 8, 8)))
+    assert torch.equal(renderer(gaussians, np.int64(8)), renderer(gaussians, 8))
     patches = torch.tensor([[1, 3]])
     assert torch.equal(renderer(gaussians, 8, patches, 4), renderer(gaussians, (8, 8, 8), patches, (4, 4, 4)))

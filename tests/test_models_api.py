@@ -9,6 +9,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from contract import (
@@ -34,7 +35,7 @@ from small_models import (
 from torch import nn
 
 import medgmae
-from medgmae.layers.masking import Masking
+from medgmae.layers.masking import Masking, visible_count
 from medgmae.models.encoder import Model
 from medgmae.models.registry import model_builder
 
@@ -144,13 +145,17 @@ def test_intermediates_in_timms_words(name: str) -> None:
 
 @every
 def test_a_model_of_another_input_size(name: str, tmp_path: Path) -> None:
-    model, x = encoder_of(small(name)).eval(), volume(name, grid=OTHER_GRID)
-    expected = model.forward_features(x)
-    trained = model.pos_embed.requires_grad
+    model, x = small(name).eval(), volume(name, grid=OTHER_GRID)
+    trained = encoder_of(model).pos_embed.requires_grad
+    expected = run(model, x)
     model.set_input_size(size_of(name, OTHER_GRID))
     assert (model.img_size, model.grid_size) == (size_of(name, OTHER_GRID), OTHER_GRID[-len(model.patch_size) :])
-    assert model.pos_embed.requires_grad == trained
-    torch.testing.assert_close(model.forward_features(x), expected, atol=1e-6, rtol=1e-5)
+    assert encoder_of(model).pos_embed.requires_grad == trained
+    torch.testing.assert_close(run(model, x), expected, atol=1e-6, rtol=1e-5)
+    medgmae.save_pretrained(model, tmp_path)
+    again = medgmae.create_model(tmp_path).eval()
+    assert again.img_size == model.img_size
+    assert torch.equal(run(again, x), run(model, x))
     with pytest.raises(ValueError, match="multiple of the patch"):
         model.set_input_size([n + 1 for n in model.img_size])
 
@@ -158,13 +163,29 @@ def test_a_model_of_another_input_size(name: str, tmp_path: Path) -> None:
 @every
 def test_what_is_not_a_batch_is_refused(name: str) -> None:
     model, x = small(name), volume(name)
-    with pytest.raises(ValueError, match=r"no batch axis; pass x\[None\]"):
-        encoder_of(model)(x[0])
-    if len(encoder_of(model).patch_size) == 3:
-        with pytest.raises(TypeError, match=r"got a Volume; pass its \.tensor"):
-            encoder_of(model)(medgmae.Volume(x[0]))
-    with pytest.raises(TypeError, match="got a ndarray; make it one with"):
-        encoder_of(model)(x.numpy())
+    for called in {model, encoder_of(model)}:
+        with pytest.raises(ValueError, match=r"no batch axis; pass x\[None\]"):
+            called(x[0])
+        with pytest.raises(ValueError, match=r"no batch and no channel axis; pass x\[None, None\]"):
+            called(x[0, 0])
+        if encoder_of(model).in_chans != len(x):
+            with pytest.raises(ValueError, match=r"no channel axis; pass x\[:, None\]"):
+                called(x[:, 0])
+        if len(encoder_of(model).patch_size) == 3:
+            with pytest.raises(TypeError, match=r"got a Volume; pass its \.tensor"):
+                called(medgmae.Volume(x[0]))
+        with pytest.raises(TypeError, match="got a ndarray; make it one with"):
+            called(x.numpy())
+        with pytest.raises(TypeError, match=r"int16.*x\.float\(\)"):
+            called(x.to(torch.int16))
+
+
+@every
+def test_options_that_make_no_sense_are_refused(name: str) -> None:
+    for wrong in ({"drop_path_rate": 1.5}, {"drop_path_rate": -1}, {"drop_path_rate": None}, {"in_chans": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            small(name, **wrong)
+    assert small(name, img_size=tuple(np.int64(n) for n in size_of(name))).img_size == size_of(name)
 
 
 @every
@@ -191,13 +212,20 @@ def test_what_optimisers_leave_undecayed(name: str) -> None:
 
 
 @every_autoencoder
-def test_a_mask_ratio_in_the_call(name: str) -> None:
+def test_a_mask_ratio_in_the_call(name: str, tmp_path: Path) -> None:
     model, x = small(name), volume(name)
-    assert model(x, mask_ratio=0.5).mask.mean() == 0.5
-    assert model(x).mask.mean() == model.mask_ratio
+    assert model(x, mask_ratio=0.5).mask.mean() == model(x, None, 0.5).mask.mean() == 0.5
+    hidden = 1 - visible_count(model(x).mask.shape[1], model.mask_ratio) / model(x).mask.shape[1]
+    assert model(x).mask.mean() == hidden
     with pytest.raises(ValueError, match="leave out mask_ratio"):
         model(x, masking_for(x, model), mask_ratio=0.5)
+    with pytest.raises(TypeError, match=r"expected a Masking, or mask_ratio=0\.75"):
+        model(x, 0.75)
+    assert torch.equal(model.reconstruct(x, mask_ratio=0.0), x)
     assert torch.equal(model.forward_features(x), model.encoder.forward_features(x))
+    model.mask_ratio = 0.5  # a schedule may change it
+    medgmae.save_pretrained(model, tmp_path)
+    assert medgmae.create_model(tmp_path).mask_ratio == 0.5
 
 
 @every
@@ -236,5 +264,12 @@ def test_resetting_the_classifier_keeps_the_features(name: str, tmp_path: Path) 
     medgmae.save_pretrained(model, tmp_path)
     again = medgmae.create_model(f"local-dir:{tmp_path}").eval()
     torch.testing.assert_close(again(x.float()), model(x).float(), atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="global_pool must be"):
-        model.reset_classifier(4, "mean")
+    head = model.head
+    for wrong, message in (
+        ((4, "mean"), "did you mean 'avg'"),
+        ((-1,), "num_classes must be"),
+        ((2.0,), "num_classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.reset_classifier(*wrong)
+    assert (model.head is head, model.num_classes, model.global_pool) == (True, 4, "max")

@@ -123,7 +123,7 @@ def test_the_written_gaussians_are_the_reconstruction(scan: Volume, tmp_path: Pa
     assert found.gaussians.means.shape == (1, 2 * 2 * 64, 3)
     found.gaussians.save_ply(tmp_path / "g.ply", "world")
     read = Gaussians.load_ply(tmp_path / "g.ply", "world")
-    assert torch.equal(voxelize(*read.to_grid(scan), scan.size)[0], found.predicted.data)
+    assert torch.equal(voxelize(*read.to_grid(scan).tensors(), scan.size)[0], found.predicted.data)
     index = scan.grid.index(read.means[0].numpy()) + np.array([1, 3, 2])  # in voxels of the padded scan
     assert index.min() > -1
     assert (index.max(0) < [32, 48, 40]).all()
@@ -149,7 +149,9 @@ def test_shares_flatten_the_seams(scan: Volume) -> None:
     along = found.predicted.data[0].mean((0, 2))[16:-16]
     assert found.gaussians is not None
     everything = replace(found.gaussians, densities=torch.full_like(found.gaussians.densities, 0.04))
-    summed = voxelize(*everything.to_grid(found.predicted), (32, 96, 32), support=None)[0, 0].mean((0, 2))[16:-16]
+    summed = voxelize(*everything.to_grid(found.predicted).tensors(), (32, 96, 32), support=None)[0, 0].mean((0, 2))[
+        16:-16
+    ]
     assert float(along.std() / along.mean()) < 0.06
     assert float(summed.mean() / along.mean()) > 1.5
 

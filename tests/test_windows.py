@@ -206,3 +206,30 @@ def test_scans_of_other_libraries_are_read() -> None:
         assert expected.map is not None
         torch.testing.assert_close(features.map.data, expected.map.data)
         np.testing.assert_allclose(features.map.affine, expected.map.affine, atol=1e-4)
+
+
+def test_compiled_and_wrapped_models_are_read() -> None:
+    plain = medgmae.create_model("mae_vit_nano_patch8_32")
+    scan = medgmae.Volume(torch.rand(1, 32, 32, 40))
+    wrapped: Any = torch.compile(plain, backend="eager")
+    torch.testing.assert_close(
+        medgmae.extract_features(wrapped, scan).pooled, medgmae.extract_features(plain, scan).pooled
+    )
+    again = torch.nn.DataParallel(plain)
+    for model in (wrapped, again):
+        filled = [
+            medgmae.reconstruct_scan(m, scan, generator=torch.Generator().manual_seed(0)).predicted.data
+            for m in (model, plain)
+        ]
+        torch.testing.assert_close(*filled)
+        assert medgmae.latent_map_defaults(model) == ("pretrained", "max")
+        maps = [
+            medgmae.latent_to_spatial(m, scan, generator=torch.Generator().manual_seed(0)).data for m in (model, plain)
+        ]
+        torch.testing.assert_close(*maps)
+
+
+def test_a_model_in_half_precision_reconstructs() -> None:
+    model = medgmae.create_model("mae_vit_nano_patch8_32").bfloat16()
+    scan = medgmae.Volume(torch.rand(1, 32, 32, 40))
+    assert medgmae.reconstruct_scan(model, scan).predicted.data.dtype == torch.float32

@@ -15,10 +15,10 @@ from medgmae.checkpoints.dialects.recognise import convert
 from medgmae.checkpoints.opening import Source, open_source
 from medgmae.checkpoints.plan import make_plan
 from medgmae.checkpoints.report import LoadReport as LoadReport
-from medgmae.checkpoints.saving import unwrap
 from medgmae.checkpoints.settings import encoder_of
 from medgmae.layers.blocks import initialize
 from medgmae.layers.patches import Shape
+from medgmae.models.parts import unwrap
 
 log = logging.getLogger("medgmae")
 

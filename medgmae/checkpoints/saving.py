@@ -18,13 +18,12 @@ from medgmae._version import __version__
 from medgmae.checkpoints.cards import WeightsError
 from medgmae.checkpoints.download import writing
 from medgmae.checkpoints.settings import encoder_of
-from medgmae.checkpoints.sources import CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, hub_errors
+from medgmae.checkpoints.sources import CONFIG_FILE, HUB_PREFIX, SUFFIXES, WEIGHTS_FILE, hub_errors
+from medgmae.models.parts import unwrap
 from medgmae.models.registry import model_builder
 
 README_FILE = "README.md"
 
-# Options that methods change after a model was built: reset_classifier and set_input_size.
-CHANGEABLE = ("num_classes", "global_pool", "img_size")
 
 _SOURCES = ("hub", "url", "file", "md5", "sha256", "bytes", "page_file")
 
@@ -54,6 +53,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     tensors = _tensors(model)
     _check_rebuilds(config, model)
     folder = Path(folder).expanduser()
+    if folder.suffix in SUFFIXES:
+        raise WeightsError(f"{folder}: a model is saved as a folder; leave out {folder.suffix!r}")
     with writing(folder, "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
@@ -148,18 +149,28 @@ def _recipe(model: nn.Module) -> Mapping[str, Any]:
             return made  # a module of the caller's own
         if made["architecture"] == type(model).__name__:
             return {**made, "model_args": described.options()}
-        built = encoder_of(_built(made["architecture"], _as_json(made["model_args"]))).options()
-        options = encoder_of(model).options()
-        changed = {name: options[name] for name in CHANGEABLE if name in options and options[name] != built.get(name)}
-        if "global_pool" in changed and "fc_norm" in options:  # the norms stay where they are, whatever pools
-            changed["fc_norm"] = options["fc_norm"]
-        return {**made, "model_args": {**made["model_args"], **changed}}
+        return {**made, "model_args": {**made["model_args"], **_changed(described, made)}}
     if hasattr(model, "options"):
         return {"architecture": type(model).__name__, "model_args": described.options()}
     raise WeightsError(
         f"{type(model).__name__} is not a model of this library and has no .config with 'architecture' and "
         "'model_args' to build it again from; save its state_dict() with torch.save instead"
     )
+
+
+def _changed(model: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model that are not those of its config any more: what methods and hands have changed."""
+    built: Any = _built(made["architecture"], _as_json(made["model_args"]))
+    before, now = built.options(), model.options()
+    plain = {name: value for name, value in now.items() if not isinstance(value, Mapping) or "class" not in value}
+    changed = {
+        name: value for name, value in plain.items() if _as_json({name: value}) != _as_json({name: before[name]})
+    }
+    if model.img_size != built.img_size:
+        changed["img_size"] = model.img_size
+    if "global_pool" in changed:  # the norms stay where they are, whatever pools
+        changed |= {name: now[name] for name in ("fc_norm",) if name in now}
+    return changed
 
 
 def _built(architecture: str, model_args: Mapping[str, Any]) -> nn.Module:
@@ -228,17 +239,6 @@ def _origin(card: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {name: None if name in _SOURCES else value for name, value in card.items()} if card else None
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state of a model as safetensors can hold it: dense, contiguous, no memory shared between two names."""
     tensors: dict[str, Tensor] = {}
@@ -271,8 +271,8 @@ def _check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
     if changed:
         raise WeightsError(
             f"the model is not what create_model({config['architecture']!r}) with its options builds and could not be "
-            f"loaded again: {', '.join(changed[:6])} changed. Use create_model's options or reset_classifier instead "
-            "of replacing parts, or save your own state_dict()"
+            f"loaded again: {', '.join(changed[:6])} changed. Use create_model's options, reset_classifier, or "
+            "set_input_size of the whole model instead of replacing parts, or save your own state_dict()"
         )
 
 

@@ -22,7 +22,7 @@ HUB_PREFIX = "hf-hub:"
 LOCAL_PREFIX = "local-dir:"
 
 _HUB_SOURCE = re.compile(r"(?P<repo>[^@:\s]+)(@(?P<revision>[^:\s]+))?(:(?P<file>\S+))?")
-_SUFFIXES = {".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin"}
+SUFFIXES = {".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _log = logging.getLogger("medgmae")
@@ -116,7 +116,7 @@ def _parse_source(source: str, architecture: str | None) -> WeightCard | Path | 
     if source.startswith(HUB_PREFIX):
         return source
     path = Path(source.removeprefix(LOCAL_PREFIX)).expanduser()
-    if source.startswith(LOCAL_PREFIX) or os.sep in source or path.suffix in _SUFFIXES:
+    if source.startswith(LOCAL_PREFIX) or os.sep in source or path.suffix in SUFFIXES:
         return path
     # A tag wins over a file that happens to have its name: what "tangerine" means must not depend on the folder.
     try:

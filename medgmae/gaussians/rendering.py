@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from numbers import Integral
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ class Gaussians:
     """A batch of sets of K Gaussians; the value of one at distance d of its centre is density · exp(-½ dᵀ Σ⁻¹ d).
 
     ``gaussians[i]`` and ``gaussians[i:j]`` are some of the sets, still as a batch; ``len(gaussians)`` is the number of
-    sets; iterating gives the four tensors.
+    sets, and iterating goes over them; ``tensors()`` gives the four tensors.
 
     means: (B, K, 3) centres, in units of the axis (0 first voxel, 1 last voxel), ordered (d, h, w).
     scales: (B, K, 3) standard deviations along the Gaussian's own axes, in the same units.
@@ -35,18 +37,33 @@ class Gaussians:
     quats: Tensor
     densities: Tensor
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.means, self.scales, self.quats, self.densities))
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """means, scales, quats and densities, in the order of the renderer's arguments."""
+        return self.means, self.scales, self.quats, self.densities
 
     def __len__(self) -> int:
         return self.means.shape[0]
 
-    def __getitem__(self, sets: int | slice) -> Gaussians:
-        if isinstance(sets, int):
-            if not -len(self) <= sets < len(self):
-                raise IndexError(f"set {sets} of a batch of {len(self)}")
-            sets = slice(sets, sets + 1 or None)
-        return Gaussians(*(tensor[sets] for tensor in self))
+    def __getitem__(self, sets: SupportsIndex | slice) -> Gaussians:
+        if not isinstance(sets, slice):
+            number = operator.index(sets)
+            if not -len(self) <= number < len(self):
+                raise IndexError(f"set {number} of a batch of {len(self)}")
+            sets = slice(number, number + 1 or None)
+        return Gaussians(*(tensor[sets] for tensor in self.tensors()))
+
+    def __iter__(self) -> Iterator[Gaussians]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.means.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensors."""
+        return self.means.dtype
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.densities.shape))
@@ -63,11 +80,11 @@ class Gaussians:
 
     def to(self, *args: Any, **kwargs: Any) -> Gaussians:
         """The same Gaussians on another device or in another dtype; arguments as for ``Tensor.to``."""
-        return Gaussians(*(tensor.to(*args, **kwargs) for tensor in self))
+        return Gaussians(*(tensor.to(*args, **kwargs) for tensor in self.tensors()))
 
     def detach(self) -> Gaussians:
         """The same values without gradients."""
-        return Gaussians(*(tensor.detach() for tensor in self))
+        return Gaussians(*(tensor.detach() for tensor in self.tensors()))
 
     @staticmethod
     def concat(parts: Sequence[Gaussians]) -> Gaussians:
@@ -81,7 +98,9 @@ class Gaussians:
             raise ValueError(
                 f"sets of batch sizes {batches} cannot be joined; expected at least one set, all of one size"
             )
-        return Gaussians(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
+        return Gaussians(
+            *(torch.cat(joined, dim=1) for joined in zip(*(part.tensors() for part in parts), strict=True))
+        )
 
     def to_world(self, grid: Placed) -> Gaussians:
         """From units of a grid's axes (d, h, w) to LPS millimetres (x, y, z) in the patient, covariance included.
@@ -137,7 +156,7 @@ class Gaussians:
             )
         if frame not in ("axes", "world"):
             raise ValueError(f"frame must be 'axes' or 'world', got {frame!r}")
-        means, scales, quats, densities = (tensor[0].detach().float().cpu().numpy() for tensor in self)
+        means, scales, quats, densities = (tensor[0].detach().float().cpu().numpy() for tensor in self.tensors())
         splats = Splats(means, scales, quats, densities, frame)
         write_ply(path, reversed_axes(splats) if frame == "axes" else splats)
 
@@ -201,8 +220,8 @@ class GaussianRenderer(nn.Module):
         Returns:
             (B, 1, D, H, W), or (B, n, prod(patch_size)) for the patches.
         """
-        means, scales, quats, densities = gaussians
-        size = (size,) * 3 if isinstance(size, int) else size
+        means, scales, quats, densities = gaussians.tensors()
+        size = (int(size),) * 3 if isinstance(size, Integral) else size
         return voxelize(
             means, scales, quats, densities, size, support=self.support, patches=patches, patch_size=patch_size
         )

@@ -6,7 +6,7 @@ import html
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,20 @@ from medgmae.inference.windows import Blend, Layout, Outside, WindowMean, batche
 from medgmae.models.encoder import Encoder
 from medgmae.ops.progress import Bar, progress_bar
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of typing from Python 3.11 on
+
 
 class Features(NamedTuple):
     """Features of one scan, float32 on the CPU.
 
     pooled: (F,), the model's pooled vector, averaged over the windows with equal weights.
     map: (E, d, h, w) on the grid of patches, in the scan's world: spacing is the patch's size in mm, origin the centre
-        of the first patch. None when it was not asked for.
+        of the first patch.
     """
 
     pooled: Tensor
-    map: Volume | None
+    map: Volume
 
     def __repr__(self) -> str:
         return f"Features({', '.join(f'{name}: {text}' for name, text in self._facts())})"
@@ -39,11 +42,50 @@ class Features(NamedTuple):
         return f"<table>{''.join(rows)}</table>"
 
     def _facts(self) -> list[tuple[str, str]]:
-        if self.map is None:
-            return [("pooled", str(tuple(self.pooled.shape))), ("map", "None")]
         spacing = " x ".join(f"{mm:.4g}" for mm in self.map.spacing)
         place = f"{tuple(self.map.data.shape)}, a place every {spacing} mm, {self.map.orientation}"
         return [("pooled", str(tuple(self.pooled.shape))), ("map", place)]
+
+
+class PooledFeatures(NamedTuple):
+    """Features of one scan without a map; see :class:`Features`."""
+
+    pooled: Tensor
+    map: None = None
+
+    def __repr__(self) -> str:
+        return f"PooledFeatures(pooled: {tuple(self.pooled.shape)})"
+
+
+class Options(TypedDict, total=False):
+    """Options of :func:`extract_features` that do not change what it returns."""
+
+    window: Literal["model"] | int | Sequence[int] | None
+    overlap: float
+    blend: Blend
+    resize: bool
+    outside: Outside
+    batch_size: int
+    autocast: torch.dtype | None
+    progress: bool | None
+
+
+@overload
+def extract_features(
+    model: nn.Module, scan: ScanLike, *, want_map: Literal[True] = ..., **options: Unpack[Options]
+) -> Features: ...
+
+
+@overload
+def extract_features(
+    model: nn.Module, scan: ScanLike, *, want_map: Literal[False], **options: Unpack[Options]
+) -> PooledFeatures: ...
+
+
+@overload
+def extract_features(
+    model: nn.Module, scan: ScanLike, *, want_map: bool, **options: Unpack[Options]
+) -> Features | PooledFeatures: ...
 
 
 def extract_features(
@@ -59,7 +101,7 @@ def extract_features(
     batch_size: int = 1,
     autocast: torch.dtype | None = None,
     progress: bool | None = None,
-) -> Features:
+) -> Features | PooledFeatures:
     """Pooled vector and feature map of a whole scan that has been through the model's transform.
 
     Windows lie on one patch grid, so that their tokens fall onto each other exactly. A scan smaller than the window, or
@@ -103,7 +145,7 @@ def extract_features(
     with evaluating(model), progress_bar(len(layout.windows()), "windows", progress) as bar:
         pooled = reader.read(volume.data, layout, bar, mean)
     if mean is None:
-        return Features(pooled, None)
+        return PooledFeatures(pooled)
     inside = mean.result()[(slice(None), *layout.inside)].contiguous()  # without patches that lie in the padding
     return Features(pooled, Volume(inside, layout.patch_grid(volume.grid), volume.source))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from medgmae.data.volume import ScanLike, Volume, as_volume
 from medgmae.models.encoder import Encoder, Model
+from medgmae.models.parts import unwrap
 
 
 def encoder_of(model: nn.Module, caller: str) -> Encoder:
@@ -18,9 +19,10 @@ def encoder_of(model: nn.Module, caller: str) -> Encoder:
         TypeError: not a model of this library.
         ValueError: a model for images.
     """
-    if not isinstance(model, Model):
-        raise TypeError(f"{caller} needs a model of this library, got {type(model).__name__}")
-    encoder = model.encoder
+    inner = unwrap(model)
+    if not isinstance(inner, Model):
+        raise TypeError(f"{caller} needs a model of this library, got {type(inner).__name__}")
+    encoder = inner.encoder
     if len(encoder.patch_size) != 3:
         raise ValueError(
             f"{caller} needs a model for volumes; {type(encoder).__name__} with patches of {encoder.patch_size} pixels "

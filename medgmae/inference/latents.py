@@ -17,6 +17,7 @@ from medgmae.inference.windows import cut, evaluating, lay_out
 from medgmae.layers.masking import Masking, random_masking
 from medgmae.layers.patches import check_multiple
 from medgmae.models.encoder import Encoder
+from medgmae.models.parts import unwrap
 
 Mode = Literal["pretrained", "finetuned"]
 Reduction = Literal["max", "pca", "norm"]
@@ -99,6 +100,7 @@ def latent_to_spatial(
             NaN or infinity; a mask for another grid, beside what draws one, or in a mode that hides nothing; tokens
             without a last norm, in mode "pretrained"; an option that does not exist.
     """
+    model = unwrap(model)
     encoder = encoder_of(model, "latent_to_spatial")
     mode, reduction = latent_map_defaults(model, mode, reduction)
     _check_options(mode, reduction, upsampling)
@@ -134,7 +136,7 @@ def latent_map_defaults(
 ) -> tuple[Mode, Reduction]:
     """What :func:`latent_to_spatial` does with this model where mode or reduction is None."""
     if mode is None:
-        mode = "pretrained" if hasattr(model, "decoder") else "finetuned"
+        mode = "pretrained" if hasattr(unwrap(model), "decoder") else "finetuned"
     if reduction is None:
         reduction = (
             "max" if mode == "pretrained" or encoder_of(model, "latent_to_spatial").map_reduction == "max" else "pca"

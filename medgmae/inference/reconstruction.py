@@ -15,6 +15,7 @@ from medgmae.gaussians.rendering import GaussianRenderer, Gaussians
 from medgmae.inference.inputs import check_channels, encoder_of, volume_of
 from medgmae.inference.windows import Layout, WindowMean, batches, blend_weights, evaluating, lay_out
 from medgmae.layers.masking import Masking, visible_count
+from medgmae.models.parts import unwrap
 from medgmae.ops.progress import Bar, progress_bar
 
 
@@ -89,6 +90,7 @@ def reconstruct_scan(
         ValueError: the model predicts normalised intensities, whose mean only the hidden voxels know; or an overlap,
             ratio or number of channels that is not possible.
     """
+    model = unwrap(model)
     if not hasattr(model, "reconstruct") or not hasattr(model, "decoder"):
         raise TypeError(f"reconstruct_scan needs a masked autoencoder of this library, got {type(model).__name__}")
     encoder, autoencoder, volume = encoder_of(model, "reconstruct_scan"), cast(Autoencoder, model), volume_of(scan)
@@ -159,11 +161,12 @@ def _predict(
 ) -> tuple[Volume, list[Gaussians]]:
     """All voxels of a scan from its visible patches, the middle of a window counting most; and the Gaussians of every
     window by their shares, in LPS millimetres, where the model makes some."""
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
     mean = WindowMean(layout.padded_size, blend_weights(layout.window_size))
     parts = []
     for (start,), batch in batches(scan.data, layout, "rim"):
-        x, masking = batch.to(device), _masking(hidden[layout.patches(start)], device)
+        x, masking = batch.to(device, dtype), _masking(hidden[layout.patches(start)], device)
         if hasattr(model, "gaussians"):
             gaussians = model.gaussians(x, masking)
             predicted = model.renderer(gaussians, layout.window_size)

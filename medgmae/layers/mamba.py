@@ -183,7 +183,7 @@ class MambaStack(nn.ModuleList):
         depth: number of blocks.
         d_state: states per channel; likewise ``expand`` and ``divide_output``, see :class:`BidirectionalMamba`.
         norm_eps: epsilon of the norms.
-        drop_path_rate: of the last block; grows linearly from 0.
+        drop_path_rates: of the blocks; None for 0.
         rope: rotary positions, see :class:`~medgmae.layers.rope.Rotary`; None for none.
         rope_residual: turn the residual stream too before every block.
     """
@@ -197,7 +197,7 @@ class MambaStack(nn.ModuleList):
         expand: int = 2,
         divide_output: bool = True,
         norm_eps: float = 1e-5,
-        drop_path_rate: float = 0.0,
+        drop_path_rates: Sequence[float] | None = None,
         rope: Rope | None = "axial",
         rope_residual: bool = True,
     ) -> None:
@@ -209,9 +209,9 @@ class MambaStack(nn.ModuleList):
                 divide_output=divide_output,
                 out_scale=depth**-0.5,
                 norm_eps=norm_eps,
-                drop_path=drop_path_rate * i / max(depth - 1, 1),
+                drop_path=rate,
             )
-            for i in range(depth)
+            for rate in drop_path_rates or [0.0] * depth
         )
         self.rope, self.rope_residual = rope, rope_residual
         self._rotary = None if rope is None else Rotary(rope, dim)

@@ -20,6 +20,9 @@ class Masking(NamedTuple):
     restore: Tensor
     mask: Tensor
 
+    def __repr__(self) -> str:
+        return f"Masking({self.keep.shape[-1]} of {self.restore.shape[-1]} patches visible, batch {len(self.restore)})"
+
 
 def visible_count(tokens: int, ratio: float) -> int:
     """Number of visible patches: ``int(tokens * (1 - ratio))`` in double precision, as every MAE code base has it."""

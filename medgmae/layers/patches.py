@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch.nn.functional as F
@@ -22,7 +23,12 @@ LAYOUTS = {
 
 def to_tuple(size: Size, dims: int, what: str = "size") -> Shape:
     """An int for every axis, or one value per axis, as a tuple of ``dims`` positive ints; ValueError otherwise."""
-    values = (size,) * dims if isinstance(size, int) else tuple(int(v) for v in size)
+    if isinstance(size, Integral):
+        values = (int(size),) * dims
+    elif isinstance(size, Iterable) and not isinstance(size, str):
+        values = tuple(int(v) for v in size)
+    else:
+        values = ()
     if len(values) != dims or any(v < 1 for v in values):
         raise ValueError(f"{what} must be one positive int or {dims} of them, got {size!r}")
     return values
@@ -58,6 +64,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: Sequence[int], norm_eps: float | None = None) -> None:
         super().__init__()
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be at least 1, got {in_chans}")
         self.in_chans, self.patch_size = in_chans, tuple(patch_size)
         conv: Any = {2: nn.Conv2d, 3: nn.Conv3d}[len(self.patch_size)]
         self.proj = conv(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
@@ -80,19 +88,22 @@ def input_grid(x: Tensor, in_chans: int, patch_size: Shape) -> Shape:
         ValueError: an input of another rank or channel count, or of a size that is not a multiple of the patch.
     """
     dims = len(patch_size)
-    axes = "D, H, W" if dims == 3 else "H, W"
+    wanted = f"the input must be a tensor (B, {in_chans}, {'D, H, W' if dims == 3 else 'H, W'}) of floats"
     if not isinstance(x, Tensor):
         hint = "pass its .tensor" if hasattr(x, "tensor") else "make it one with torch.as_tensor"
-        raise TypeError(f"the input must be a tensor (B, {in_chans}, {axes}), got a {type(x).__name__}; {hint}")
-    if x.dim() == dims + 1 and x.shape[0] == in_chans:
-        raise ValueError(
-            f"the input must be (B, {in_chans}, {axes}), got {tuple(x.shape)}, which has no batch axis; pass x[None]"
-        )
-    if x.dim() != dims + 2 or x.shape[1] != in_chans:
-        raise ValueError(
-            f"the input must be (B, {in_chans}, {axes}), got {tuple(x.shape)}; build the model with "
-            f"in_chans={x.shape[1] if x.dim() == dims + 2 else '...'} for another channel count"
-        )
+        raise TypeError(f"{wanted}, got a {type(x).__name__}; {hint}")
+    if not x.is_floating_point():
+        raise TypeError(f"{wanted}, got {x.dtype}; prepare the scan as the model expects it, or pass x.float()")
+    shape = tuple(x.shape)
+    if x.dim() == dims:
+        raise ValueError(f"{wanted}, got {shape}, which has no batch and no channel axis; pass x[None, None]")
+    if x.dim() == dims + 1:
+        missing, hint = ("batch", "x[None]") if shape[0] == in_chans else ("channel", "x[:, None]")
+        raise ValueError(f"{wanted}, got {shape}, which has no {missing} axis; pass {hint}")
+    if x.dim() != dims + 2:
+        raise ValueError(f"{wanted}, got {shape}")
+    if shape[1] != in_chans:
+        raise ValueError(f"{wanted}, got {shape}; build the model with in_chans={shape[1]} for another channel count")
     return grid_of(x.shape[2:], patch_size)
 
 

@@ -18,12 +18,16 @@ from torch import Tensor
 
 GlobalPool = Literal["token", "avg", "max", "token_avg", "last", "max_logit", "none"]
 
+# What other libraries say.
+_OTHER_WORDS: dict[object, GlobalPool] = {"": "none", None: "none", "cls": "token", "mean": "avg", "cat": "token_avg"}
+
 
 def check_pool(global_pool: GlobalPool, class_tokens: int) -> None:
     """Raise ValueError for another word, or for one that needs a class token where there is none."""
     if global_pool not in get_args(GlobalPool):
         words = ", ".join(map(repr, get_args(GlobalPool)))
-        raise ValueError(f"global_pool must be one of {words}, got {global_pool!r}")
+        hint = f"; did you mean {_OTHER_WORDS[global_pool]!r}?" if global_pool in _OTHER_WORDS else ""
+        raise ValueError(f"global_pool must be one of {words}, got {global_pool!r}{hint}")
     if global_pool in ("token", "token_avg") and not class_tokens:
         raise ValueError(
             f"global_pool={global_pool!r} needs a class token; build the encoder with one, or use global_pool='avg'"

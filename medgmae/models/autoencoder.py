@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from medgmae.layers.masking import Masking, random_masking
-from medgmae.layers.patches import Shape, grid_of
+from medgmae.layers.patches import Shape, Size, grid_of, input_grid
 from medgmae.models.encoder import Encoder, Model
 from medgmae.models.parts import Setting
 
@@ -37,13 +37,21 @@ class Autoencoder(Model):
         self.pretrained_cfg = {}
 
     @abstractmethod
-    def reconstruct(self, x: Tensor, masking: Masking | None = None, paste_visible: bool = True) -> Tensor:
+    def reconstruct(
+        self,
+        x: Tensor,
+        masking: Masking | None = None,
+        paste_visible: bool = True,
+        *,
+        mask_ratio: float | None = None,
+    ) -> Tensor:
         """The volume as the decoder sees it, (B, C, D, H, W) in the units of ``x``, without gradients.
 
         Args:
             x: (B, C, D, H, W).
-            masking: which patches are visible; random at ``mask_ratio`` when None.
+            masking: which patches are visible; random when None.
             paste_visible: show the true voxels where the patch was visible.
+            mask_ratio: share of hidden patches of a random masking; the model's own when None.
         """
 
     def forward_features(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -60,16 +68,26 @@ class Autoencoder(Model):
         parts = {"encoder": self.encoder, "decoder": self.decoder}
         return {f"{part}.{name}": value for part, own in parts.items() for name, value in own.settings().items()}
 
+    def set_input_size(self, img_size: Size) -> None:
+        """Make the tables of positions of both parts for another size, see :meth:`Encoder.set_input_size`."""
+        self.encoder.set_input_size(img_size)
+        if hasattr(self.decoder, "set_grid_size"):
+            self.decoder.set_grid_size(self.encoder.grid_size)
+
     def _masking(self, x: Tensor, masking: Masking | None, mask_ratio: float | None) -> Masking:
         """The masking given, checked against the input, or one drawn at the ratio given, or at the model's own.
 
         Raises:
-            ValueError: a masking for another batch or grid, or beside a ratio.
+            TypeError: an input that is not a tensor, or a masking that is none.
+            ValueError: an input that does not fit the encoder; a masking for another batch or grid, or beside a ratio.
         """
-        expected = (x.shape[0], math.prod(self._grid(x)))
+        grid = input_grid(x, self.in_chans, self.patch_size)
+        expected = (x.shape[0], math.prod(grid))  # len(x) would fix the batch in an exported program
         if masking is None:
             ratio = self.mask_ratio if mask_ratio is None else mask_ratio
             return random_masking(*expected, ratio=ratio, device=x.device)
+        if not hasattr(masking, "keep"):
+            raise TypeError(f"masking is a {type(masking).__name__}; expected a Masking, or mask_ratio={masking!r}")
         if mask_ratio is not None:
             raise ValueError(f"masking says which patches are hidden: leave out mask_ratio (={mask_ratio})")
         shape = tuple(masking.mask.shape)

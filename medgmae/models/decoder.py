@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medgmae.layers.patches import Shape, take_tokens
-from medgmae.layers.positions import PositionCache, sincos_pos_embed
+from medgmae.layers.positions import PositionCache, resample_pos_embed, sincos_pos_embed
 from medgmae.models.parts import Part, Readable
 
 
@@ -70,6 +70,12 @@ class MaskDecoder(Part, Readable):
         x = torch.cat([prefix + self.prefix_pos_embed, patches], dim=1) if self.num_prefix_tokens else patches
         x = self._mix(x, grid)
         return self._activate(self.head(self.norm(x[:, self.num_prefix_tokens :])))
+
+    def set_grid_size(self, grid_size: Shape) -> None:
+        """Make the table of positions for another patch grid, resampled from the present one."""
+        table = resample_pos_embed(self.pos_embed.detach(), self.grid_size, grid_size)
+        self.pos_embed = nn.Parameter(table.clone(), requires_grad=False)
+        self.grid_size = grid_size
 
     @abstractmethod
     def _mix(self, x: Tensor, grid: Shape) -> Tensor:

@@ -17,7 +17,7 @@ from medgmae.layers.blocks import initialize, make_head
 from medgmae.layers.patches import PatchEmbed, Shape, Size, grid_of, input_grid, take_tokens, tap_indices, to_tuple
 from medgmae.layers.pooling import GlobalPool, check_pool, pool_tokens, pooled_width
 from medgmae.layers.positions import PositionCache, resample_pos_embed, sincos_pos_embed
-from medgmae.models.parts import Part, Readable, check_choice
+from medgmae.models.parts import Part, Readable, Report, check_choice, check_classes
 from medgmae.models.parts import Setting as Setting
 
 OutputFormat = Literal["NCDHW", "NCHW", "NLC"]
@@ -29,13 +29,14 @@ Pair = tuple[Tensor, Tensor]
 class Model(Part):
     """Every model of this library: an encoder, alone or as a part of a masked autoencoder.
 
-    ``create_model`` adds what it knows: ``config`` (architecture, model_args, grid), ``pretrained_cfg`` (the
+    ``create_model`` adds what it knows: ``config`` (architecture, model_args), ``pretrained_cfg`` (the
     weight card as a dictionary, empty without one) and, where weights were loaded, ``load_report``.
     """
 
     encoder: Encoder
     config: dict[str, Any]
     pretrained_cfg: dict[str, Any]
+    load_report: Report
 
     @property
     def img_size(self) -> Shape:
@@ -142,6 +143,7 @@ class Encoder(Model, Readable):
         """The head, after the blocks; then initialise everything."""
         if head_hidden and self.global_pool in ("none", "max_logit"):
             raise ValueError(f"head_hidden needs a pooled vector, got global_pool={self.global_pool!r}")
+        check_classes(num_classes)
         self.num_classes, self.head_hidden = num_classes, tuple(head_hidden)
         self.head = make_head(self.num_features, num_classes, self.head_hidden)
         self.apply(initialize)
@@ -348,21 +350,21 @@ class Encoder(Model, Readable):
         vector does.
 
         Raises:
-            ValueError: an unknown pooling, one that needs a class token that the encoder has not, or one whose width
-                does not fit the norm of the pooled vector.
+            ValueError: an unknown pooling, one that needs a class token that the encoder does not have, or one whose
+                width does not fit the norm of the pooled vector; a number of classes that is none.
         """
-        if global_pool is not None:
-            check_pool(global_pool, self.num_prefix_tokens)
-            normed = not isinstance(self.fc_norm, nn.Identity)
-            if normed and (global_pool == "token_avg") != (self.global_pool == "token_avg"):
-                raise ValueError(
-                    f"the pooled vector is normalised over {self.num_features} features, which global_pool="
-                    f"{global_pool!r} changes; build the model with create_model(..., global_pool={global_pool!r})"
-                )
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        head = make_head(self.num_features, num_classes, self.head_hidden).apply(initialize)
+        check_classes(num_classes)
+        pool = self.global_pool if global_pool is None else global_pool
+        check_pool(pool, self.num_prefix_tokens)
+        normed = not isinstance(self.fc_norm, nn.Identity)
+        if normed and (pool == "token_avg") != (self.global_pool == "token_avg"):
+            raise ValueError(
+                f"the pooled vector is normalised over {self.num_features} features, which global_pool={pool!r} "
+                f"changes; build the model with create_model(..., global_pool={pool!r})"
+            )
+        head = make_head(pooled_width(self.embed_dim, pool), num_classes, self.head_hidden).apply(initialize)
         self.head = head.to(self.pos_embed).train(self.training)
+        self.num_classes, self.global_pool = num_classes, pool
 
     def set_input_size(self, img_size: Size) -> None:
         """Make the table of positions for another size, resampled from the present one.

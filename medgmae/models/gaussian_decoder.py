@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -236,8 +237,8 @@ class GaussianDecoder(Part, Readable):
                 queries = self.norm(x[:, self.num_prefix_tokens : self.num_prefix_tokens + self.num_gaussians])
                 for level in wanted:
                     levels.append(self._level(level, queries, levels))
-        means, scales, quats, densities = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
-        return Gaussians(means, scales, quats, densities * self.density_scale)
+        joined = Gaussians.concat(levels)
+        return replace(joined, densities=joined.densities * self.density_scale)
 
     @classmethod
     def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -116,17 +116,17 @@ class GaussianMAE(Autoencoder):
         self,
         x: Tensor,
         masking: Masking | None = None,
-        step: int | Tensor = 0,
-        *,
         mask_ratio: float | None = None,
+        *,
+        step: int | Tensor = 0,
     ) -> GaussianMAEOutput:
         """Mask, encode, decode, render and compare.
 
         Args:
             x: (B, 1, D, H, W), every axis a multiple of the patch.
             masking: which patches are visible; random when None.
-            step: training steps so far; only the weight of the "scale" term depends on it.
             mask_ratio: share of hidden patches of a random masking; the model's own when None.
+            step: training steps so far; only the weight of the "scale" term depends on it.
 
         Raises:
             ValueError: an input that does not fit the encoder, a masking for another input, or one beside a ratio.
@@ -146,21 +146,29 @@ class GaussianMAE(Autoencoder):
         loss = torch.stack([self._weight(name, step) * value for name, value in terms.items()]).sum()
         return GaussianMAEOutput(loss, volume, gaussians, masking.mask, terms)
 
-    def gaussians(self, x: Tensor, masking: Masking | None = None) -> Gaussians:
+    def gaussians(self, x: Tensor, masking: Masking | None = None, *, mask_ratio: float | None = None) -> Gaussians:
         """The Gaussians that the decoder makes of what is visible of ``x`` (B, 1, D, H, W); see :meth:`forward`."""
-        masking = self._masking(x, masking, None)
+        masking = self._masking(x, masking, mask_ratio)
         return self.decoder(self.encoder.forward_features(x, keep=masking.keep))  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, masking: Masking | None = None, paste_visible: bool = True) -> Tensor:
+    def reconstruct(
+        self,
+        x: Tensor,
+        masking: Masking | None = None,
+        paste_visible: bool = True,
+        *,
+        mask_ratio: float | None = None,
+    ) -> Tensor:
         """The whole rendering, (B, 1, D, H, W) in the units of ``x``.
 
         Args:
             x: (B, 1, D, H, W).
-            masking: which patches are visible; random at ``mask_ratio`` when None.
+            masking: which patches are visible; random when None.
             paste_visible: show the true voxels where the patch was visible.
+            mask_ratio: share of hidden patches of a random masking; the model's own when None.
         """
-        masking = self._masking(x, masking, None)
+        masking = self._masking(x, masking, mask_ratio)
         volume: Tensor = self.renderer(self.gaussians(x, masking), x.shape[2:])
         if not paste_visible:
             return volume

@@ -140,8 +140,8 @@ class MaskedAutoencoder(Autoencoder):
         Raises:
             ValueError: an input that does not fit the encoder, a masking for another input, or both of the last two.
         """
-        target = patchify(x, self.patch_size)  # (B, N, L)
         masking = self._masking(x, masking, mask_ratio)
+        target = patchify(x, self.patch_size)  # (B, N, L)
         tokens = self.encoder.forward_features(x, keep=masking.keep)  # (B, P + n, E)
         pred = self.decoder(tokens, masking.restore, self._grid(x))  # (B, N, L)
         return MAEOutput(patch_mse(pred, target, masking.mask, self.norm_target), pred, masking.mask)
@@ -153,18 +153,21 @@ class MaskedAutoencoder(Autoencoder):
         masking: Masking | None = None,
         paste_visible: bool = True,
         denormalize: Literal["exact", "reference"] = "exact",
+        *,
+        mask_ratio: float | None = None,
     ) -> Tensor:
         """The volume as the decoder sees it, (B, C, D, H, W) in the units of ``x``.
 
         Args:
             x: (B, C, D, H, W).
-            masking: which patches are visible; random at ``mask_ratio`` when None.
+            masking: which patches are visible; random when None.
             paste_visible: show the true voxels where the patch was visible.
             denormalize: how a normalised prediction gets its patch's mean and spread back (which only the true patch
                 knows): "exact" inverts the normalisation of the loss; "reference" multiplies by the unbiased standard
                 deviation + 1e-6, as SelfMedMAE and MedGMAE do for their pictures.
+            mask_ratio: share of hidden patches of a random masking; the model's own when None.
         """
-        masking = self._masking(x, masking, None)
+        masking = self._masking(x, masking, mask_ratio)
         target = patchify(x, self.patch_size)
         pred = self.forward(x, masking).pred.to(target.dtype)
         if self.norm_target is not None:

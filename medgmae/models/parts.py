@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from numbers import Integral
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -68,6 +69,28 @@ class Readable(ABC):
         """The options that a state dictionary of this class shows; None for one of another class."""
 
 
+class Report(Protocol):
+    """What loading weights did; :class:`~medgmae.LoadReport` has it all."""
+
+    source: str
+    loaded: list[str]
+    resized: dict[str, str]
+    adapted: dict[str, str]
+    unused: dict[str, str]
+    missing: list[str]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
 def count_blocks(state: Mapping[str, Tensor]) -> int:
     """How many blocks a state dictionary has entries of."""
     return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
@@ -82,3 +105,20 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, got {value!r}")
+
+
+def check_classes(num_classes: int) -> None:
+    """Raise ValueError unless this is a number of classes, 0 for none."""
+    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 0:
+        raise ValueError(f"num_classes must be a whole number, 0 for no head, got {num_classes!r}")
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Rates of the blocks, growing linearly from 0 to that of the last one.
+
+    Raises:
+        ValueError: a rate that is not between 0 and 1.
+    """
+    if not isinstance(last, (int, float)) or not 0 <= last <= 1:
+        raise ValueError(f"drop_path_rate must be between 0 and 1, got {last!r}")
+    return [last * i / max(depth - 1, 1) for i in range(depth)]

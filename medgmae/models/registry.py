@@ -19,7 +19,13 @@ B = TypeVar("B", bound=Builder)
 C = TypeVar("C", bound=type[nn.Module])
 
 # Arguments of create_model that are not an architecture's, for the hint about a misspelt option.
-LOADING = ("checkpoint_path", "strict", "source_grid", "inflate", "cache_dir", "token", "force_download", "progress")
+LOADING = (
+    *("checkpoint_path", "strict", "source_grid", "inflate"),
+    *("cache_dir", "token", "force_download", "hub_org", "progress"),
+)
+
+# Names that an error lists at most.
+SHOWN = 24
 
 _builders: dict[str, Builder] = {}
 _classes: dict[str, type[nn.Module]] = {}
@@ -96,14 +102,15 @@ def _build_class(cls: type[nn.Module], **options: Any) -> nn.Module:
     parts = {name: value for name, value in options.items() if isinstance(value, Mapping) and "class" in value}
     for name, part in parts.items():
         options[name] = model_builder(part["class"])(**{key: part[key] for key in part if key != "class"})
-    return cls(**options)
+    return build(cls, {}, options)  # type: ignore[no-any-return]
 
 
 def unknown(kind: str, name: str, choices: Any) -> str:
     """Error text for a name that is not in ``choices``, with the nearest ones."""
     names = sorted(choices)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {', '.join(names)}."
+    listed = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if names[SHOWN:] else "")
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {listed}."
     return f"unknown {kind} {name!r}. {hint}"
 
 

@@ -14,7 +14,7 @@ from medgmae.layers.patches import Shape, Size, input_grid, take_tokens
 from medgmae.layers.pooling import GlobalPool
 from medgmae.layers.rope import Rope
 from medgmae.models.encoder import Encoder, PosEmbed
-from medgmae.models.parts import Setting, check_choice, count_blocks, given
+from medgmae.models.parts import Setting, check_choice, count_blocks, drop_path_rates, given
 from medgmae.models.registry import build, register_class, register_model
 
 ClassToken = Literal["front", "middle", "double"]
@@ -106,7 +106,7 @@ class Vim(Encoder):
             expand=expand,
             divide_output=divide_output,
             norm_eps=norm_eps,
-            drop_path_rate=drop_path_rate,
+            drop_path_rates=drop_path_rates(drop_path_rate, depth),
             rope=rope,
             rope_residual=rope_residual,
         )

@@ -12,7 +12,7 @@ from medgmae.layers.blocks import Block, run_block
 from medgmae.layers.patches import Size
 from medgmae.layers.pooling import GlobalPool
 from medgmae.models.encoder import Encoder, PosEmbed
-from medgmae.models.parts import Setting, count_blocks, given
+from medgmae.models.parts import Setting, count_blocks, drop_path_rates, given
 from medgmae.models.registry import build, register_class, register_model
 
 
@@ -84,7 +84,7 @@ class ViT(Encoder):
         )
         self._built = built
         self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        rates = drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate, norm_eps) for rate in rates)
         self.norm = nn.Identity() if fc_norm else nn.LayerNorm(embed_dim, eps=norm_eps)
         self.fc_norm = nn.LayerNorm(self.num_features, eps=norm_eps) if fc_norm else nn.Identity()

@@ -80,7 +80,7 @@ def gaussian_decoder(case: Case) -> None:
             others = torch.cat([sample[:, :1], sample[:, 1 + count :]], dim=1)
             made.append(torch.func.functional_call(model.decoder, queries, (others,)))
     case.offer("features", torch.cat(features))
-    gaussians = Gaussians(*(torch.cat(parts) for parts in zip(*made, strict=True)))
+    gaussians = Gaussians(*(torch.cat(parts) for parts in zip(*(one.tensors() for one in made), strict=True)))
     found = as_theirs(gaussians, model.decoder.density_scale)
     for name, value in found.items():
         case.offer(name, value)

@@ -272,8 +272,8 @@ def check_stale_sizes(case: Case, given: Scene, points: Tensor, render: Render) 
     inside = ((index >= first) & (index <= last)).all(-1)  # (N, M)
 
     def kept(scene: Scene) -> Tensor:
-        each = Gaussians(*(tensor.movedim(0, 1) for tensor in scene.gaussians()))  # one Gaussian per sample
-        values = [render(Gaussians(*(part.unsqueeze(0) for part in one)), None) for one in zip(*each, strict=True)]
+        each = Gaussians(*(tensor.movedim(0, 1) for tensor in scene.gaussians().tensors()))  # one Gaussian per sample
+        values = [render(one, None) for one in each]
         return (torch.cat(values).squeeze(-1) * inside).sum(0).unsqueeze(-1)
 
     leaves = given.leaves()
