@@ -14,6 +14,8 @@ from torch import Tensor
 
 from medgmae.data import Grid, Volume, reorient
 from medgmae.data.contrasts import same_place
+from medgmae.data.volume import ScanLike
+from medgmae.inference.inputs import argument_volume
 from medgmae.inference.latents import latent_to_spatial as latent_to_spatial
 from medgmae.inference.reconstruction import Reconstruction
 
@@ -28,7 +30,7 @@ HIDDEN_COLOUR = "#5a6b8c"  # not a grey: a hidden patch must not look like tissu
 
 
 def reconstruction_figure(
-    scan: Volume, reconstruction: Reconstruction | None = None, colours: Volume | None = None, *, title: str = ""
+    scan: ScanLike, reconstruction: Reconstruction | None = None, colours: ScanLike | None = None, *, title: str = ""
 ) -> Figure:
     """A figure with a row per plane: the scan and, where given, its visible patches, their filling and the features.
 
@@ -38,14 +40,22 @@ def reconstruction_figure(
     The planes go through the middle of what is not background. Write it with ``figure.savefig("scan.png")``.
 
     Args:
-        scan: (C, D, H, W), preprocessed; the first channel is shown.
+        scan: (C, D, H, W), preprocessed, or what :func:`~medgmae.data.as_volume` takes; the first channel is shown.
         reconstruction: of :func:`~medgmae.reconstruct_scan`.
         colours: (3, D, H, W) on the grid of the scan, of :func:`feature_colours`.
         title: line above the pictures.
 
     Raises:
         ImportError: matplotlib is not installed; the message says how to get it.
+        TypeError: an argument of another type, such as a model.
     """
+    call = "reconstruction_figure(scan, reconstruction, colours)"
+    scan = argument_volume(scan, f"{call}: scan must be the prepared scan")
+    if reconstruction is not None and not isinstance(reconstruction, Reconstruction):
+        raise TypeError(
+            f"{call}: reconstruction must be what reconstruct_scan(model, scan) gives; got "
+            f"{type(reconstruction).__name__}"
+        )
     grey = _greys_of(scan)
     columns = [_Column("scan", [grey(scan)])]
     if reconstruction is not None:
@@ -56,15 +66,16 @@ def reconstruction_figure(
             columns.append(_Column("rendered Gaussians", [grey(reconstruction.predicted)]))
             columns.append(_Column("Gaussian centres", [grey(scan), _Dots(reconstruction.gaussians)]))
     if colours is not None:
+        colours = argument_volume(colours, f"{call}: colours must be what feature_colours(features, scan) gives")
         columns.append(_Column("patch features, PCA as RGB", [grey(colours)]))
     return _figure(scan, columns, _middle(scan), title)
 
 
-def fit_figure(scan: Volume, rendered: Volume, gaussians: Centres, *, title: str = "") -> Figure:
+def fit_figure(scan: ScanLike, rendered: ScanLike, gaussians: Centres, *, title: str = "") -> Figure:
     """A figure with a row per plane: the scan, Gaussians fitted to it, their centres, and four times the error.
 
     Args:
-        scan: (1, D, H, W), preprocessed, as it was fitted.
+        scan: (1, D, H, W), preprocessed, as it was fitted; or what :func:`~medgmae.data.as_volume` takes.
         rendered: the Gaussians on its grid.
         gaussians: (1, K, ...) in LPS mm; centres within one and a half voxels of a plane are shown on the scan,
             brighter where the density is larger in size.
@@ -72,7 +83,16 @@ def fit_figure(scan: Volume, rendered: Volume, gaussians: Centres, *, title: str
 
     Raises:
         ImportError: matplotlib is not installed; the message says how to get it.
+        TypeError: an argument of another type, such as a model.
+        ValueError: a rendering of another shape than the scan's.
     """
+    call = "fit_figure(scan, rendered, gaussians)"
+    scan = argument_volume(scan, f"{call}: scan must be the scan that was fitted")
+    rendered = argument_volume(rendered, f"{call}: rendered must be the Gaussians rendered on the scan's grid")
+    if not (hasattr(gaussians, "means") and hasattr(gaussians, "densities")):
+        raise TypeError(f"{call}: gaussians must be Gaussians in LPS mm; got {type(gaussians).__name__}")
+    if rendered.shape != scan.shape:
+        raise ValueError(f"{call}: rendered has shape {rendered.shape}; expected the scan's, {scan.shape}")
     error = scan.with_data(scan.data.min() + 4 * (rendered.data - scan.data).abs())
     grey = _greys_of(scan)
     columns = [
@@ -84,13 +104,15 @@ def fit_figure(scan: Volume, rendered: Volume, gaussians: Centres, *, title: str
     return _figure(scan, columns, _middle(scan), title)
 
 
-def latent_map_figure(scan: Volume, latent: Volume, *, at: Sequence[float] | None = None, title: str = "") -> Figure:
+def latent_map_figure(
+    scan: ScanLike, latent: ScanLike, *, at: Sequence[float] | None = None, title: str = ""
+) -> Figure:
     """A figure with a row per plane: the scan, and on top of it a latent map in colours, with their scale.
 
     Where the map is 0, as in hidden patches, nothing is drawn. The colours span percentiles 1 to 99 of all else.
 
     Args:
-        scan: (C, D, H, W), preprocessed; the first channel is shown.
+        scan: (C, D, H, W), preprocessed, or what :func:`~medgmae.data.as_volume` takes; the first channel is shown.
         latent: (1, D, H, W) on the same grid, of :func:`latent_to_spatial`.
         at: LPS position (x, y, z) in mm of the point where the planes meet. None: where the map is largest, among the
             voxels that lie above a tenth of the scan's range: air is often what a model finds most striking.
@@ -98,8 +120,12 @@ def latent_map_figure(scan: Volume, latent: Volume, *, at: Sequence[float] | Non
 
     Raises:
         ImportError: matplotlib is not installed; the message says how to get it.
+        TypeError: an argument of another type, such as a model.
         ValueError: a map of several channels or on another grid, or a point outside the scan.
     """
+    call = "latent_map_figure(scan, latent)"
+    scan = argument_volume(scan, f"{call}: scan must be the prepared scan")
+    latent = argument_volume(latent, f"{call}: latent must be what latent_to_spatial(model, scan) gives")
     if latent.channels != 1 or not same_place(latent.grid, scan.grid):
         raise ValueError(
             f"the map is {latent}, the scan {scan}; expected one channel on the scan's grid (resample_like)"

@@ -109,7 +109,7 @@ def test_what_is_printed(scan: Path, tmp_path: Path) -> None:
     assert (facts["out"], facts["weights"]) == (str(out), "random")
     assert "Note" in result.stderr  # no card says what the input is
     volume = medgmae.read_volume(scan)
-    kept = medgmae.data.window(volume, medgmae.data.percentiles(volume, 0.5, 99.5))
+    kept = medgmae.data.window(volume, medgmae.data.percentiles(volume, (0.5, 99.5)))
     torch.testing.assert_close(medgmae.read_volume(out).data, kept.data)
 
 

@@ -184,7 +184,11 @@ def test_arrays_have_voxels_of_one_millimetre() -> None:
         ("scan.nii.gz", r"str is not a scan; .* For a file: read_volume\(path\)"),
         (None, "NoneType is not a scan"),
         (np.zeros((3, 4)), r"numpy array has shape \(3, 4\); expected \(D, H, W\) or \(C, D, H, W\)"),
-        (torch.zeros(1, 1, 2, 3, 4), r"torch array has shape \(1, 1, 2, 3, 4\); expected"),
+        (
+            torch.zeros(1, 1, 2, 3, 4),
+            r"\(1, 1, 2, 3, 4\); expected .*batch of one pass the Volume itself, or scan\[0\]",
+        ),
+        (torch.zeros(2, 1, 2, 3, 4), r"torch array has shape \(2, 1, 2, 3, 4\); expected .*W\)$"),
         (np.zeros((0, 3, 4)), r"shape \(0, 3, 4\)"),
         (np.zeros((2, 3, 4), dtype=complex), "complex128; expected integers, floats or bool"),
         (np.full((1, 1, 1), 2**63, dtype=np.uint64), "beyond the signed range"),
@@ -267,6 +271,62 @@ def test_a_preparation_takes_them_all(tmp_path: Path, caplog: pytest.LogCaptureF
         contrasts({"t1": image, "t2": image})
     with pytest.raises(VolumeError, match="int is not a scan"):
         prepare(3)  # type: ignore[arg-type]
+
+
+def test_read_volume_reads_images_with_the_checks_of_files() -> None:
+    volume = Volume(torch.rand(1, 3, 4, 5), Grid((3, 4, 5), (2.0, 1.0, 0.5), (1, 2, 3)))
+    images = [volume.to_sitk(), volume.to_nibabel(), volume.to_metatensor(), volume]
+    for image in images:
+        assert_same(read_volume(image), volume)
+        with pytest.raises(VolumeError, match=r"1 channel\(s\), 5 x 4 x 3; expected 2"):
+            read_volume(image, channels=2)
+    broken = volume.with_data(volume.data.clone())
+    broken.data[0, 1, 2, 3] = torch.inf
+    for image in (broken.to_sitk(), broken.to_nibabel(), broken.to_metatensor(), broken):
+        assert as_volume(image).data.isinf().any()
+        with pytest.raises(VolumeError, match="1 of 60 voxels are NaN or infinite"):
+            read_volume(image)
+    for array in (volume.data, volume.data.numpy()):
+        with pytest.raises(VolumeError, match=r"array without a geometry; .* medgmae\.as_volume\(array\)"):
+            read_volume(array)
+    with pytest.raises(VolumeError, match="is for DICOM folders, and this is a Image"):
+        read_volume(images[0], series="1.2")
+    with pytest.raises(VolumeError, match="int is not a scan"):
+        read_volume(3)  # type: ignore[arg-type]
+    time_series = nibabel.nifti1.Nifti1Image(np.zeros((5, 4, 3, 2), np.int16), np.eye(4))
+    for series in (time_series, sitk.Image([5, 4, 3, 2], sitk.sitkInt16)):
+        with pytest.raises(VolumeError, match=r"4-D, 5 x 4 x 3 with 2 frames; expected .*channels=2 reads"):
+            read_volume(series)
+        assert read_volume(series, channels=2).shape == (2, 3, 4, 5)
+
+
+def test_scans_that_are_not_finite_are_not_prepared() -> None:
+    data = torch.rand(1, 4, 4, 4)
+    data[0, 0, 0, 0] = torch.nan
+    assert as_volume(data).data.isnan().sum() == 1
+    for scan in (Volume(data), Volume(data).to_nibabel(), data):
+        with pytest.raises(VolumeError, match="1 of 64 voxels are NaN or infinite; expected finite intensities"):
+            create_transform({})(scan)
+
+
+class ScalarImage(dict):  # type: ignore[type-arg]
+    """An image as TorchIO has it: a dict with what is needed to make a SimpleITK image."""
+
+    def __init__(self, image: sitk.Image) -> None:
+        super().__init__(stem="a")
+        self._image, self.path = image, Path("a.nii.gz")
+
+    def as_sitk(self) -> sitk.Image:
+        return self._image
+
+
+def test_images_of_torchio() -> None:
+    volume = Volume(torch.rand(2, 3, 4, 5), Grid((3, 4, 5), (2.0, 1.0, 0.5), (1, 2, 3)))
+    image = ScalarImage(volume.to_sitk())
+    assert_same(as_volume(image), volume)
+    assert as_volume(image).source == "a.nii.gz"
+    prepare = create_transform({"channels": 2, "contrasts": ["t1", "t2"], "spacing": [1, 1, 1], "resample": {}})
+    assert_same(prepare(image), prepare(volume))  # one scan, although it is a mapping
 
 
 def test_no_library_is_imported_that_the_scan_is_not_of() -> None:

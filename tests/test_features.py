@@ -330,3 +330,12 @@ def test_wrong_models_and_scans_are_refused(nano: medgmae.ViT) -> None:
         medgmae.extract_features(medgmae.ViT(32, 8, depth=0, dims=2), volume(32, 32, 32))
     with pytest.raises(TypeError, match="got Linear"):
         medgmae.extract_features(torch.nn.Linear(2, 2), volume(32, 32, 32))
+    with pytest.raises(ValueError, match=r"for this batch of one pass the Volume itself, or scan\[0\]"):
+        medgmae.extract_features(nano, volume(32, 32, 32).tensor)
+    with pytest.raises(TypeError, match=r"must be a Volume, or what medgmae\.as_volume takes; got int"):
+        medgmae.extract_features(nano, 3)  # type: ignore[arg-type]
+    broken = volume(32, 32, 32)
+    broken.data[0, 1, 2, 3] = math.nan
+    for scan in (broken, broken.to_sitk(), broken.data):
+        with pytest.raises(ValueError, match="1 of 32768 voxels are NaN or infinite"):
+            medgmae.extract_features(nano, scan)

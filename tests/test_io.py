@@ -269,12 +269,24 @@ def test_a_volume_is_its_voxels_and_a_grid() -> None:
     assert Grid(4).size == (4, 4, 4)
 
 
+def test_a_volume_answers_like_its_tensor() -> None:
+    volume = oblique().to(torch.int16)
+    assert (volume.dtype, volume.device) == (torch.int16, torch.device("cpu"))
+    moved = volume.to("meta")
+    assert moved.device.type == "meta"
+    assert moved.grid is volume.grid
+    assert np.shares_memory(volume.numpy(), volume.data.numpy())
+    assert volume.to(torch.bfloat16).numpy().dtype == np.float32
+
+
 def test_a_volume_checks_itself() -> None:
     data = torch.zeros(1, 2, 3, 4)
     with pytest.raises(VolumeError, match=re.escape("(2, 3, 4); expected (C, D, H, W): data[None] adds the channel")):
         Volume(data[0])
-    with pytest.raises(VolumeError, match=re.escape("data is a ndarray; expected a tensor: torch.from_numpy(array)")):
-        Volume(data.numpy())  # type: ignore[arg-type]
+    for other in (data.numpy(), oblique().to_sitk(), oblique().to_metatensor()):
+        with pytest.raises(VolumeError, match=rf"data is a {type(other).__name__}.*: medgmae\.as_volume\(image\)"):
+            Volume(other)  # type: ignore[arg-type]
+    assert Volume(oblique().to_metatensor(), Grid(oblique().size[::-1])).size == oblique().size[::-1]
     with pytest.raises(VolumeError, match=re.escape("grid is (2.0, 1.0, 1.0); expected Grid(data.shape[1:], spacing)")):
         Volume(data, (2.0, 1.0, 1.0))  # type: ignore[arg-type]
     with pytest.raises(VolumeError, match="spacing"):

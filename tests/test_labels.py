@@ -119,9 +119,43 @@ def test_labels_of_features() -> None:
     model = medgmae.create_model("vit_nano_patch8_32").eval()
     features = medgmae.extract_features(model, ready)
     assert features.map is not None
+    assert torch.equal(patch_labels(labels, features).data, patch_labels(labels, features.map).data)
     found = patch_labels(labels, features.map)
     assert found.size == features.map.size
     np.testing.assert_array_equal(found.data[0].numpy(), by_hand(labels, features.map.grid))
+
+
+def test_the_share_of_several_labels_is_that_of_their_union() -> None:
+    _, labels = scan_and_labels()
+    grid = labels.grid.with_size((3, 3, 3))
+    parts = [patch_labels(labels, grid, share=label).data for label in (1, 2, 7)]
+    torch.testing.assert_close(patch_labels(labels, grid, share=[1, 2, 7]).data, sum(parts))
+    assert torch.equal(patch_labels(labels, grid, share=[2]).data, parts[1])
+    assert torch.equal(patch_labels(labels, grid, share=np.int16(2)).data, parts[1])  # type: ignore[arg-type]
+    for wrong in ("tumour", 0.5, [], [1, 2.5], True):
+        with pytest.raises(VolumeError, match=r"expected a label, such as share=1, or several, such as share=\[1, 2\]"):
+            patch_labels(labels, grid, share=wrong)  # type: ignore[arg-type]
+
+
+def test_labels_and_maps_need_their_geometry() -> None:
+    scan, labels = scan_and_labels()
+    patches = feature_map(torch.zeros(5, 3, 4, 6), scan)
+    for bare in (labels.data, labels.data[0], labels.data[0].numpy()):
+        with pytest.raises(
+            VolumeError, match=r"without a geometry, .* expected scan\.with_data\(labels\) of shape \(1,"
+        ):
+            patch_labels(bare, patches)
+    for image in (patches.to_sitk(), patches.to_nibabel(), patches.to_metatensor()):
+        assert torch.equal(patch_labels(labels, image).data, patch_labels(labels, patches).data)
+    with pytest.raises(
+        VolumeError, match=r"Tensor without a geometry; expected features\.map, or .*feature_map\(tensor"
+    ):
+        patch_labels(labels, patches.data)
+    model = medgmae.create_model("vit_nano_patch8_32").eval()
+    with pytest.raises(VolumeError, match=r"no map \(map=None\); expected .*want_map=True"):
+        patch_labels(labels, medgmae.extract_features(model, scan, want_map=False))
+    with pytest.raises(VolumeError, match="ViT is not a scan"):
+        patch_labels(labels, model)  # type: ignore[arg-type]
 
 
 def test_what_are_no_labels() -> None:

@@ -26,6 +26,7 @@ from medgmae.data import (
     reorient,
     resample,
     resample_like,
+    stack_channels,
     window,
     write_volume,
     zscore,
@@ -152,25 +153,49 @@ def test_feature_map_covers_its_patches() -> None:
     spread = resample_like(features, volume, interpolation="nearest")
     expected = features.data.repeat_interleave(4, 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
     assert torch.equal(spread.data, expected)
-    with pytest.raises(VolumeError, match="does not divide"):
-        feature_map(torch.zeros(3, 3, 3, 4), volume)
+    for wrong in (torch.zeros(3, 3, 3, 4), torch.zeros(2, 3, 4)):
+        with pytest.raises(VolumeError, match="does not divide"):
+            feature_map(wrong, volume)
 
 
 def test_window_and_percentiles() -> None:
     volume = Volume(torch.arange(-5, 5, dtype=torch.int16).reshape(1, 1, 2, 5))
     result = window(volume, (-2, 2), (10.0, 20.0))
     assert result.data.flatten().tolist() == [10, 10, 10, 10, 12.5, 15, 17.5, 20, 20, 20]
-    assert percentiles(volume, 0, 100) == (-5.0, 4.0)
-    assert percentiles(volume.with_data(volume.data * 0), 1, 99) == (0.0, 1.0)
+    assert percentiles(volume, (0, 100)) == (-5.0, 4.0)
+    assert percentiles(volume.with_data(volume.data * 0), (1, 99)) == (0.0, 1.0)
     assert volume.data.min() == -5
     with pytest.raises(VolumeError, match="increasing"):
         window(volume, (3, 3))
     with pytest.raises(VolumeError, match=r"the window is \[-2\]; expected two increasing numbers \(low, high\)"):
         window(volume, -2, 2)  # type: ignore[arg-type]
-    whole = window(volume, percentiles(volume, 0, 100)).data
+    whole = window(volume, percentiles(volume, (0, 100))).data
     assert (whole.min(), whole.max()) == (0, 1)
     with pytest.raises(VolumeError, match="0 <= low < high"):
-        percentiles(volume, 50, 101)
+        percentiles(volume, (50, 101))
+    with pytest.raises(VolumeError, match=r"percentiles are \[2\]; expected two increasing numbers \(low, high\)"):
+        percentiles(volume, 2)  # type: ignore[arg-type]
+
+
+def test_images_of_other_libraries_are_taken() -> None:
+    volume, like = tilted((8, 12, 16)), Grid((4, 6, 8), (5.0, 1.6, 1.4), (10.0, -20.0, 5.0))
+    image, other = volume.to_nibabel(), Volume(torch.zeros(1, 4, 6, 8), like).to_sitk()
+    for ours, theirs in (
+        (reorient(volume, "RAS"), reorient(image, "RAS")),
+        (resample(volume, spacing=2), resample(image, spacing=2)),
+        (resample_like(volume, like), resample_like(image, other)),
+        (feature_map(torch.zeros(3, 2, 3, 4), volume), feature_map(torch.zeros(3, 2, 3, 4), image)),
+        (window(volume, percentiles(volume, (1, 99))), window(image, percentiles(image, (1, 99)))),
+        (zscore(volume, together=True, like=volume), zscore(image, together=True, like=volume.to_metatensor())),
+        (crop_or_pad(volume, 6), crop_or_pad(image, 6)),
+        (crop_foreground(volume), crop_foreground(image)),
+        (stack_channels([volume, volume]), stack_channels([image, volume.to_sitk()])),
+    ):
+        assert torch.equal(ours.data, theirs.data)
+        np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-9)
+    assert resample(np.ones((2, 2, 2)), size=4).spacing == (0.5, 0.5, 0.5)
+    with pytest.raises(VolumeError, match=r"str is not a scan; .* For a file: read_volume\(path\)"):
+        resample("scan.nii.gz", spacing=2)  # type: ignore[arg-type]
 
 
 def test_one_number_stands_for_all_axes() -> None:

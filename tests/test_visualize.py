@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from medgmae import Masking, ViT, Volume, create_model, create_transform, extrac
 from medgmae.data import Grid, crop_or_pad
 from medgmae.inference.colours import feature_colours, pca_rgb
 from medgmae.inference.features import dense_features
-from medgmae.visualize import reconstruction_figure
+from medgmae.visualize import fit_figure, latent_map_figure, reconstruction_figure
 
 DATA = Path(__file__).parent.parent / "examples/data"
 TAG = "mae_vit_tiny_patch8_64.demo"
@@ -221,6 +223,44 @@ def test_figure_has_a_row_per_plane_and_a_column_per_picture(small: Volume, tmp_
     figure.savefig(tmp_path / "scan.png")
     assert (tmp_path / "scan.png").stat().st_size > 10_000
     assert len(reconstruction_figure(small, found).axes) == 9
+
+
+def test_pictures_take_images_of_other_libraries(small: Volume) -> None:
+    features = extract_features(nano(), small)
+    colours = feature_colours(features, small.to_nibabel())
+    assert features.map is not None
+    torch.testing.assert_close(colours.data, feature_colours(features.map, small).data)
+    ours, theirs = reconstruction_figure(small), reconstruction_figure(small.to_sitk(), None, colours.to_metatensor())
+    np.testing.assert_array_equal(*(figure.axes[0].images[0].get_array() for figure in (ours, theirs)))
+    assert len(theirs.axes) == 6
+    latent = small.with_data(torch.rand(small.shape))
+    assert len(latent_map_figure(small.to_nibabel(), latent.to_nibabel()).axes) == 7
+    gaussians = SimpleNamespace(means=torch.zeros(1, 3, 3), densities=torch.ones(1, 3))
+    assert len(fit_figure(small.to_nibabel(), small.to_sitk(), gaussians).axes) == 12
+
+
+def test_pictures_say_what_they_expected(small: Volume) -> None:
+    model, features = nano(), extract_features(nano(), small)
+    calls: list[tuple[Any, str]] = [
+        (lambda: feature_colours(model, small), "features must be what extract_features.* got MaskedAutoencoder"),
+        (lambda: feature_colours(features, model), "scan must be the scan that the features are of; got MaskedAuto"),
+        (lambda: reconstruction_figure(model, small), "scan must be the prepared scan; got MaskedAutoencoder"),
+        (lambda: reconstruction_figure(small, small), "reconstruction must be what reconstruct_scan.* got Volume"),
+        (lambda: reconstruction_figure(small, None, features), "colours must be what feature_colours.* got Features"),
+        (lambda: latent_map_figure(model, small), "scan must be the prepared scan; got MaskedAutoencoder"),
+        (lambda: latent_map_figure("a.nii.gz", small), "scan must be the prepared scan; got str"),
+        (lambda: latent_map_figure(small, features), "latent must be what latent_to_spatial.* got Features"),
+        (lambda: fit_figure(model, small, features), "scan must be the scan that was fitted; got MaskedAutoencoder"),
+        (lambda: fit_figure(small, features, features), "rendered must be the Gaussians rendered .* got Features"),
+        (lambda: fit_figure(small, small, features), "gaussians must be Gaussians in LPS mm; got Features"),
+    ]
+    for call, message in calls:
+        with pytest.raises(TypeError, match=message):
+            call()
+    with pytest.raises(ValueError, match="map is a Tensor without a geometry"):
+        feature_colours(torch.zeros(4, 2, 2, 2), small)
+    with pytest.raises(ValueError, match=r"rendered has shape .* expected the scan's"):
+        fit_figure(small, crop_or_pad(small, 8), SimpleNamespace(means=small.data, densities=small.data))
 
 
 def test_without_matplotlib_the_error_says_how_to_get_it() -> None:

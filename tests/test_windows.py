@@ -191,7 +191,7 @@ def test_only_scans_are_read() -> None:
     for run in (medgmae.extract_features, medgmae.reconstruct_scan, dense_features, latent):
         with pytest.raises(TypeError, match=r"must have been prepared .*create_transform.*got the path 'scan.nii.gz'"):
             run(model, "scan.nii.gz")
-        with pytest.raises(medgmae.VolumeError, match="dict"):
+        with pytest.raises(TypeError, match=r"must be a Volume, or what medgmae\.as_volume takes; got dict"):
             run(model, {})
 
 

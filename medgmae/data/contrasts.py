@@ -14,7 +14,7 @@ import numpy as np
 
 from medgmae.data.geometry import Floats, Grid, VolumeError
 from medgmae.data.io import read_volume
-from medgmae.data.volume import ScanLike, Volume, as_volume
+from medgmae.data.volume import ScanLike, Volume, as_volume, finite
 
 Scan: TypeAlias = "str | os.PathLike[str] | ScanLike"
 """A scan on disk (a file, or a DICOM folder) or in memory."""
@@ -24,8 +24,8 @@ _SPELLINGS = {"t1": {"t1w", "t1n"}, "t2": {"t2w"}, "t1ce": {"t1c", "t1gd"}, "fla
 
 
 def open_scan(scan: Scan, channels: int | None = None) -> Volume:
-    """A scan as a volume: read if it is on disk, converted if it is of another library."""
-    return read_volume(scan, channels=channels) if isinstance(scan, str | os.PathLike) else as_volume(scan)
+    """A scan as a volume of finite voxels: read if it is on disk, converted if it is of another library."""
+    return read_volume(scan, channels=channels) if isinstance(scan, str | os.PathLike) else finite(as_volume(scan))
 
 
 def _named_in(path: Path, contrasts: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Scans between this library and others, in memory: SimpleITK, nibabel and MONAI, each with its own order of axes.
+"""Scans between this library and others, in memory: SimpleITK, nibabel, MONAI and TorchIO, each with its order of axes.
 
 | library | array | world |
 |---|---|---|
@@ -6,11 +6,13 @@
 | SimpleITK | the same, channels last | LPS |
 | nibabel | (x, y, z), channels last | RAS |
 | MONAI | (C, x, y, z) | RAS, or what ``meta["space"]`` says |
+
+TorchIO's images come by way of their own ``as_sitk()``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -35,11 +37,15 @@ _MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 
 
 class Converted(NamedTuple):
-    """What an image of another library holds: voxels (C, D, H, W), where they lie, and where they come from."""
+    """What an image of another library holds: voxels (C, D, H, W), where they lie, and where they come from.
+
+    ``frames`` is the length of a fourth axis, which may be time; 0 where the channels are known to be channels.
+    """
 
     data: Tensor
     grid: Grid | None
     source: str
+    frames: int = 0
 
 
 def library_of(image: object) -> str:
@@ -48,25 +54,43 @@ def library_of(image: object) -> str:
     return next((name for name in ("monai", "nibabel", "SimpleITK", "torch", "numpy") if name in modules), "")
 
 
+def is_image(image: object) -> bool:
+    """Whether this is an image of another library, which has a geometry of its own, or an array."""
+    return _reader(image) is not None
+
+
+def is_bare(image: object) -> bool:
+    """Whether this is an array or a plain tensor, which has no geometry."""
+    return _reader(image) is _from_array
+
+
 def read(image: Any) -> Converted:
     """The voxels and the geometry of an image of another library, or of an array, which has no geometry.
 
     Raises:
         VolumeError: an object of another type, another rank, or a geometry that is sheared.
     """
+    reader = _reader(image)
+    if reader is None:
+        raise VolumeError(
+            f"{type(image).__name__} is not a scan; expected a Volume, an array (D, H, W) or (C, D, H, W), or an image "
+            "of SimpleITK, nibabel, MONAI or TorchIO. For a file: read_volume(path)"
+        )
+    return reader(image)
+
+
+def _reader(image: object) -> Callable[[Any], Converted] | None:
+    """What reads an image of this type."""
     library = library_of(image)
     if library == "monai" and isinstance(image, Tensor):
-        return _from_metatensor(image)
+        return _from_metatensor
     if library == "nibabel" and hasattr(image, "dataobj"):
-        return _from_nibabel(image)
+        return _from_nibabel
     if library == "SimpleITK" and hasattr(image, "GetDirection"):
-        return Converted(*from_sitk(image), "SimpleITK image")
-    if isinstance(image, (Tensor, np.ndarray)):
-        return Converted(_channels_first(image, f"{library} array"), None, "array")
-    raise VolumeError(
-        f"{type(image).__name__} is not a scan; expected a Volume, an array (D, H, W) or (C, D, H, W), or an image of "
-        "SimpleITK, nibabel or MONAI. For a file: read_volume(path)"
-    )
+        return _from_sitk
+    if hasattr(image, "as_sitk"):
+        return _from_torchio
+    return _from_array if isinstance(image, (Tensor, np.ndarray)) else None
 
 
 def tensor_of(voxels: NDArray[Any]) -> Tensor:
@@ -85,7 +109,11 @@ def tensor_of(voxels: NDArray[Any]) -> Tensor:
 
 def _channels_first(voxels: Tensor | NDArray[Any], name: str) -> Tensor:
     if voxels.ndim not in (3, 4) or 0 in voxels.shape:
-        raise VolumeError(f"the {name} has shape {tuple(voxels.shape)}; expected (D, H, W) or (C, D, H, W)")
+        one = voxels.ndim == 5 and voxels.shape[0] == 1
+        raise VolumeError(
+            f"the {name} has shape {tuple(voxels.shape)}; expected (D, H, W) or (C, D, H, W)"
+            f"{': for this batch of one pass the Volume itself, or scan[0]' if one else ''}"
+        )
     unsigned = str(voxels.dtype) in ("torch.uint16", "torch.uint32", "torch.uint64")
     if isinstance(voxels, Tensor):
         voxels = voxels.detach().cpu()
@@ -141,6 +169,19 @@ def to_sitk(data: Tensor, grid: Grid) -> Image:
     return image  # type: ignore[no-any-return]
 
 
+def _from_array(array: Tensor | NDArray[Any]) -> Converted:
+    return Converted(_channels_first(array, f"{library_of(array)} array"), None, "array")
+
+
+def _from_sitk(image: Any, source: str = "SimpleITK image") -> Converted:
+    size = image.GetSize()
+    return Converted(*from_sitk(image), source, size[3] if len(size) > 3 and size[3] > 1 else 0)
+
+
+def _from_torchio(image: Any) -> Converted:
+    return _from_sitk(image.as_sitk(), str(getattr(image, "path", None) or f"TorchIO {type(image).__name__}"))
+
+
 def _from_nibabel(image: Any) -> Converted:
     source = image.get_filename() or "nibabel image"
     voxels = np.asanyarray(image.dataobj)
@@ -158,7 +199,8 @@ def _from_nibabel(image: Any) -> Converted:
     units = getattr(image.header, "get_xyzt_units", lambda: ("unknown",))()[0]
     affine = _RAS @ np.diag([*[_MILLIMETRES.get(units, 1.0)] * 3, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
     data = tensor_of(voxels.T if voxels.ndim == 4 else voxels.T[None])
-    return Converted(data, grid_of(affine, data.shape[1:]), str(source))
+    frames = image.shape[3] if len(image.shape) == 4 and image.shape[3] > 1 else 0
+    return Converted(data, grid_of(affine, data.shape[1:]), str(source), frames)
 
 
 def to_nibabel(data: Tensor, grid: Grid) -> Nifti1Image:

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from medgmae.data import conversion
 from medgmae.data.conversion import from_sitk, grid_of, tensor_of
 from medgmae.data.formats import dicom, nifti
 from medgmae.data.formats.headers import check_text_header, is_text_header
 from medgmae.data.formats.itk import quiet, reason, simpleitk
 from medgmae.data.geometry import Grid, VolumeError
-from medgmae.data.volume import ScanLike, Volume, as_volume
+from medgmae.data.volume import ScanLike, Volume, as_volume, finite
 
 _log = logging.getLogger("medgmae")
 _READABLE = (
@@ -38,14 +38,6 @@ def _guarded(path: Path, read: Callable[[], tuple[Grid, Tensor]]) -> tuple[Grid,
         raise VolumeError(f"{path}: cannot be read: {reason(error)}; expected {_READABLE}") from None
 
 
-def _finite(data: Tensor) -> Tensor:
-    if data.is_floating_point() and not torch.isfinite(data.sum(dtype=torch.float64)):  # NaN and infinity survive a sum
-        bad = int((~torch.isfinite(data)).sum())
-        if bad:
-            raise VolumeError(f"{bad} of {data.numel()} voxels are NaN or infinite; expected finite intensities")
-    return data
-
-
 def _expect_channels(stored: int, frames: int, shape: str, channels: int | None) -> None:
     """``frames`` is the length of a fourth axis of the file, 0 when there is none."""
     if channels is None and frames:
@@ -61,7 +53,7 @@ def _read_nifti(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
     image = nifti.read_nifti(path)
     size = image.voxels.shape[1:]
     _expect_channels(len(image.voxels), image.frames, " x ".join(map(str, size[::-1])), channels)
-    return grid_of(image.affine, size), _finite(tensor_of(image.voxels))
+    return grid_of(image.affine, size), tensor_of(image.voxels)
 
 
 def _read_itk(path: Path, channels: int | None, bytes_on_disk: int) -> tuple[Grid, Tensor]:
@@ -87,7 +79,7 @@ def _read_itk(path: Path, channels: int | None, bytes_on_disk: int) -> tuple[Gri
         image = reader.Execute()
     data, grid = from_sitk(image)
     _expect_channels(len(data), size[3] if rank == 4 else 0, " x ".join(map(str, size[:3])), channels)
-    return grid, _finite(data)
+    return grid, data
 
 
 def _read_dicom_folder(path: Path, series: str | None, channels: int | None) -> tuple[Grid, Tensor]:
@@ -97,7 +89,7 @@ def _read_dicom_folder(path: Path, series: str | None, channels: int | None) -> 
     affine[:3, :3], affine[:3, 3] = stack.direction * np.array(stack.spacing), stack.origin
     size = stack.voxels.shape[1:]
     _expect_channels(len(stack.voxels), 0, " x ".join(map(str, size[::-1])), channels)
-    return grid_of(affine, size), _finite(tensor_of(stack.voxels))
+    return grid_of(affine, size), tensor_of(stack.voxels)
 
 
 def _read_file(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
@@ -122,23 +114,50 @@ def _read_file(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
     raise VolumeError(f"unknown file type (it starts with {start[:8]!r}); expected {_READABLE}")
 
 
-def read_volume(path: str | os.PathLike[str], *, series: str | None = None, channels: int | None = None) -> Volume:
-    """A scan from a file or a DICOM folder, in its stored voxel type (unsigned 16 and 32 bits widened) and orientation.
+def _read_image(image: ScanLike, channels: int | None) -> Volume:
+    """An image in memory, with the checks of a file."""
+    if isinstance(image, Volume):
+        volume, frames = image, 0
+    elif conversion.is_bare(image):
+        raise VolumeError(
+            f"{type(image).__name__} is an array without a geometry; expected a path or an image with its geometry. "
+            "For voxels of 1 mm: medgmae.as_volume(array); for others: Volume(tensor, Grid(size, spacing))"
+        )
+    else:
+        data, grid, source, frames = conversion.read(image)
+        volume = Volume(data, grid, source)
+    try:
+        _expect_channels(volume.channels, frames, " x ".join(map(str, volume.size[::-1])), channels)
+    except VolumeError as error:
+        raise VolumeError(f"{volume.source}: {error}") from None
+    return finite(volume)
+
+
+def read_volume(
+    path: str | os.PathLike[str] | ScanLike, *, series: str | None = None, channels: int | None = None
+) -> Volume:
+    """A scan from a file or a DICOM folder, in its stored voxel type (unsigned 16 and 32 bits widened) and orientation;
+    or an image that another library has read, with the same checks.
 
     Several values per voxel (vector pixels, RGB) become channels. A 4-D image is an error unless ``channels`` is the
     length of its last axis: a time series is not a multi-channel scan.
 
     Args:
         path: NIfTI, MetaImage, NRRD or multi-frame DICOM file, recognised by its content; or a folder, searched
-            with its subfolders for DICOM.
+            with its subfolders for DICOM; or an image of SimpleITK, nibabel, MONAI (``MetaTensor``) or TorchIO.
         series: SeriesInstanceUID, needed when a folder holds several.
         channels: the number of channels expected; ``None`` accepts any number of a 3-D image.
 
     Raises:
         VolumeError: with the path, what is there and what was expected: a missing, empty, truncated, broken or unknown
             file, NaN or infinite voxels, a spacing that is not positive, another rank or channel count,
-            several series, slices that are missing, doubled or of mixed geometry.
+            several series, slices that are missing, doubled or of mixed geometry; an array, which has no geometry
+            (:func:`~medgmae.data.as_volume` takes it).
     """
+    if not isinstance(path, str | os.PathLike):
+        if series is not None:
+            raise VolumeError(f"series={series!r} is for DICOM folders, and this is a {type(path).__name__}")
+        return _read_image(path, channels)
     path = Path(path)
     if not path.exists():
         raise VolumeError(f"{path}: no such file or folder; expected {_READABLE}")
@@ -148,7 +167,7 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None, chan
         raise VolumeError(f"{path}: series={series!r} is for DICOM folders, and this is a file")
     else:
         grid, data = _guarded(path, lambda: _read_file(path, channels))
-    return Volume(data, grid, str(path))
+    return finite(Volume(data, grid, str(path)))
 
 
 def write_volume(volume: ScanLike, path: str | os.PathLike[str]) -> None:

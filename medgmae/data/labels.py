@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from medgmae.data.conversion import is_bare
 from medgmae.data.geometry import SNAP, Floats, Grid, VolumeError
-from medgmae.data.volume import ScanLike, Volume, as_volume
+from medgmae.data.volume import HasMap, ScanLike, Volume, as_volume, map_of
 
 _SLAB = 1 << 20  # label voxels that are looked up at a time
 
 
-def patch_labels(labels: ScanLike, patches: Volume | Grid, *, share: int | None = None) -> Volume:
+def patch_labels(
+    labels: ScanLike, patches: ScanLike | HasMap | Grid, *, share: int | Sequence[int] | None = None
+) -> Volume:
     """The label of each patch: that of most of the label voxels whose centres lie in it.
 
     Where the labels are depends on their geometry alone: they may be of another orientation, spacing or field of view
-    than the scan that the model saw, and oblique to it. ``patch_labels(read_volume("segmentation.nii.gz"),
-    features.map)`` is a target for a probe of ``features.map``.
+    than the scan that the model saw, and oblique to it. ``patch_labels(read_volume("segmentation.nii.gz"), features)``
+    is a target for a probe of ``features.map``.
 
     A patch is a voxel of the map: a box of ``map.spacing`` around its centre. A voxel centre on the border of two
     patches belongs to the one with the higher index. Of labels that are equally frequent, the smallest is taken. A
     patch too small to hold the centre of a label voxel takes the label voxel that its own centre lies in.
 
     Args:
-        labels: one whole number per voxel, (1, D, H, W) or (D, H, W); a volume, or what ``as_volume`` takes.
-        patches: the feature map (E, d, h, w), or its grid.
-        share: a label; the result is then the share of each patch's label voxels that have it.
+        labels: one whole number per voxel; a volume (1, D, H, W), or an image of another library with its geometry.
+        patches: what ``extract_features`` gives, its feature map (E, d, h, w), or the grid of that.
+        share: a label; the result is then the share of each patch's label voxels that have it. Of several labels, the
+            share of the voxels that have any of them.
 
     Returns:
         (1, d, h, w) on the map's grid: int64 labels, -1 in patches without a label voxel; with ``share`` float32 from
         0 to 1, NaN in patches without a label voxel.
 
     Raises:
-        VolumeError: labels of several channels, or that are not whole numbers.
+        VolumeError: labels without a geometry (arrays, plain tensors), of several channels, or that are not whole
+            numbers; features without a map, or a map without a geometry; a share of something that is not a label.
     """
-    volume, grid = as_volume(labels), patches if isinstance(patches, Grid) else patches.grid
+    if is_bare(labels):
+        raise VolumeError(
+            f"the labels are a {type(labels).__name__} without a geometry, and could lie anywhere in the scan; "
+            "expected scan.with_data(labels) of shape (1, D, H, W), or an image with its geometry"
+        )
+    volume, grid = as_volume(labels), patches if isinstance(patches, Grid) else map_of(patches).grid
     values, array = _values(volume, share)
     counts = np.zeros((int(np.prod(grid.size)), len(values)), dtype=np.int64)
     for patch, label in _in_patches(array, volume.grid, grid):
@@ -59,16 +69,26 @@ def patch_labels(labels: ScanLike, patches: Volume | Grid, *, share: int | None 
     return Volume(torch.from_numpy(result.reshape(1, *grid.size)), grid, volume.source)
 
 
-def _values(labels: Volume, share: int | None) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The different labels in order, and where they are (D, H, W); for the share of one label: 0 and 1."""
+def _values(labels: Volume, share: int | Sequence[int] | None) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The different labels in order, and where they are (D, H, W); for a share: 0 and 1."""
     if labels.channels != 1:
         raise VolumeError(f"{labels.source}: the labels have {labels.channels} channels; expected one")
     array = np.asarray(labels)[0]
     if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.round(array)).all()):
         raise VolumeError(f"{labels.source}: the labels are not whole numbers; expected one label per voxel")
     if share is not None:
-        return np.array([0, 1], np.uint8), (array == share).astype(np.uint8)
+        having = np.zeros(array.shape, np.uint8)
+        for label in _labels(share):
+            having |= array == label
+        return np.array([0, 1], np.uint8), having
     return np.unique(array), array
+
+
+def _labels(share: int | Sequence[int]) -> list[int]:
+    labels = list(share) if isinstance(share, Sequence | np.ndarray) else [share]
+    if not labels or not all(isinstance(label, int | np.integer) and not isinstance(label, bool) for label in labels):
+        raise VolumeError(f"share is {share!r}; expected a label, such as share=1, or several, such as share=[1, 2]")
+    return labels
 
 
 def _in_patches(array: NDArray[Any], labels: Grid, patches: Grid) -> Iterator[tuple[NDArray[np.intp], NDArray[Any]]]:

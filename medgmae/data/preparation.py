@@ -6,14 +6,14 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 from medgmae.data.contrasts import Scan, find_contrasts, open_scan, read_contrasts, same_place
-from medgmae.data.conversion import library_of
+from medgmae.data.conversion import is_bare
 from medgmae.data.geometry import Grid, VolumeError, centred_start
 from medgmae.data.sampling import onto, sample
 from medgmae.data.transforms import crop_foreground, crop_or_pad, percentiles, window, zscore
-from medgmae.data.volume import Volume, stack_channels
+from medgmae.data.volume import Volume, is_scan, stack_channels
 
 _log = logging.getLogger("medgmae")
 _RESAMPLE: dict[str, Any] = {
@@ -121,6 +121,11 @@ def _first(size: Sequence[int], wanted: Sequence[int]) -> list[int]:
     return [max(0, start) for start in centred_start(size, wanted)]
 
 
+def _is_case(scan: Scan | Mapping[str, Scan]) -> TypeGuard[Mapping[str, Scan]]:
+    """Whether this maps contrasts to scans; an image of TorchIO is one scan, though it is a dict."""
+    return isinstance(scan, Mapping) and not is_scan(scan)
+
+
 class Preparation:
     """A scan on disk, or a volume, to what a model takes: (C, D, H, W) float32 with its geometry; ``.tensor`` adds
     the batch axis.
@@ -153,8 +158,9 @@ class Preparation:
         whole: keep the whole field of view for a sliding window, instead of the centre crop.
 
     Raises:
-        VolumeError: a block that is not valid; on call, what ``read_volume`` raises, a volume of another channel
-            count, or a contrast that is missing, unknown, given twice or mixed up with another.
+        VolumeError: a block that is not valid; on call, what ``read_volume`` raises, a scan in memory with NaN or
+            infinite voxels, a volume of another channel count, or a contrast that is missing, unknown, given twice or
+            mixed up with another.
     """
 
     def __init__(self, block: Mapping[str, Any], whole: bool = False) -> None:
@@ -194,9 +200,7 @@ class Preparation:
 
     def _warn_of_arrays(self, scan: Scan | Mapping[str, Scan]) -> None:
         """Bare arrays say nothing of the spacing and orientation that steps of this preparation go by."""
-        bare = any(
-            library_of(one) in ("numpy", "torch") for one in (scan.values() if isinstance(scan, Mapping) else [scan])
-        )
+        bare = any(map(is_bare, scan.values() if _is_case(scan) else [scan]))
         if bare and (self.input["spacing"] is not None or self.input["orientation"] is not None):
             _log.warning(
                 "the array has no geometry: 1 mm voxels (z, y, x) in LPS are assumed; give "
@@ -206,13 +210,13 @@ class Preparation:
     def _read(self, scan: Scan | Mapping[str, Scan]) -> list[Volume]:
         """One volume with all channels, or one per contrast."""
         expected, contrasts = self.input["channels"], self.input["contrasts"]
-        if isinstance(scan, Mapping):
+        if _is_case(scan):
             if contrasts is None:
                 raise VolumeError(f"the case is a mapping of {list(scan)}; expected one scan: input.contrasts is null")
             return read_contrasts(scan, contrasts)
         if contrasts is not None and isinstance(scan, str | os.PathLike) and os.path.isdir(scan):
             return read_contrasts(find_contrasts(scan, contrasts), contrasts)
-        volume = open_scan(scan, channels=expected)
+        volume = open_scan(cast(Scan, scan), channels=expected)
         if volume.channels != expected:
             named = f"; or give a mapping with {', '.join(contrasts)}" if contrasts else ""
             raise VolumeError(
@@ -261,7 +265,7 @@ class Preparation:
             return window(volume, tuple(bounds), (low, high))
         per_channel = bounds.get("per") == "channel"
         parts = [volume.with_data(channel[None]) for channel in volume.data] if per_channel else [volume]
-        scaled = [window(part, percentiles(part, *bounds["percentiles"]), (low, high)) for part in parts]
+        scaled = [window(part, percentiles(part, bounds["percentiles"]), (low, high)) for part in parts]
         return stack_channels(scaled)
 
     def _standardized(self, volume: Volume, centred: bool) -> Volume:

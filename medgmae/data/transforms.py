@@ -1,5 +1,5 @@
 """From a scan as stored to what a model takes, and back: plain functions ``Volume -> Volume`` that keep the geometry
-true.
+true. Wherever they take a volume, they take what ``as_volume`` takes; of a bare array the voxels are cubes of 1 mm.
 
 ``create_transform`` composes them as a weight card's ``input`` block says. ``resample_like`` is the one inverse: it
 puts a feature map or label map back on the grid of the scan, by geometry alone, so that nothing has to be recorded on
@@ -15,10 +15,10 @@ import torch
 
 from medgmae.data.geometry import Grid, Origin, VolumeError, centred_start, sizes
 from medgmae.data.sampling import Interpolation, onto, sample
-from medgmae.data.volume import Volume
+from medgmae.data.volume import ScanLike, Volume, as_volume
 
 
-def reorient(volume: Volume, code: str) -> Volume:
+def reorient(volume: ScanLike, code: str) -> Volume:
     """Axes permuted and reversed, without interpolation, until the orientation is ``code``.
 
     Args:
@@ -30,11 +30,12 @@ def reorient(volume: Volume, code: str) -> Volume:
     Raises:
         VolumeError: not a code of three different axes.
     """
+    volume = as_volume(volume)
     return sample(volume, volume.grid.reoriented(code), "nearest", None)
 
 
 def resample(
-    volume: Volume,
+    volume: ScanLike,
     *,
     spacing: float | Sequence[float] | None = None,
     size: int | Sequence[int] | None = None,
@@ -58,6 +59,7 @@ def resample(
     Raises:
         VolumeError: both or neither of ``spacing`` and ``size``, or numbers that are not positive.
     """
+    volume = as_volume(volume)
     if spacing is not None and size is None:
         target = volume.grid.with_spacing(spacing, origin)
     elif size is not None and spacing is None:
@@ -68,7 +70,7 @@ def resample(
 
 
 def resample_like(
-    volume: Volume, like: Volume | Grid, *, interpolation: Interpolation = "linear", outside: float = 0.0
+    volume: ScanLike, like: ScanLike | Grid, *, interpolation: Interpolation = "linear", outside: float = 0.0
 ) -> Volume:
     """A map put on the grid of another volume: predictions back on the source scan, or one contrast on the grid of
     another.
@@ -81,19 +83,21 @@ def resample_like(
         interpolation: ``"linear"``, ``"nearest"`` or ``"bspline"``.
         outside: value where ``volume`` has no voxels.
     """
-    return sample(volume, like if isinstance(like, Grid) else like.grid, interpolation, outside)
+    grid = like if isinstance(like, Grid) else as_volume(like).grid
+    return sample(as_volume(volume), grid, interpolation, outside)
 
 
-def feature_map(data: torch.Tensor, of: Volume) -> Volume:
+def feature_map(data: torch.Tensor, of: ScanLike) -> Volume:
     """A feature map (E, d, h, w) of a model's input, as a volume in the same place: each voxel covers the patch that
     it came from.
 
     Raises:
-        VolumeError: the input's axes are not multiples of the map's.
+        VolumeError: a map of another rank, or the input's axes are not multiples of the map's.
     """
-    steps = [n // m for n, m in zip(of.size, data.shape[1:], strict=True)]
-    if data.ndim != 4 or any(step * m != n for step, m, n in zip(steps, data.shape[1:], of.size, strict=True)):
+    of = as_volume(of)
+    if data.ndim != 4 or any(n % m for n, m in zip(of.size, data.shape[1:], strict=True)):
         raise VolumeError(f"a map of {tuple(data.shape)} does not divide a volume of {of.size} into patches")
+    steps = [n // m for n, m in zip(of.size, data.shape[1:], strict=True)]
     centre = of.grid.world([(step - 1) / 2 for step in steps])
     return Volume(
         data,
@@ -104,40 +108,46 @@ def feature_map(data: torch.Tensor, of: Volume) -> Volume:
     )
 
 
-def percentiles(volume: Volume, low: float, high: float) -> tuple[float, float]:
-    """Intensities at two percentiles (0 to 100) of all voxels, for ``window``. A constant volume gives a window of
-    width 1.
+def percentiles(volume: ScanLike, bounds: tuple[float, float]) -> tuple[float, float]:
+    """Intensities at two percentiles ``(low, high)``, 0 to 100, of all voxels, for ``window``. A constant volume gives
+    a window of width 1.
 
     Raises:
-        VolumeError: not 0 <= low < high <= 100.
+        VolumeError: not a pair 0 <= low < high <= 100.
     """
+    low, high = _pair("percentiles are", bounds)
     if not 0 <= low < high <= 100:
         raise VolumeError(f"percentiles are {low} and {high}; expected 0 <= low < high <= 100")
-    bottom, top = map(float, np.percentile(np.asarray(volume), [low, high]))
+    bottom, top = map(float, np.percentile(np.asarray(as_volume(volume)), [low, high]))
     return (bottom, top) if top > bottom else (bottom, bottom + 1.0)
 
 
-def window(volume: Volume, bounds: tuple[float, float], out: tuple[float, float] = (0.0, 1.0)) -> Volume:
+def window(volume: ScanLike, bounds: tuple[float, float], out: tuple[float, float] = (0.0, 1.0)) -> Volume:
     """Intensities clipped to ``bounds`` and mapped linearly to ``out``; float32.
 
     Args:
         volume: (C, D, H, W).
         bounds: the lowest and the highest intensity that is kept, such as ``(-1000, 400)`` of a CT in HU, or
-            ``percentiles(volume, 0.5, 99.5)``.
+            ``percentiles(volume, (0.5, 99.5))``.
         out: what they become.
 
     Raises:
         VolumeError: not a pair low < high.
     """
-    pair = list(bounds) if isinstance(bounds, Sequence) else [bounds]
-    if len(pair) != 2 or not pair[0] < pair[1]:
-        raise VolumeError(f"the window is {pair}; expected two increasing numbers (low, high)")
-    low, high = pair
+    volume, (low, high) = as_volume(volume), _pair("the window is", bounds)
     data = volume.data.to(torch.float32, copy=True).clamp_(low, high)
     return volume.with_data(data.sub_(low).mul_((out[1] - out[0]) / (high - low)).add_(out[0]))
 
 
-def zscore(volume: Volume, *, nonzero: bool = False, together: bool = False, like: Volume | None = None) -> Volume:
+def _pair(what: str, bounds: tuple[float, float]) -> tuple[float, float]:
+    pair = list(bounds) if isinstance(bounds, Sequence) else [bounds]
+    if len(pair) != 2 or not pair[0] < pair[1]:
+        raise VolumeError(f"{what} {pair}; expected two increasing numbers (low, high)")
+    low, high = pair
+    return low, high
+
+
+def zscore(volume: ScanLike, *, nonzero: bool = False, together: bool = False, like: ScanLike | None = None) -> Volume:
     """Zero mean and unit variance; float32. A constant channel becomes zero.
 
     Args:
@@ -150,6 +160,7 @@ def zscore(volume: Volume, *, nonzero: bool = False, together: bool = False, lik
     Raises:
         VolumeError: ``nonzero`` with ``together``, or ``like`` without it.
     """
+    volume, like = as_volume(volume), None if like is None else as_volume(like)
     if (nonzero and together) or (like is not None and not together):
         raise VolumeError(
             f"nonzero={nonzero}, together={together}, like={like}; together goes without nonzero, and like needs it"
@@ -169,7 +180,7 @@ def zscore(volume: Volume, *, nonzero: bool = False, together: bool = False, lik
 
 
 def crop_or_pad(
-    volume: Volume, size: int | Sequence[int], value: float = 0.0, start: Sequence[int] | None = None
+    volume: ScanLike, size: int | Sequence[int], value: float = 0.0, start: Sequence[int] | None = None
 ) -> Volume:
     """Exactly ``size`` voxels, cut or padded.
 
@@ -183,18 +194,19 @@ def crop_or_pad(
     Raises:
         VolumeError: a size that is not positive.
     """
-    wanted = sizes(size)
+    volume, wanted = as_volume(volume), sizes(size)
     target = volume.grid.part(centred_start(volume.size, wanted) if start is None else start, wanted)
     return sample(volume, target, "nearest", value)
 
 
-def crop_foreground(volume: Volume, threshold: float = 0.0, margin: int = 0) -> Volume:
+def crop_foreground(volume: ScanLike, threshold: float = 0.0, margin: int = 0) -> Volume:
     """The smallest box that holds every voxel above ``threshold`` in any channel, widened by ``margin`` voxels within
     the volume.
 
     Raises:
         VolumeError: no voxel is above the threshold.
     """
+    volume = as_volume(volume)
     mask = (volume.data > threshold).any(dim=0)
     start, size = [], []
     for axis, others in enumerate(((1, 2), (0, 2), (0, 1))):

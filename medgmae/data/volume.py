@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from nibabel.filebasedimages import FileBasedImage
     from nibabel.nifti1 import Nifti1Image
 
-ScanLike: TypeAlias = "Volume | Tensor | NDArray[Any] | SimpleITK.Image | FileBasedImage"
+
+class HasSitk(Protocol):
+    """An image of TorchIO."""
+
+    def as_sitk(self) -> SimpleITK.Image:
+        """As an image of SimpleITK."""
+
+
+ScanLike: TypeAlias = "Volume | Tensor | NDArray[Any] | SimpleITK.Image | FileBasedImage | HasSitk"
 """A scan in memory, of this library or another; a MONAI ``MetaTensor`` is a tensor."""
 
 
@@ -47,7 +55,15 @@ class Volume:
 
     def __init__(self, data: Tensor, grid: Grid | None = None, source: str = "volume") -> None:
         if not isinstance(data, Tensor):
-            raise VolumeError(f"{source}: data is a {type(data).__name__}; expected a tensor: torch.from_numpy(array)")
+            raise VolumeError(
+                f"{source}: data is a {type(data).__name__}; expected a tensor (C, D, H, W). An array or an image of "
+                "another library: medgmae.as_volume(image)"
+            )
+        if grid is None and not conversion.is_bare(data):
+            raise VolumeError(
+                f"{source}: data is a {type(data).__name__}, which has axes and a geometry of its own: "
+                "medgmae.as_volume(image)"
+            )
         if data.ndim != 4 or data.shape[0] < 1:
             add = ": data[None] adds the channel" if data.ndim == 3 else ""
             raise VolumeError(f"{source}: data has shape {tuple(data.shape)}; expected (C, D, H, W){add}")
@@ -67,6 +83,16 @@ class Volume:
     def shape(self) -> tuple[int, ...]:
         """(C, D, H, W)."""
         return tuple(self.data.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the voxels."""
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the voxels are."""
+        return self.data.device
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -112,6 +138,14 @@ class Volume:
     def with_data(self, data: Tensor) -> Volume:
         """Other voxels (C', D, H, W) on the same grid."""
         return Volume(data, self.grid, self.source)
+
+    def to(self, target: torch.dtype | torch.device | str) -> Volume:
+        """The voxels as another type, or on another device, as in ``volume.to(torch.float32)``; the grid stays."""
+        return self.with_data(self.data.to(target))
+
+    def numpy(self) -> NDArray[Any]:
+        """``numpy.asarray(volume)``: the voxels (C, D, H, W), shared where type and device allow it."""
+        return np.asarray(self)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         """The voxels (C, D, H, W), for ``numpy.asarray(volume)``: shared where type and device allow it."""
@@ -166,13 +200,17 @@ def as_volume(scan: ScanLike) -> Volume:
 
     Voxels keep their type, unsigned 16 and 32 bits widened; vector pixels and a fourth axis become channels. Images
     give their geometry in full: ``as_volume(nibabel.load(file))``, ``as_volume(SimpleITK.ReadImage(file))`` and
-    ``as_volume(monai.transforms.LoadImage(ensure_channel_first=True)(file))`` are what ``read_volume(file)`` gives. A
-    bare array has none: voxels of 1 mm along the body's axes are assumed, and ``Volume(tensor, Grid(size, spacing))``
-    says better.
+    ``as_volume(monai.transforms.LoadImage(ensure_channel_first=True)(file))`` have the voxels and the grid of
+    ``read_volume(file)``. A bare array has none: voxels of 1 mm along the body's axes are assumed, and
+    ``Volume(tensor, Grid(size, spacing))`` says better.
+
+    Nothing is checked of the intensities, which may be NaN, as in a map that is known in part. ``read_volume(image)``
+    refuses NaN and infinity, and so does whatever prepares a scan or runs a model on it.
 
     Args:
         scan: volume; array or tensor (D, H, W) or (C, D, H, W); ``SimpleITK.Image``; nibabel image with axes (x, y,
-            z) or (x, y, z, C); MONAI ``MetaTensor`` (x, y, z) or (C, x, y, z).
+            z) or (x, y, z, C); MONAI ``MetaTensor`` (x, y, z) or (C, x, y, z); TorchIO image, or another object with
+            ``as_sitk()``.
 
     Raises:
         VolumeError: another type or rank, axes that are not perpendicular, or numbers that are neither integers nor
@@ -180,22 +218,73 @@ def as_volume(scan: ScanLike) -> Volume:
     """
     if isinstance(scan, Volume):
         return scan
-    data, grid, source = conversion.read(scan)
+    data, grid, source, _ = conversion.read(scan)
     return Volume(data, grid, source)
 
 
-def stack_channels(volumes: Sequence[Volume]) -> Volume:
-    """Volumes on one grid as the channels of one volume: the four contrasts of a brain study, say.
+def is_scan(value: object) -> TypeGuard[ScanLike]:
+    """Whether this is of a type that :func:`as_volume` takes."""
+    return isinstance(value, Volume) or conversion.is_image(value)
+
+
+def finite(volume: Volume) -> Volume:
+    """The volume itself.
+
+    Raises:
+        VolumeError: NaN or infinite voxels.
+    """
+    data = volume.data
+    if data.is_floating_point() and not torch.isfinite(data.sum(dtype=torch.float64)):  # NaN and infinity survive a sum
+        bad = int((~torch.isfinite(data)).sum())
+        if bad:
+            raise VolumeError(
+                f"{volume.source}: {bad} of {data.numel()} voxels are NaN or infinite; expected finite intensities"
+            )
+    return volume
+
+
+class HasMap(Protocol):
+    """What ``extract_features`` gives."""
+
+    @property
+    def map(self) -> Volume | None:
+        """(E, d, h, w) on the grid of patches."""
+
+
+def map_of(features: ScanLike | HasMap) -> Volume:
+    """The feature map (E, d, h, w) with its geometry: of what ``extract_features`` gives, or one by itself.
+
+    Raises:
+        VolumeError: features without a map, a map without a geometry, or something else.
+    """
+    if isinstance(features, Volume):
+        return features
+    held = getattr(features, "map", features)
+    if isinstance(held, Volume):
+        return held
+    if held is None:
+        raise VolumeError("the features have no map (map=None); expected those of extract_features(..., want_map=True)")
+    if conversion.is_bare(features):
+        raise VolumeError(
+            f"the feature map is a {type(features).__name__} without a geometry; expected features.map, or "
+            "medgmae.data.feature_map(tensor, scan), which puts a map of the scan's patches in its place"
+        )
+    return as_volume(cast(ScanLike, features))
+
+
+def stack_channels(volumes: Sequence[ScanLike]) -> Volume:
+    """Volumes on one grid, or what :func:`as_volume` takes, as the channels of one volume: the four contrasts of a
+    brain study, say.
 
     Raises:
         VolumeError: no volumes, or grids that differ.
     """
-    if not volumes:
+    if len(volumes) == 0:
         raise VolumeError("no volumes to stack; expected at least one")
-    first = volumes[0]
-    if len(volumes) == 1:
+    first, *others = map(as_volume, volumes)
+    if not others:
         return first
-    for other in volumes[1:]:
+    for other in others:
         if other.size != first.size or np.abs(other.affine - first.affine).max() > 1e-2:
             raise VolumeError(f"{other} and {first} lie on different grids; resample one like the other first")
-    return first.with_data(torch.cat([v.data for v in volumes]))
+    return first.with_data(torch.cat([v.data for v in (first, *others)]))

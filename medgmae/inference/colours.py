@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medgmae.data import Volume, resample_like
+from medgmae.data.volume import HasMap, ScanLike, is_scan, map_of
+from medgmae.inference.inputs import argument_volume
 from medgmae.inference.latents import principal_axes
 
 
@@ -40,18 +42,26 @@ def pca_rgb(feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
     return colours.clamp(0, 1).T.reshape(3, *grid).float()
 
 
-def feature_colours(features: Volume, scan: Volume, threshold: float = 0.05) -> Volume:
+def feature_colours(features: ScanLike | HasMap, scan: ScanLike, threshold: float = 0.05) -> Volume:
     """Features (E, d, h, w) as smooth colours (3, D, H, W) on the grid of a scan, black where the scan is background.
 
     Args:
-        features: a feature map with its geometry, such as ``dense_features`` or ``extract_features`` gives.
-        scan: (C, D, H, W), preprocessed.
+        features: what ``extract_features`` or ``dense_features`` gives, or a feature map with its geometry.
+        scan: (C, D, H, W), preprocessed; what :func:`~medgmae.data.as_volume` takes.
         threshold: background is where the scan, smoothed over 3 x 3 x 3 voxels, is up to this value; small holes are
             filled. In a CT scaled to [0, 1], lung is at about 0.08.
 
     Raises:
-        ValueError: see :func:`pca_rgb`.
+        TypeError: not features, or not a scan; a model gives its features by ``extract_features(model, scan)``.
+        ValueError: features without a map, a map without a geometry; and see :func:`pca_rgb`.
     """
+    if not is_scan(features) and not hasattr(features, "map"):
+        raise TypeError(
+            "feature_colours(features, scan): features must be what extract_features(model, scan) or dense_features("
+            f"model, scan) gives; got {type(features).__name__}"
+        )
+    features = map_of(features)
+    scan = argument_volume(scan, "feature_colours(features, scan): scan must be the scan that the features are of")
     smoothed = F.avg_pool3d(scan.data.float().amax(0, keepdim=True), 3, stride=1, padding=1, count_include_pad=False)
     wider = F.max_pool3d((smoothed > threshold).float(), 5, stride=1, padding=2)
     body = scan.with_data(-F.max_pool3d(-wider, 5, stride=1, padding=2))  # holes closed

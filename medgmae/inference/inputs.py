@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 from torch import Tensor, nn
 
-from medgmae.data.volume import ScanLike, Volume, as_volume
+from medgmae.data.volume import ScanLike, Volume, as_volume, finite, is_scan
 from medgmae.models.encoder import Encoder, Model
 from medgmae.models.parts import unwrap
 
@@ -44,13 +44,29 @@ def volume_of(scan: ScanLike) -> Volume:
 
     Raises:
         TypeError: something else, such as a path: what a model takes has been prepared.
+        ValueError: an array of another rank; NaN or infinite voxels.
     """
     if isinstance(scan, (str, os.PathLike)):
         raise TypeError(
             f"the scan must have been prepared for the model, as medgmae.create_transform(model, whole=True)(path) "
             f"does; got the path {os.fspath(scan)!r}"
         )
-    return as_volume(scan)
+    return finite(argument_volume(scan, "the scan must be a Volume, or what medgmae.as_volume takes"))
+
+
+def argument_volume(value: object, expected: str) -> Volume:
+    """An argument as a volume; NaN is allowed.
+
+    Args:
+        value: what was given.
+        expected: a sentence for the error, that says what the argument must be.
+
+    Raises:
+        TypeError: a model, a path, or anything else that is not a scan.
+    """
+    if not is_scan(value):
+        raise TypeError(f"{expected}; got {type(value).__name__}")
+    return as_volume(value)
 
 
 def check_channels(encoder: Encoder, channels: int) -> None:
