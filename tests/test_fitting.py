@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -76,7 +77,7 @@ def test_one_seed_one_result_and_no_other_random_numbers() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(3)
     second = fit_gaussians(scan, 30, 30, generator=torch.Generator().manual_seed(0))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first.tensors(), second.tensors(), strict=True))
     other = fit_gaussians(scan, 30, 30, generator=torch.Generator().manual_seed(1))
     assert not torch.equal(first.means, other.means)
 
@@ -91,7 +92,7 @@ def test_values_may_be_on_any_scale() -> None:
 def test_a_tensor_is_a_scan_of_one_millimetre_and_integers_are_values() -> None:
     data = (100 * blobs().data).to(torch.int16)
     found, as_tensor = fit_gaussians(Volume(data), 20, 5), fit_gaussians(data, 20, 5)
-    assert all(torch.equal(a, b) for a, b in zip(found, as_tensor, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found.tensors(), as_tensor.tensors(), strict=True))
 
 
 def test_the_start_is_round_in_millimetres_and_wider_where_less_happens() -> None:
@@ -182,6 +183,12 @@ def ruined(value: float) -> Tensor:
 def test_nonsense_is_refused(scan: Tensor, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_gaussians(scan, **{"count": 5, "steps": 5, **options})
+
+
+@pytest.mark.parametrize("scan", [np.zeros((1, 8, 8, 8)), "scan.nii.gz"])
+def test_what_is_no_volume_is_refused(scan: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected a Volume .* got (ndarray|str); medgmae\.as_volume"):
+        fit_gaussians(scan, 4, steps=0)
 
 
 def test_the_example_writes_gaussians_volume_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -218,8 +218,8 @@ def test_joined_sets_render_as_their_sum() -> None:
     first, second = some(3, batch=2, seed=1), some(5, batch=2, seed=2)
     joined = Gaussians.concat([first, second])
     assert [tuple(t.shape) for t in joined.tensors()] == [(2, 8, 3), (2, 8, 3), (2, 8, 4), (2, 8)]
-    expected = voxelize(*first, SIZE) + voxelize(*second, SIZE)
-    torch.testing.assert_close(voxelize(*joined, SIZE), expected)
+    expected = voxelize(*first.tensors(), SIZE) + voxelize(*second.tensors(), SIZE)
+    torch.testing.assert_close(voxelize(*joined.tensors(), SIZE), expected)
     with pytest.raises(ValueError, match=r"batch sizes \[1, 2\]"):
         Gaussians.concat([some(), some(batch=2)])
     with pytest.raises(ValueError, match="at least one"):

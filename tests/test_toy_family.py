@@ -26,7 +26,7 @@ from medgmae.checkpoints.dialects.recognise import register_dialect
 from medgmae.layers.blocks import DropPath, run_block
 from medgmae.models import registry
 from medgmae.models.encoder import Encoder
-from medgmae.models.parts import Setting, count_blocks, given
+from medgmae.models.parts import Setting, count_blocks, drop_path_rates, given
 
 NAME = "toymixer_nano_patch8_32"
 
@@ -74,7 +74,7 @@ class ToyMixer(Encoder):
             pos_embed="sincos",
         )
         self._built = built
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        rates = drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(ToyBlock(embed_dim, slope, rate) for rate in rates)
         self.norm, self.fc_norm = nn.LayerNorm(embed_dim), nn.Identity()
         self._add_head(num_classes)

@@ -31,7 +31,7 @@ def parameters(scale: float, count: int = 96, batch: int = 2) -> list[Tensor]:
 
 def dense(gaussians: list[Tensor]) -> VoxelInputs:
     """Two whole volumes, without truncation."""
-    return VoxelInputs(*gaussians.tensors(), torch.zeros(2, 1, dtype=torch.int64), SIZE, SIZE, math.inf)  # type: ignore[arg-type]
+    return VoxelInputs(*gaussians, torch.zeros(2, 1, dtype=torch.int64), SIZE, SIZE, math.inf)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stride", levels.STRIDES)

@@ -108,6 +108,7 @@ def fit_gaussians(
         moves them into the patient's frame.
 
     Raises:
+        TypeError: what is neither a volume nor a plain tensor; :func:`~medgmae.as_volume` reads images.
         ValueError: a scan of another shape or without a range of values, or with NaN or infinite voxels; count below 1
             or steps below 0; or a fit that diverges.
     """
@@ -127,6 +128,9 @@ def fit_gaussians(
 
 def _voxels(scan: Voxels | Tensor) -> tuple[Tensor, Tensor]:
     """The values (D, H, W) and the spacing in mm, checked."""
+    plain = isinstance(scan, Tensor) and not hasattr(scan, "affine")  # a MetaTensor has other axes and its own spacing
+    if not plain and not hasattr(scan, "spacing"):
+        raise TypeError(f"expected a Volume or a tensor (1, D, H, W), got {type(scan).__name__}; medgmae.as_volume(it)")
     data, spacing = (scan, (1.0, 1.0, 1.0)) if isinstance(scan, Tensor) else (scan.data, scan.spacing)
     if data.dim() != 4 or data.shape[0] != 1 or not data.numel():
         raise ValueError(f"the scan is {tuple(data.shape)}: expected (1, D, H, W), one channel, as a Gaussian has one")

@@ -94,7 +94,7 @@ class Gaussians:
             ValueError: no sets, or sets of different batch sizes.
         """
         batches = [part.means.shape[0] for part in parts]
-        if len(set(batches)) != 1:
+        if not batches or any(size != batches[0] for size in batches):  # a set of sizes takes no symbolic ones
             raise ValueError(
                 f"sets of batch sizes {batches} cannot be joined; expected at least one set, all of one size"
             )
