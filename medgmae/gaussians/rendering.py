@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import operator
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -183,7 +184,9 @@ class Gaussians:
 
 
 # Models that give Gaussians are exported and compiled with them.
-torch.export.register_dataclass(Gaussians, serialized_type_name="medgmae.Gaussians")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # torch 2.6 warns of its own call inside
+    torch.export.register_dataclass(Gaussians, serialized_type_name="medgmae.Gaussians")
 
 
 class GaussianRenderer(nn.Module):

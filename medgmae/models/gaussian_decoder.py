@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -237,8 +236,8 @@ class GaussianDecoder(Part, Readable):
                 queries = self.norm(x[:, self.num_prefix_tokens : self.num_prefix_tokens + self.num_gaussians])
                 for level in wanted:
                     levels.append(self._level(level, queries, levels))
-        joined = Gaussians.concat(levels)
-        return replace(joined, densities=joined.densities * self.density_scale)
+        means, scales, quats, densities = Gaussians.concat(levels).tensors()
+        return Gaussians(means, scales, quats, densities * self.density_scale)
 
     @classmethod
     def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
