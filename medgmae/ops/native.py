@@ -37,6 +37,7 @@ class BuildInfo(TypedDict):
     cpu_variant: str | None
     openmp: int | None
     cuda: CudaInfo | None
+    cuda_missing: str | None
 
 
 class NativeInfo(BuildInfo):
@@ -55,7 +56,8 @@ def native_info() -> NativeInfo:
         `loaded`; `error`: the text of the failed import, or None; `version`, `compiler`, `cpp_standard`,
         `cpu_variants` (compiled instruction sets and whether this processor runs them), `cpu_variant` (the one in
         use), `openmp` (date of the standard, or None) and `cuda`: None, or `version` of the toolkit, `architectures`,
-        number of `devices` and `driver_error`. Without the module these are None, and `cpu_variants` is empty.
+        number of `devices` and `driver_error`; `cuda_missing` says why the build left the CUDA half out. Without the
+        module these are None, and `cpu_variants` is empty.
     """
     if _C is not None:
         info: BuildInfo = _C.build_info()
@@ -71,4 +73,5 @@ def native_info() -> NativeInfo:
         "cpu_variant": None,
         "openmp": None,
         "cuda": None,
+        "cuda_missing": None,
     }
