@@ -183,10 +183,11 @@ class BuildNative(build_ext):
         cpu = f"CPU kernels ({', '.join(CPU_VARIANTS)})"
         try:
             toolkit = find_toolkit()
+            seconds = CPU_SECONDS + CUDA_SECONDS * len(toolkit.architectures)
             say(
                 f"building {cpu} and CUDA kernels (nvcc {toolkit.version}, for sm_{' '.join(toolkit.architectures)}), "
-                f"{idle_time(CPU_SECONDS + CUDA_SECONDS * len(toolkit.architectures))}; MEDGMAE_CUDA=0 leaves CUDA out, "
-                "MEDGMAE_CUDA_ARCHITECTURES=90 compiles for one kind of GPU"
+                f"{idle_time(seconds)}; MEDGMAE_CUDA=0 leaves CUDA out, MEDGMAE_CUDA_ARCHITECTURES=90 compiles for one "
+                "kind of GPU"
             )
             check_toolkit(toolkit)
         except NoCuda as reason:
@@ -239,7 +240,11 @@ class BuildNative(build_ext):
 
 def native_modules() -> list[Pybind11Extension]:
     """Describe medgmae._C, unless it is switched off."""
-    if switch("MEDGMAE_NATIVE") is False:
+    wanted = switch("MEDGMAE_NATIVE")
+    if wanted is None and sys.platform == "win32":  # the kernels use the vectors of GCC and clang
+        say("no native module on Windows: every operator runs its torch reference")
+        wanted = False
+    if wanted is False:
         return []
     # Apple's compiler has no OpenMP runtime; the kernels then run on one thread.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import site
 import subprocess
@@ -15,9 +16,13 @@ import sys
 import tarfile
 import venv
 import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 
 import medgmae
 
@@ -29,18 +34,43 @@ import json, sys
 from importlib.metadata import entry_points, version
 from importlib.resources import files
 import medgmae
-from medgmae.ops import native_info, self_test
-info = native_info()
+from medgmae.ops import native_info
 json.dump({
-    "file": medgmae.__file__, "version": [medgmae.__version__, version("medgmae")], "info": info,
-    "errors": self_test() if info["loaded"] else None, "models": medgmae.list_models(),
+    "file": medgmae.__file__, "version": [medgmae.__version__, version("medgmae")], "info": native_info(),
+    "models": medgmae.list_models(),
     "cards": sorted(path.name for path in files("medgmae.weights").iterdir() if path.name.endswith(".json")),
     "command": [script.load().name for script in entry_points(group="console_scripts", name="medgmae")],
 }, sys.stdout)
 """
+# What every machine can do, with the native module or without: a model with a gradient, and every operator.
+USE = """
+import torch, medgmae
+from medgmae.ops import causal_conv1d, selective_scan
+medgmae.create_model("mae_vit_nano_patch8_32")(torch.rand(1, 1, 32, 32, 32)).loss.backward()
+medgmae.create_model("vim_tiny_patch8_64", num_classes=2)(torch.rand(1, 1, 16, 16, 16)).sum().backward()
+out = medgmae.create_model("gmae_vit_tiny_patch8_64", img_size=16)(torch.rand(1, 1, 16, 16, 16))
+out.loss.backward()
+u = torch.rand(1, 9, 4, requires_grad=True)
+y = selective_scan(causal_conv1d(u, torch.rand(4, 3)), u.sigmoid(), -torch.ones(4, 2), u[..., :2], u[..., 2:])
+y.sum().backward()
+assert u.grad.isfinite().all() and out.volume.isfinite().all()
+"""
+# Stands for a compiler: says so on stderr, writes its arguments to $LOG, and makes an empty file of what follows -o.
+COMPILER = """#!/bin/sh
+echo compiling >&2
+echo "$@" >> "$LOG"
+while [ $# -gt 0 ]; do [ "$1" != -o ] || : > "$2"; shift; done
+"""
+NVCC = """#!/bin/sh
+case $1 in
+    --version) echo "Cuda compilation tools, release 12.8, V12.8.93" ;;
+    --list-gpu-arch) printf 'compute_%s\\n' 75 80 86 89 90 100 120 ;;
+    *) COMPILE ;;
+esac
+"""
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+def run(*command: str | Path, cwd: Path, timeout: float = 300, **environment: str) -> str:
     """Run a command that must succeed; return what it wrote."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MEDGMAE_", "PYTHONPATH"))}
     done = subprocess.run(
@@ -50,7 +80,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -113,6 +143,33 @@ def wheel(request: pytest.FixtureRequest, unpacked: Path, tmp_path_factory: pyte
     return build("wheel", unpacked, tmp_path_factory.mktemp("wheel"), **environment)
 
 
+@pytest.fixture
+def fake_build(tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """Runs the build with compilers that do nothing, and a CUDA toolkit whose nvcc runs `nvcc`.
+
+    The function returns the exit status, what was written to stderr, and the arguments of the compilers.
+    """
+    log, compiler, toolkit = tmp_path / "log", tmp_path / "c++", tmp_path / "toolkit"
+    for folder in ("bin", "include", "lib"):  # no lib64: packages of PyPI have none
+        (toolkit / folder).mkdir(parents=True)
+    (toolkit / "include/cuda_runtime.h").touch()
+    (toolkit / "lib/libcudart_static.a").touch()
+    log.touch()
+
+    def build(nvcc: str, **environment: str) -> tuple[int, str, str]:
+        for path, text in {compiler: COMPILER, toolkit / "bin/nvcc": NVCC.replace("COMPILE", nvcc)}.items():
+            path.write_text(text)
+            path.chmod(0o755)
+        compilers = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED", "FAKE"), str(compiler))
+        command = [sys.executable, "setup.py", "-q", "build_ext", "-b", tmp_path / "out", "-t", tmp_path / "temp"]
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("MEDGMAE_")}
+        environment = clean | compilers | {"LOG": str(log), "CUDA_HOME": str(toolkit)} | environment
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stderr, log.read_text()
+
+    return build
+
+
 def names(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         return archive.namelist()
@@ -161,6 +218,26 @@ def test_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None
     assert len(found["command"]) == 1
 
 
+def test_wheel_passes_the_check_of_releases(wheel: Path, tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    python = unpack(wheel, tmp_path / "env")
+    said = run(python, ROOT / "packaging/check_wheel.py", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert "OpenMP: lib" in said
+    # What torch does not load itself, as a wheel with its own copy of libgomp does: the check must see it.
+    doubled = "import ctypes, runpy; ctypes.CDLL({!r}); runpy.run_path({!r}, run_name='__main__')"
+    shutil.copy(loaded_openmp(), tmp_path / "libgomp-doubled.so.1")
+    code = doubled.format(str(tmp_path / "libgomp-doubled.so.1"), str(ROOT / "packaging/check_wheel.py"))
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert "expected torch's OpenMP runtime alone" in done.stderr, done.stderr
+
+
+def loaded_openmp() -> str:
+    """The OpenMP library of this process's torch."""
+    files = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+    return next(name for name in files if re.match(r"lib(gomp|omp|iomp5)\b", Path(name).name))
+
+
 def test_native_module_needs_neither_torch_nor_cuda(wheel: Path, tmp_path: Path) -> None:
     if not (shutil.which("ldd") and shutil.which("nm")):
         pytest.skip("no ldd or nm here")
@@ -175,6 +252,10 @@ def test_native_module_needs_neither_torch_nor_cuda(wheel: Path, tmp_path: Path)
     assert "PyInit__C" in symbols
     # An exported cudart would answer for the one that torch loads; a torch symbol would tie the wheel to one torch.
     assert not re.search(r"\bcuda\w+|c10|torch|at::", symbols)
+    # libgomp is torch's own, which is older than the compiler's: that of torch 2.6 knows OpenMP 4.5.
+    versions = {tuple(map(int, version)) for version in re.findall(r"@G?OMP_(\d+)\.(\d+)", symbols)}
+    assert versions
+    assert max(versions) <= (4, 5)
 
 
 def test_without_native_module_the_wheel_is_pure_python(unpacked: Path, tmp_path: Path) -> None:
@@ -185,6 +266,59 @@ def test_without_native_module_the_wheel_is_pure_python(unpacked: Path, tmp_path
     assert found["info"]["loaded"] is False
     assert "pip install" in found["info"]["error"]
     assert found["models"] == medgmae.list_models()
+    run(tmp_path / "env/bin/python", "-c", USE, cwd=tmp_path)
+
+
+def test_windows_gets_the_package_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.delenv("MEDGMAE_NATIVE", raising=False)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    assert given["packages"]
+    assert given["ext_modules"] == []
+
+
+def test_the_build_says_first_what_it_builds(fake_build: Callable[..., tuple[int, str, str]]) -> None:
+    status, said, arguments = fake_build('exec "$FAKE" "$@"', MEDGMAE_CUDA_ARCHITECTURES="9.0;80")
+    assert status == 0, said
+    first = said.splitlines()[0]
+    assert re.search(r"^medgmae: building CPU kernels .* and CUDA kernels \(nvcc 12.8, for sm_80 90\), about", first)
+    assert "MEDGMAE_CUDA=0 leaves CUDA out" in first
+    assert {"sm_80", "sm_90", "compute_90"} == set(re.findall(r",code=(\w+)", arguments))
+    assert "-DMEDGMAE_CUDA_MISSING" not in arguments
+    assert re.search(r"-L\S*/toolkit/lib .*-lcudart_static", arguments)
+
+
+def test_a_broken_nvcc_leaves_cuda_out_unless_it_was_asked_for(
+    fake_build: Callable[..., tuple[int, str, str]],
+) -> None:
+    broken = "echo 'nvcc warning : old' >&2; echo 'sh: 1: cicc: not found' >&2; exit 127"
+    status, said, arguments = fake_build(broken)
+    assert status == 0, said
+    assert re.search(
+        "^medgmae: warning: building CPU kernels .* and no CUDA kernels: .*cicc: not found", said, re.MULTILINE
+    )
+    assert re.search("-DMEDGMAE_CUDA_MISSING=.*cicc: not found", arguments)
+    assert "cudart_static" not in arguments
+    status, said, _ = fake_build(broken, MEDGMAE_CUDA="1")
+    assert status != 0
+    assert re.search("MEDGMAE_CUDA=1, but .*cicc: not found", said)
+
+
+def test_the_module_says_why_cuda_was_left_out(wheel: Path, tmp_path: Path) -> None:
+    info = probe(unpack(wheel, tmp_path / "env"), tmp_path, CUDA_VISIBLE_DEVICES="")["info"]
+    assert (info["cuda"] is None) == (info["cuda_missing"] is not None)
+    if info["cuda"] is None:
+        assert info["cuda_missing"] == "the build was told MEDGMAE_CUDA=0"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ziglang") is None, reason="needs clang from the package ziglang")
+def test_sources_compile_for_systems_that_are_not_at_hand() -> None:
+    said = run(ROOT / "packaging/check_compilers.sh", cwd=ROOT, PYTHON=sys.executable, timeout=1200)
+    assert said.count(": compiled generic") == 4
 
 
 @pytest.mark.slow  # every `make test` begins with an editable install
@@ -208,7 +342,7 @@ def test_editable_install(unpacked: Path, tmp_path: Path) -> None:
     [
         ({"MEDGMAE_NATIVE": "yes"}, "MEDGMAE_NATIVE is 'yes': expected 0, 1 or nothing"),
         ({"MEDGMAE_CUDA": "1", "CUDA_HOME": "/nowhere"}, "set CUDA_HOME (tried /nowhere)"),
-        ({"CXX": "/bin/false", "CC": "/bin/false"}, "MEDGMAE_NATIVE=0 all of it"),
+        ({"MEDGMAE_CUDA": "0", "CXX": "/bin/false", "CC": "/bin/false"}, "MEDGMAE_NATIVE=0 all of it"),
     ],
 )
 def test_failing_build_says_what_to_do(
@@ -219,6 +353,14 @@ def test_failing_build_says_what_to_do(
     done = subprocess.run(command, cwd=tree, env=os.environ | environment, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("asked", ["7.0;80", "elephant", ";"])
+def test_unknown_architectures_are_refused(asked: str, fake_build: Callable[..., tuple[int, str, str]]) -> None:
+    status, said, _ = fake_build('exec "$FAKE" "$@"', MEDGMAE_CUDA_ARCHITECTURES=asked)
+    assert status != 0
+    assert f"MEDGMAE_CUDA_ARCHITECTURES is '{asked}': nvcc 12.8 compiles for 75 80 86 89 90 100 120, not for" in said
+    assert "write 80;90 or 8.0;9.0" in said
 
 
 def test_declared_versions_agree() -> None:
