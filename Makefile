@@ -11,7 +11,7 @@ export UV_COMPILE_BYTECODE := 1
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: test test-slow demo lint bench sanitize clean setup
+.PHONY: test test-slow demo lint bench sanitize wheels compilers clean setup
 
 test: lint
 	$(PYTEST) -m "not slow"
@@ -37,6 +37,14 @@ sanitize:
 	tests/sanitize/run.sh
 	tests/cuda_host/run.sh
 
+# manylinux wheels in dist/, each tested under the oldest and the newest torch (docs/building.md); needs a network.
+wheels:
+	packaging/build_wheels.sh
+
+# Every C++ source through clang for aarch64 and macOS: needs the package ziglang.
+compilers: $(READY)
+	PYTHON=$(BIN)/python packaging/check_compilers.sh
+
 setup: $(READY)
 
 # uv installs several times faster than pip: the one on PATH, else one fetched into the environment, else pip.
@@ -51,6 +59,8 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard cuda/* cuda/*/*)
 	    if $(BIN)/python -m pip install --quiet uv; then install="$(BIN)/uv pip install --python $(BIN)/python"; \
 	    else install="$(BIN)/python -m pip install"; fi; \
 	fi; \
+	echo "Installing into $(VENV) and compiling the native module: a minute or two, with CUDA kernels if there is nvcc;" \
+	    "MEDGMAE_CUDA=0 make ... leaves them out"; \
 	set -x; $$install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

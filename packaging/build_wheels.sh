@@ -35,6 +35,7 @@ sdist=$(ls -t dist/medgmae-*.tar.gz | head -1)
 oldest=torch==$(sed -nE 's/^ *"torch>=([0-9.]+)".*/\1/p' pyproject.toml)
 for python in "${pythons[@]}"; do
     plain=$work/$(basename "$python")
+    echo "building for $("$python" -V), CUDA from ${CUDA_HOME:-nowhere}: minutes of silence"
     uv build --quiet --wheel --python "$python" --out-dir "$plain" "$sdist"
     # Every torch brings a libgomp and loads it before _C does; a second copy would be a second pool of threads.
     auditwheel repair --exclude libgomp.so.1 --wheel-dir "$plain/repaired" "$plain"/*.whl 2>"$plain/auditwheel.log" ||

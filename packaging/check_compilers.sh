@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 python=$(realpath -s "$(command -v "${PYTHON:-python3}")")
 targets=("$@")
 [ $# -gt 0 ] || targets=(x86_64-linux-gnu.2.28 aarch64-linux-gnu.2.28 x86_64-macos aarch64-macos)
+"$python" -c 'import pybind11, ziglang' || { echo "$python needs packages: pip install pybind11 ziglang" >&2; exit 1; }
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 read -ra headers < <("$python" -c 'import pybind11, sysconfig; print("-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include())')
