@@ -165,7 +165,7 @@ class BuildNative(build_ext):
         ext.define_macros.append(("MEDGMAE_VERSION", f'"{self.distribution.get_version()}"'))
         try:
             toolkit = self.choose_cuda(ext)
-            jobs = [*self.cuda_jobs(toolkit), *self.cpu_jobs(ext)]  # the longest first
+            jobs = [*self.cpu_jobs(ext), *self.cuda_jobs(toolkit)]  # an unusable C++ compiler shows at once
             with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
                 running = [pool.submit(job) for job in jobs]
                 try:
