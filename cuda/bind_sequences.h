@@ -16,8 +16,8 @@ namespace medgmae {
 namespace {
 
 using CallSizes = std::map<std::string, int64_t>;
-using CallStreams = std::map<std::string, std::array<int64_t, 3>>;   // address, batch, step
-using CallMatrices = std::map<std::string, std::array<int64_t, 5>>;  // address, batch, step, of_group, constant
+using CallStreams = std::map<std::string, std::array<int64_t, 3>>;  // address, batch, step
+using CallMatrices = std::map<std::string, std::array<int64_t, 4>>;  // address, batch, step, of_group
 using CallArrays = std::map<std::string, int64_t>;                   // address; what is absent is left out
 
 template <class Value>
@@ -35,7 +35,7 @@ inline Stream stream_of(const CallStreams& streams, const char* name, bool neede
 
 inline ScanMatrix matrix_of(const CallMatrices& matrices, const char* name) {
   auto const m = entry(matrices, name);
-  return {reinterpret_cast<void*>(m[0]), m[1], m[2], m[3], m[4] != 0};
+  return {reinterpret_cast<void*>(m[0]), m[1], m[2], m[3]};
 }
 
 inline void* array_of(const CallArrays& arrays, const char* name, bool needed) {

@@ -34,7 +34,7 @@ class Stream(ctypes.Structure):
 class Matrix(ctypes.Structure):
     """ScanMatrix of cuda/scan/scan.h."""
 
-    _fields_ = [*Stream._fields_, ("of_group", ctypes.c_int64), ("constant", ctypes.c_bool)]
+    _fields_ = [*Stream._fields_, ("of_group", ctypes.c_int64)]
 
 
 class ScanCall(ctypes.Structure):

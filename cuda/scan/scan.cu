@@ -9,22 +9,22 @@ namespace {
 template <class Shared, class State>
 using ScanDeviceBlock = DeviceBlock<Shared, State, 128>;
 
-// Blocks of a kernel that a multiprocessor should hold at once, for which it gives up registers; in the general kernels fewer.
+// Blocks of a kernel that a multiprocessor should hold at once, for which it gives up registers; fewer in double precision.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 constexpr int kBackwardFew = __CUDA_ARCH__ == 800 ? 3 : __CUDA_ARCH__ == 750 ? 1 : 2;  // for shared memory, or registers
 #else
 constexpr int kBackwardFew = kBackwardBlocks;
 #endif
-template <class T, bool kConstant>
-constexpr int kForwardRoom = sizeof(T) == 4 && !kConstant ? kForwardBlocks : 4;
-template <class T, bool kConstant>
-constexpr int kBackwardRoom = sizeof(T) == 4 && !kConstant ? kBackwardFew : 1;
+template <class T>
+constexpr int kForwardRoom = sizeof(T) == 4 ? kForwardBlocks : 4;
+template <class T>
+constexpr int kBackwardRoom = sizeof(T) == 4 ? kBackwardFew : 1;
 
-template <class T, class IO, bool kConstant, bool kBack>
-__global__ void __launch_bounds__(kScanThreads<T>, kForwardRoom<T, kConstant>) local_kernel(const ScanCall call, const ScanWork work) {
+template <class T, class IO, bool kBack>
+__global__ void __launch_bounds__(kScanThreads<T>, kForwardRoom<T>) local_kernel(const ScanCall call, const ScanWork work) {
   __shared__ ScanShared<T, kForwardWide> shared;
   ScanDeviceBlock<ScanShared<T, kForwardWide>, ScanLane<T, kForwardWide>> block = {&shared, {}, int(threadIdx.x)};
-  scan_local<T, IO, kConstant, kBack>(call, work, int(blockIdx.x), block);
+  scan_local<T, IO, kBack>(call, work, int(blockIdx.x), block);
 }
 
 template <class T, bool kBack>
@@ -32,18 +32,18 @@ __global__ void combine_kernel(const ScanCall call, const ScanWork work) {
   combine_one<T, kBack>(call, work, item());
 }
 
-template <class T, class IO, bool kConstant>
-__global__ void __launch_bounds__(kScanThreads<T>, kForwardRoom<T, kConstant>) output_kernel(const ScanCall call, const ScanWork work) {
+template <class T, class IO>
+__global__ void __launch_bounds__(kScanThreads<T>, kForwardRoom<T>) output_kernel(const ScanCall call, const ScanWork work) {
   __shared__ ScanShared<T, kForwardWide> shared;
   ScanDeviceBlock<ScanShared<T, kForwardWide>, ScanLane<T, kForwardWide>> block = {&shared, {}, int(threadIdx.x)};
-  scan_outputs<T, IO, kConstant>(call, work, int(blockIdx.x), block);
+  scan_outputs<T, IO>(call, work, int(blockIdx.x), block);
 }
 
-template <class T, class IO, bool kConstant>
-__global__ void __launch_bounds__(kScanThreads<T>, kBackwardRoom<T, kConstant>) gradient_kernel(const ScanCall call, const ScanWork work) {
+template <class T, class IO>
+__global__ void __launch_bounds__(kScanThreads<T>, kBackwardRoom<T>) gradient_kernel(const ScanCall call, const ScanWork work) {
   __shared__ GradientShared<T> shared;
   ScanDeviceBlock<GradientShared<T>, GradientLane<T>> block = {&shared, {}, int(threadIdx.x)};
-  scan_gradients<T, IO, kConstant>(call, work, int(blockIdx.x), block);
+  scan_gradients<T, IO>(call, work, int(blockIdx.x), block);
 }
 
 template <class T>
@@ -52,38 +52,30 @@ __global__ void sum_kernel(const ScanCall call, const ScanWork work) {
 }
 
 // The launches for 16 states.
-template <class T, class IO, bool kConstant>
+template <class T, class IO>
 void launch_piece(const ScanCall& call, const ScanWork& work, Launcher* run) {
   constexpr int threads = kScanThreads<T>;
   int64_t const wide = scan_blocks(call, work, kBlockChannels<T, kForwardWide>);
   int64_t const states = call.batch * kPieceStates * call.channels;
   bool const split = work.spans > 1;
   if (call.grad.at == nullptr) {
-    if (split) run->blocks(wide, threads, local_kernel<T, IO, kConstant, false>, call, work);
+    if (split) run->blocks(wide, threads, local_kernel<T, IO, false>, call, work);
     if (split) run->items(states, 64, combine_kernel<T, false>, call, work);
-    run->blocks(wide, threads, output_kernel<T, IO, kConstant>, call, work);
+    run->blocks(wide, threads, output_kernel<T, IO>, call, work);
   } else {
-    if (split) run->blocks(wide, threads, local_kernel<T, IO, kConstant, true>, call, work);
+    if (split) run->blocks(wide, threads, local_kernel<T, IO, true>, call, work);
     if (split) run->items(states, 64, combine_kernel<T, true>, call, work);
     int64_t const narrow = scan_blocks(call, work, kBlockChannels<T, kBackwardWide>);
-    run->prefer_shared_memory(gradient_kernel<T, IO, kConstant>);
-    run->blocks(narrow, threads, gradient_kernel<T, IO, kConstant>, call, work);
+    run->prefer_shared_memory(gradient_kernel<T, IO>);
+    run->blocks(narrow, threads, gradient_kernel<T, IO>, call, work);
   }
 }
 
 template <class T, class IO>
 cudaError_t launch(const ScanCall& call, ScanWork work, cudaStream_t stream) {
   Launcher run = {stream};
-  bool const constant = call.B.constant || call.C.constant;
-  if (constant && sizeof(IO) != sizeof(T)) return cudaErrorInvalidValue;  // Python widens the streams
   do {
-    // Double precision has the general kernels only, 16 bits those without constants only: fewer to compile.
-    if constexpr (sizeof(IO) == sizeof(T)) {
-      if (constant || sizeof(T) == 8) launch_piece<T, IO, true>(call, work, &run);
-    }
-    if constexpr (sizeof(T) == 4) {
-      if (!constant) launch_piece<T, IO, false>(call, work, &run);
-    }
+    launch_piece<T, IO>(call, work, &run);
     work.first_state += kPieceStates;
   } while (work.first_state < call.states);
   int64_t numbers = 0;

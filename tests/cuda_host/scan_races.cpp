@@ -101,10 +101,9 @@ struct Buffers {
 };
 
 template <class T>
-ScanMatrix matrix(const ScanCall& call, bool constant, Buffers* buffers) {
-  if (constant) return {buffers->numbers<T>(call.channels * call.states, -1, 1), 0, 0, 0, true};
+ScanMatrix matrix(const ScanCall& call, Buffers* buffers) {
   int64_t const row = call.groups * call.states;
-  return {buffers->numbers<T>(call.batch * call.length * row, -1, 1), call.length * row, row, call.states, false};
+  return {buffers->numbers<T>(call.batch * call.length * row, -1, 1), call.length * row, row, call.states};
 }
 
 template <class T>
@@ -122,7 +121,7 @@ void run(unsigned seed) {
   };
   call.u = stream(-1, 1), call.delta = stream(0, 0.5), call.out = stream(0, 0);
   if (pick(0, 2)) call.z = stream(-2, 2);
-  call.B = matrix<T>(call, pick(0, 3) == 0, &buffers), call.C = matrix<T>(call, pick(0, 3) == 0, &buffers);
+  call.B = matrix<T>(call, &buffers), call.C = matrix<T>(call, &buffers);
   call.A = buffers.numbers<T>(call.channels * call.states, -2, 0);
   if (pick(0, 2)) call.D = buffers.numbers<T>(call.channels, -1, 1), call.bias = buffers.numbers<T>(call.channels, 0, 0.1);
   call.kept = buffers.take<T>(call.batch * scan_chunks(call) * call.states * call.channels);
@@ -132,8 +131,8 @@ void run(unsigned seed) {
       call.grad = stream(-1, 1), call.du = stream(0, 0), call.ddelta = stream(0, 0), call.dz = stream(0, 0);
       call.grad_state = pick(0, 1) ? buffers.numbers<T>(rows * call.states, -1, 1) : nullptr;
       call.dA = buffers.take<T>(rows * call.states), call.dD = buffers.take<T>(rows), call.dbias = buffers.take<T>(rows);
-      call.dB = buffers.take<T>(call.B.constant ? rows * call.states : slabs * call.batch * call.length * row);
-      call.dC = buffers.take<T>(call.C.constant ? rows * call.states : slabs * call.batch * call.length * row);
+      call.dB = buffers.take<T>(slabs * call.batch * call.length * row);
+      call.dC = buffers.take<T>(slabs * call.batch * call.length * row);
     }
     int const room = pick(0, 12);
     void* const workspace = buffers.take<char>(divide_scan_workspace<T>(call, backward, room, nullptr).bytes);

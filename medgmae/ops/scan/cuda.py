@@ -1,6 +1,6 @@
 """The CUDA kernels of :func:`medgmae.ops.selective_scan`: torch allocates what they write; they go into its stream.
 
-Nothing waits for the device, so a call can be captured in a CUDA graph.
+Nothing waits for the device, so a call can be captured in a CUDA graph. Constant B or C take the torch reference.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from medgmae.ops.native import _C, DTYPE_CODES
+from medgmae.ops.scan import reference
 from medgmae.ops.scan.call import Call
 from medgmae.ops.scan.inputs import ScanInputs
 from medgmae.ops.scan.native import SLAB
@@ -20,12 +21,16 @@ BLOCK_BYTES = 256  # of a token's channels, in the dtype of the computation, tha
 
 def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """See ``medgmae::selective_scan``."""
+    if inputs.constant:
+        return reference.forward(inputs)
     call = Call(inputs, _stream_dtype(inputs), SLAB)
     return call.forward(lambda: launch(call))
 
 
 def backward(grad: Tensor, grad_states: Tensor | None, states: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
     """See ``medgmae::selective_scan_backward``."""
+    if inputs.constant:
+        return reference.backward(grad, grad_states, states, inputs)
     if inputs.chunk > LONGEST:
         inputs = inputs._replace(chunk=CHUNK)
         states = forward(inputs)[1]
@@ -46,6 +51,5 @@ def launch(call: Call) -> None:
 
 
 def _stream_dtype(inputs: ScanInputs) -> torch.dtype:
-    """What the kernels read streams as: constant matrices come with streams of the dtype of A only."""
-    constant = 2 in (inputs.B.dim(), inputs.C.dim())
-    return inputs.A.dtype if constant or inputs.u.dtype not in STREAM_CODES else inputs.u.dtype
+    """What the kernels read streams as."""
+    return inputs.u.dtype if inputs.u.dtype in STREAM_CODES else inputs.A.dtype

@@ -1,4 +1,4 @@
-"""The CPU kernels of :func:`medgmae.ops.selective_scan`."""
+"""The CPU kernels of :func:`medgmae.ops.selective_scan`; constant B or C take the torch reference."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from medgmae.ops.native import _C, DTYPE_CODES
+from medgmae.ops.scan import reference
 from medgmae.ops.scan.call import Call
 from medgmae.ops.scan.inputs import ScanInputs
 
@@ -18,6 +19,8 @@ def forward(inputs: ScanInputs, *, variant: str = "", threads: int | None = None
 
     ``variant``: CPU instruction set, "" for the best; ``threads``: torch's number if None.
     """
+    if inputs.constant:
+        return reference.forward(inputs)
     call = Call(inputs, inputs.A.dtype, SLAB)
     return call.forward(lambda: _run(call, variant, threads))
 
@@ -32,6 +35,8 @@ def backward(
     threads: int | None = None,
 ) -> tuple[Tensor | None, ...]:
     """See ``medgmae::selective_scan_backward``; options as for :func:`forward`."""
+    if inputs.constant:
+        return reference.backward(grad, grad_states, states, inputs)
     if inputs.chunk > LONGEST:
         inputs = inputs._replace(chunk=CHUNK)
         states = forward(inputs, variant=variant, threads=threads)[1]

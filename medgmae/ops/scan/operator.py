@@ -99,14 +99,15 @@ def selective_scan(
 
     Arguments and results are those of ``selective_scan_fn`` in mamba-ssm. What the kernels read is memory in which the
     channels of a token lie side by side: pass ``x.transpose(1, 2)`` of (batch, L, channels) tensors and nothing is
-    copied; the result is such a view again. Two runs with the same number of threads give the same bits.
+    copied; the result is such a view again. Two runs give the same bits, with any number of threads.
 
     Args:
         u: (batch, channels, L) float32, float64, float16 or bfloat16. Half precision is read and written as such, and
             computed in float32.
         delta: (batch, channels, L) step sizes, before bias and softplus.
         A: (channels, N), real; negative for a state that decays.
-        B: (batch, N, L), or (batch, G, N, L) where channel d belongs to group d // (channels / G), or (channels, N).
+        B: (batch, N, L), or (batch, G, N, L) where channel d belongs to group d // (channels / G), or (channels, N),
+            which takes the torch reference.
         C: as B; the two need not have the same form.
         D: (channels,), the weight of a skip connection.
         z: (batch, channels, L), a gate.
