@@ -2,6 +2,8 @@
 
 from medgmae.ops.native import BuildInfo
 
+interface: int
+
 def build_info() -> BuildInfo: ...
 def voxelize(
     dtype: int,
@@ -18,6 +20,7 @@ def voxelize(
     threads: int,
     variant: str = "",
 ) -> None: ...
+def cuda_problem() -> str | None: ...
 def voxelize_cuda_workspace(
     batch: int, count: int, patches: int, size: list[int], patch: list[int], backward: bool
 ) -> int: ...
@@ -57,7 +60,7 @@ def selective_scan(
     sizes: dict[str, int],
     streams: dict[str, tuple[int, int, int]],
     matrices: dict[str, tuple[int, int, int, int]],
-    arrays: dict[str, int],
+    arrays: dict[str, tuple[int, int]],
     threads: int,
     variant: str = "",
 ) -> None: ...
@@ -65,7 +68,7 @@ def causal_conv1d(
     dtype: int,
     sizes: dict[str, int],
     streams: dict[str, tuple[int, int, int]],
-    arrays: dict[str, int],
+    arrays: dict[str, tuple[int, int]],
     threads: int,
     variant: str = "",
 ) -> None: ...
@@ -74,14 +77,15 @@ def selective_scan_cuda_workspace(
     sizes: dict[str, int],
     streams: dict[str, tuple[int, int, int]],
     matrices: dict[str, tuple[int, int, int, int]],
-    arrays: dict[str, int],
+    arrays: dict[str, tuple[int, int]],
+    stream_type: int,
 ) -> int: ...
 def selective_scan_cuda(
     dtype: int,
     sizes: dict[str, int],
     streams: dict[str, tuple[int, int, int]],
     matrices: dict[str, tuple[int, int, int, int]],
-    arrays: dict[str, int],
+    arrays: dict[str, tuple[int, int]],
     stream_type: int,
     workspace: int,
     workspace_bytes: int,
@@ -91,7 +95,7 @@ def causal_conv1d_cuda(
     dtype: int,
     sizes: dict[str, int],
     streams: dict[str, tuple[int, int, int]],
-    arrays: dict[str, int],
+    arrays: dict[str, tuple[int, int]],
     stream_type: int,
     stream: int,
 ) -> None: ...

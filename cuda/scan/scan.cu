@@ -66,7 +66,6 @@ void launch_piece(const ScanCall& call, const ScanWork& work, Launcher* run) {
     if (split) run->blocks(wide, threads, local_kernel<T, IO, true>, call, work);
     if (split) run->items(states, 64, combine_kernel<T, true>, call, work);
     int64_t const narrow = scan_blocks(call, work, kBlockChannels<T, kBackwardWide>);
-    run->prefer_shared_memory(gradient_kernel<T, IO>);
     run->blocks(narrow, threads, gradient_kernel<T, IO>, call, work);
   }
 }
@@ -84,50 +83,57 @@ cudaError_t launch(const ScanCall& call, ScanWork work, cudaStream_t stream) {
   return run.error;
 }
 
-// Blocks that the current device holds at once; asking does not wait for it.
-template <class T>
+// Blocks that the current device holds at once, of every kernel of a pass that has one for a slab of channels and a span of time.
+template <class T, class IO>
 cudaError_t find_room(bool backward, int64_t* room) {
-  int device = 0, multiprocessors = 0, bytes = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  int const system = 1024;  // of each block
-  int const needed = system + int(backward ? sizeof(GradientShared<T>) : sizeof(ScanShared<T, kForwardWide>));
-  int const most = backward ? kBackwardBlocks : kForwardBlocks, fitting = bytes / needed;
-  *room = int64_t(multiprocessors) * (fitting < most ? fitting : most);
+  const void* const forward_kernels[] = {function(local_kernel<T, IO, false>), function(output_kernel<T, IO>)};
+  const void* const backward_kernels[] = {function(local_kernel<T, IO, true>), function(gradient_kernel<T, IO>)};
+  *room = INT64_MAX;
+  for (const void* kernel : backward ? backward_kernels : forward_kernels) {
+    int64_t fitting = 0;
+    cudaError_t const error = room_for(kernel, kScanThreads<T>, &fitting);
+    if (error != cudaSuccess) return error;
+    *room = fitting < *room ? fitting : *room;
+  }
+  return cudaSuccess;
+}
+
+// Calls body(zero, number, room) for the types of a call: that of the computation and that of its streams.
+template <class Body>
+cudaError_t with_room(DType dtype, StreamType type, const ScanCall& call, Body body) {
+  cudaError_t error = cudaErrorInvalidValue;  // no kernel for these types
+  dispatch(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    dispatch_streams<T>(type, [&](auto number) {
+      int64_t room = 0;
+      error = find_room<T, decltype(number)>(call.grad.at != nullptr, &room);
+      if (error == cudaSuccess) error = body(zero, number, room);
+    });
+  });
   return error;
 }
 
 }  // namespace
 
-Status selective_scan_workspace(DType dtype, const ScanCall& call, int64_t* bytes) {
-  bool const backward = call.grad.at != nullptr;
-  cudaError_t error = cudaSuccess;
-  bool const known = dispatch(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    int64_t room = 0;
-    error = find_room<T>(backward, &room);
-    *bytes = divide_scan_workspace<T>(call, backward, room, nullptr).bytes;
-  });
-  return status(known ? error : cudaErrorInvalidValue);
+int64_t selective_scan_slab(DType dtype) {
+  return dtype == DType::float64 ? kBlockChannels<double, kBackwardWide> : kBlockChannels<float, kBackwardWide>;
+}
+
+Status selective_scan_workspace(DType dtype, StreamType type, const ScanCall& call, int64_t* bytes) {
+  return status(with_room(dtype, type, call, [&](auto zero, auto, int64_t room) {
+    *bytes = divide_scan_workspace<decltype(zero)>(call, call.grad.at != nullptr, room, nullptr).bytes;
+    return cudaSuccess;
+  }));
 }
 
 Status selective_scan(DType dtype, StreamType type, const ScanCall& call, void* workspace, void* stream) {
   bool const backward = call.grad.at != nullptr;
   if (!scan_is_small(call) || (backward && call.chunk > kLongestChunk)) return status(cudaErrorInvalidValue);
-  bool known = false;
-  cudaError_t error = cudaSuccess;
-  dispatch(dtype, [&](auto zero) {
+  return status(with_room(dtype, type, call, [&](auto zero, auto number, int64_t room) {
     using T = decltype(zero);
-    int64_t room = 0;
-    error = find_room<T>(backward, &room);
-    if (error != cudaSuccess) return;
     ScanWork const work = divide_scan_workspace<T>(call, backward, room, workspace);
-    known = dispatch_streams<T>(type, [&](auto number) {
-      error = launch<T, decltype(number)>(call, work, static_cast<cudaStream_t>(stream));
-    });
-  });
-  return status(known || error != cudaSuccess ? error : cudaErrorInvalidValue);
+    return launch<T, decltype(number)>(call, work, static_cast<cudaStream_t>(stream));
+  }));
 }
 
 }  // namespace cuda

@@ -34,7 +34,6 @@ struct ScanCall {
   // Gradients of B and C, dense: (parts, batch, length, groups, states) of partial sums over slabs of channels, which the caller
   // adds up in order.
   void *dB, *dC;
-  int64_t parts;
 };
 
 // Channels of a group over which the CPU sums the gradients of B and C.

@@ -37,7 +37,7 @@ class Streams:
         self.held: list[Tensor] = []
         self.sizes: dict[str, int] = {}
         self.streams: dict[str, tuple[int, int, int]] = {}
-        self.arrays: dict[str, int] = {}
+        self.arrays: dict[str, tuple[int, int]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -51,9 +51,9 @@ class Streams:
         self.streams[name] = (self.start(ready), ready.stride(0), self.step(ready))
 
     def array(self, name: str, tensor: Tensor) -> None:
-        """Add a dense tensor of the dtype of the computation."""
+        """Add a dense tensor of the dtype of the computation; the kernel refuses one that has not as many numbers."""
         self.held.append(tensor.contiguous())
-        self.arrays[name] = self.held[-1].data_ptr()
+        self.arrays[name] = self.held[-1].data_ptr(), tensor.numel()
 
     def start(self, tensor: Tensor) -> int:
         """Address of the first token, in the order of the call."""

@@ -40,8 +40,9 @@ def scan(dtype: torch.dtype, shape: tuple[int, int, int], states: int, groups: i
 
 def main() -> None:
     """All cases."""
-    if not (native_info().get("cuda") or {}).get("devices"):
-        raise SystemExit("no CUDA device, or no CUDA kernels in medgmae._C")
+    cuda = native_info()["cuda"]
+    if cuda is None or not any(device["usable"] for device in cuda["devices"]):
+        raise SystemExit(f"no GPU that runs the CUDA kernels of medgmae._C: {cuda}")
     for dtype in (torch.float32, torch.float64):
         for support in ("box", 3.0, None):
             run(dtype, 7, (9, 17, 19), support, 0.1)

@@ -120,7 +120,6 @@ void run_scan(uint64_t seed) {
   call.states = pick(random, 0, 2) ? 16 : pick(random, 1, 40);
   call.chunk = pick(random, 0, 1) ? 64 : pick(random, 1, 64), call.softplus = pick(random, 0, 1) == 1;
   int64_t const D = call.channels, N = call.states;
-  call.parts = medgmae::scan_slabs(call) > 0 ? medgmae::scan_slabs(call) : 1;
   call.u = c.input(D, -2, 2), call.delta = c.input(D, call.softplus ? -30 : 0, call.softplus ? 2 : 1);
   if (pick(random, 0, 1)) call.z = c.input(D, -100, 100);
   call.B = c.matrix(call.groups, N), call.C = c.matrix(call.groups, N);
@@ -135,7 +134,7 @@ void run_scan(uint64_t seed) {
   back.du = c.written(), back.ddelta = c.written();
   if (call.z.at) back.dz = c.written();
   back.dA = c.output(c.batch * D * N, true), back.dD = c.output(c.batch * D, true), back.dbias = c.output(c.batch * D, true);
-  int64_t const by_time = call.parts * c.batch * c.length * call.groups * N;
+  int64_t const by_time = medgmae::scan_slabs(call) * c.batch * c.length * call.groups * N;
   back.dB = c.output(by_time, true), back.dC = c.output(by_time, true);
   auto const& scan = medgmae::MEDGMAE_VARIANT::kernels.scan;
   auto const run = [&](int threads) {

@@ -24,6 +24,7 @@ class Call(Streams):
         super().__init__(dtype, A.dtype, u.shape[1], reverse)
         self.inputs = inputs
         groups = math.lcm(B.shape[2], C.shape[2])
+        self.parts = -(-(u.shape[2] // groups) // slab)
         self.sizes = {
             "batch": u.shape[0],
             "length": u.shape[1],
@@ -31,7 +32,6 @@ class Call(Streams):
             "states": A.shape[1],
             "groups": groups,
             "chunk": chunk,
-            "parts": -(-(u.shape[2] // groups) // slab) or 1,
             "softplus": softplus,
         }
         self.matrices = {"B": self._matrix(B, groups), "C": self._matrix(C, groups)}
@@ -67,7 +67,7 @@ class Call(Streams):
             self.stream(name, tensor)
         batch, channels = u.shape[0], u.shape[2]
         shapes = {"dA": (batch, *A.shape), "dD": (batch, channels), "dbias": (batch, channels)}
-        partial = self.sizes["parts"], batch, self.length, self.sizes["groups"], A.shape[1]
+        partial = self.parts, batch, self.length, self.sizes["groups"], A.shape[1]
         shapes |= {"dB": partial, "dC": partial}
         # The kernels write every number, if there is anything to do.
         sums = {name: A.new_empty(s) if u.numel() else A.new_zeros(s) for name, s in shapes.items()}

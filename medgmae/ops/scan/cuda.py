@@ -41,13 +41,14 @@ def backward(grad: Tensor, grad_states: Tensor | None, states: Tensor, inputs: S
 def launch(call: Call) -> None:
     """Run the kernels in the current stream of the device that holds the call's tensors."""
     assert _C is not None
-    arguments = DTYPE_CODES[call.wide], call.sizes, call.streams, call.matrices, call.arrays
+    numbers = call.sizes, call.streams, call.matrices, call.arrays
+    arguments = DTYPE_CODES[call.wide], *numbers, STREAM_CODES[call.dtype]
     with torch.cuda.device(call.device):
         # The allocator hands this block out again to later work of the same stream only.
         workspace_bytes = _C.selective_scan_cuda_workspace(*arguments)
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=call.device)
         stream = torch.cuda.current_stream().cuda_stream
-        _C.selective_scan_cuda(*arguments, STREAM_CODES[call.dtype], workspace.data_ptr(), workspace_bytes, stream)
+        _C.selective_scan_cuda(*arguments, workspace.data_ptr(), workspace_bytes, stream)
 
 
 def _stream_dtype(inputs: ScanInputs) -> torch.dtype:
