@@ -9,16 +9,17 @@ namespace {
 template <class Shared, class State>
 using ScanDeviceBlock = DeviceBlock<Shared, State, 128>;
 
-// Blocks of a kernel that a multiprocessor should hold at once, for which it gives up registers; fewer in double precision.
+// Blocks of a kernel that a multiprocessor is to hold at least, for which it gives up registers; fewer in double precision, and
+// where shared memory or registers hold fewer without spilling. How many it does hold is asked at run time.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-constexpr int kBackwardFew = __CUDA_ARCH__ == 800 ? 3 : __CUDA_ARCH__ == 750 ? 1 : 2;  // for shared memory, or registers
+constexpr int kBackwardLeast = __CUDA_ARCH__ == 800 ? 3 : __CUDA_ARCH__ == 750 ? 1 : 2;
 #else
-constexpr int kBackwardFew = kBackwardBlocks;
+constexpr int kBackwardLeast = 4;
 #endif
 template <class T>
-constexpr int kForwardRoom = sizeof(T) == 4 ? kForwardBlocks : 4;
+constexpr int kForwardRoom = sizeof(T) == 4 ? 5 : 4;
 template <class T>
-constexpr int kBackwardRoom = sizeof(T) == 4 ? kBackwardFew : 1;
+constexpr int kBackwardRoom = sizeof(T) == 4 ? kBackwardLeast : 1;
 
 template <class T, class IO, bool kBack>
 __global__ void __launch_bounds__(kScanThreads<T>, kForwardRoom<T>) local_kernel(const ScanCall call, const ScanWork work) {

@@ -16,8 +16,6 @@ constexpr int kTile = 8;          // steps of a tile
 constexpr int kPieceStates = 16;  // states of a launch
 constexpr int kForwardWide = 4;   // channels of a thread
 constexpr int kBackwardWide = 2;
-constexpr int kForwardBlocks = 5;  // that a multiprocessor holds at once, in float32 and with shared memory enough
-constexpr int kBackwardBlocks = 4;
 constexpr int kLongestChunk = 64;  // that the backward takes
 constexpr int kLeastSpan = 2 * kTile;
 template <class T>
