@@ -162,21 +162,27 @@ def native_runs(device: torch.device) -> bool:
 def device_problem(index: int) -> str | None:
     """Why the kernels cannot run on a CUDA device that torch sees, and what to do; None if they can. Tried once."""
     if index not in _PROBLEMS:
-        cuda, said = None, None
-        if hasattr(_C, "cuda_problem"):
-            assert _C is not None
-            with torch.cuda.device(index):
-                cuda, said = _C.build_info()["cuda"], _C.cuda_problem()
-        capability = torch.cuda.get_device_capability(index)
-        _PROBLEMS[index] = explain(cuda, said, capability, torch.version.hip)
+        _PROBLEMS[index] = _try_device(index)
     return _PROBLEMS[index]
 
 
-def explain(cuda: CudaInfo | None, said: str | None, capability: tuple[int, int], hip: str | None) -> str | None:
-    """Why kernels cannot run, in a user's words, and the remedy; None if they can.
+def _try_device(index: int) -> str | None:
+    cuda, said = None, ""
+    if hasattr(_C, "cuda_problem") and torch.version.hip is None:
+        assert _C is not None
+        with torch.cuda.device(index):
+            said = _C.cuda_problem()
+        if said is None:
+            return None
+        cuda = _C.build_info()["cuda"]
+    return explain(cuda, said, torch.cuda.get_device_capability(index), torch.version.hip)
 
-    ``cuda``: the CUDA half, if there is one; ``said``: by CUDA, when a kernel was loaded on the device; ``capability``:
-    the device's, as torch has it; ``hip``: the version of ROCm that torch was built for.
+
+def explain(cuda: CudaInfo | None, said: str, capability: tuple[int, int], hip: str | None) -> str:
+    """Why kernels cannot run, in a user's words, and the remedy.
+
+    ``cuda``: the CUDA half, if there is one; ``said``: by CUDA, when it was to load a kernel on the device;
+    ``capability``: the device's, as torch has it; ``hip``: the version of ROCm that torch was built for.
     """
     if hip is not None:
         return f"this torch is built for ROCm {hip}, and the kernels are for GPUs of NVIDIA only"
@@ -186,8 +192,6 @@ def explain(cuda: CudaInfo | None, said: str | None, capability: tuple[int, int]
             or "medgmae._C was built without CUDA kernels. Rebuild on a machine with nvcc: "
             "MEDGMAE_CUDA=1 pip install --force-reinstall ."
         )
-    if said is None:
-        return None
     if "InsufficientDriver" in said:
         has = f"supports CUDA {cuda['driver']}" if cuda["driver"] else "was not found"
         return (
