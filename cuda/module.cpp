@@ -260,6 +260,11 @@ py::dict build_info() {
   info["openmp"] = py::none();
 #endif
   info["cuda"] = cuda_info();
+#ifdef MEDGMAE_CUDA_MISSING
+  info["cuda_missing"] = MEDGMAE_CUDA_MISSING;  // setup.py says why
+#else
+  info["cuda_missing"] = py::none();
+#endif
   return info;
 }
 

@@ -69,6 +69,7 @@ class BuildInfo(TypedDict):
     cpu_variant: str | None
     openmp: int | None
     cuda: CudaInfo | None
+    cuda_missing: str | None
 
 
 class NativeInfo(BuildInfo):
@@ -89,8 +90,8 @@ def native_info() -> NativeInfo:
         `cpu_variants` (compiled instruction sets and whether this processor runs them), `cpu_variant` (the one in
         use), `openmp` (date of the standard, or None) and `cuda`: None, or `version` of the toolkit, `architectures`,
         `driver` (the highest CUDA version that it supports), `driver_error`, and `devices`, each with `name`,
-        `capability`, `usable` (None: not tried in this process) and `reason`. Without the module these are None, and
-        `cpu_variants` is empty.
+        `capability`, `usable` (None: not tried in this process) and `reason`; `cuda_missing` says why the build left
+        the CUDA half out. Without the module these are None, and `cpu_variants` is empty.
     """
     if _C is None:
         return {
@@ -103,6 +104,7 @@ def native_info() -> NativeInfo:
             "cpu_variant": None,
             "openmp": None,
             "cuda": None,
+            "cuda_missing": None,
         }
     info: BuildInfo = _C.build_info()
     current = torch.cuda.current_device() if torch.cuda.is_available() else None
@@ -167,31 +169,23 @@ def device_problem(index: int) -> str | None:
 
 
 def _try_device(index: int) -> str | None:
-    cuda, said = None, ""
-    if hasattr(_C, "cuda_problem") and torch.version.hip is None:
-        assert _C is not None
-        with torch.cuda.device(index):
-            said = _C.cuda_problem()
-        if said is None:
-            return None
-        cuda = _C.build_info()["cuda"]
-    return explain(cuda, said, torch.cuda.get_device_capability(index), torch.version.hip)
-
-
-def explain(cuda: CudaInfo | None, said: str, capability: tuple[int, int], hip: str | None) -> str:
-    """Why kernels cannot run, in a user's words, and the remedy.
-
-    ``cuda``: the CUDA half, if there is one; ``said``: by CUDA, when it was to load a kernel on the device;
-    ``capability``: the device's, as torch has it; ``hip``: the version of ROCm that torch was built for.
-    """
-    if hip is not None:
-        return f"this torch is built for ROCm {hip}, and the kernels are for GPUs of NVIDIA only"
-    if cuda is None:
+    if torch.version.hip is not None:
+        return f"this torch is built for ROCm {torch.version.hip}, and the kernels are for GPUs of NVIDIA only"
+    if _C is None:
+        return IMPORT_ERROR
+    if not hasattr(_C, "cuda_problem"):
+        missing = _C.build_info()["cuda_missing"]
         return (
-            IMPORT_ERROR
-            or "medgmae._C was built without CUDA kernels. Rebuild on a machine with nvcc: "
-            "MEDGMAE_CUDA=1 pip install --force-reinstall ."
+            f"medgmae._C was built without CUDA kernels{f' ({missing})' if missing else ''}. Rebuild on a machine with "
+            "nvcc: MEDGMAE_CUDA=1 pip install --force-reinstall ."
         )
+    with torch.cuda.device(index):
+        said: str | None = _C.cuda_problem()
+    return said and explain(_C.build_info()["cuda"], said, torch.cuda.get_device_capability(index))
+
+
+def explain(cuda: CudaInfo, said: str, capability: tuple[int, int]) -> str:
+    """What CUDA ``said`` when it was to load a kernel on a device of that capability, in a user's words; the remedy."""
     if "InsufficientDriver" in said:
         has = f"supports CUDA {cuda['driver']}" if cuda["driver"] else "was not found"
         return (
@@ -203,6 +197,7 @@ def explain(cuda: CudaInfo | None, said: str, capability: tuple[int, int], hip: 
         return (
             f"medgmae._C holds code for {' '.join(cuda['architectures'])}, which this GPU (sm_{major}{minor}) or its "
             f"driver (CUDA {cuda['driver']}) cannot run ({said}). Rebuild with a CUDA toolkit that compiles for "
-            f"sm_{major}{minor} and is no newer than the driver: MEDGMAE_CUDA=1 pip install --force-reinstall ."
+            f"sm_{major}{minor} and is no newer than the driver: MEDGMAE_CUDA=1 "
+            f"MEDGMAE_CUDA_ARCHITECTURES={major}{minor} pip install --force-reinstall ."
         )
     return f"loading a kernel failed ({said})"
