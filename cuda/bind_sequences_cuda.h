@@ -23,6 +23,7 @@ int64_t selective_scan_cuda_workspace(int dtype, const CallSizes& sizes, const C
 
 void selective_scan_cuda(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallMatrices& matrices,
                          const CallArrays& arrays, int stream_type, uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
+  check_streams(DType(dtype), StreamType(stream_type), true);
   ScanCall const call = scan_call(sizes, streams, matrices, arrays);
   int64_t bytes = 0;
   check_status("selective_scan", cuda::selective_scan_workspace(DType(dtype), call, &bytes));
@@ -36,6 +37,7 @@ void selective_scan_cuda(int dtype, const CallSizes& sizes, const CallStreams& s
 
 void causal_conv1d_cuda(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallArrays& arrays, int stream_type,
                         uintptr_t stream) {
+  check_streams(DType(dtype), StreamType(stream_type), true);
   ConvCall const call = conv_call(sizes, streams, arrays);
   check_status("causal_conv1d", cuda::causal_conv1d(DType(dtype), StreamType(stream_type), call, reinterpret_cast<void*>(stream)));
 }

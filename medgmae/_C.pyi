@@ -58,6 +58,7 @@ def selective_scan(
     streams: dict[str, tuple[int, int, int]],
     matrices: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, int],
+    stream_type: int,
     threads: int,
     variant: str = "",
 ) -> None: ...
@@ -66,6 +67,7 @@ def causal_conv1d(
     sizes: dict[str, int],
     streams: dict[str, tuple[int, int, int]],
     arrays: dict[str, int],
+    stream_type: int,
     threads: int,
     variant: str = "",
 ) -> None: ...
