@@ -10,6 +10,7 @@
 #include <string>
 
 #include "conv/conv.h"
+#include "half.h"
 #include "scan/scan.h"
 
 namespace py = pybind11;
@@ -49,6 +50,17 @@ inline void* array_of(const CallArrays& arrays, const char* name, bool needed, i
                                 std::to_string(numbers) + "; if medgmae._C is older than the Python files, rebuild it");
   }
   return reinterpret_cast<void*>(a[0]);
+}
+
+// Refuses streams whose numbers the kernels would read as others.
+inline void check_streams(DType dtype, StreamType streams, bool half) {
+  bool const is_float = dtype == DType::float32, is_half = streams == StreamType::bfloat16 || streams == StreamType::float16;
+  if (int(streams) == int(dtype) || (half && is_float && is_half)) return;
+  static const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
+  bool const known = int(streams) >= 0 && int(streams) < 4;
+  throw std::invalid_argument(std::string("the streams are ") + (known ? names[int(streams)] : "of an unknown type") +
+                              ", but the computation is in " + (is_float ? "float32" : "float64") + ": expected " +
+                              (is_float ? half ? "float32, bfloat16 or float16" : "float32" : "float64"));
 }
 
 inline int64_t pieces_of(int64_t whole, int64_t piece) { return (whole + piece - 1) / piece; }

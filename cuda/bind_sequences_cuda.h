@@ -30,6 +30,7 @@ inline void check_workspace(uintptr_t workspace, int64_t has, int64_t needs) {
 
 int64_t selective_scan_cuda_workspace(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallMatrices& matrices,
                                       const CallArrays& arrays, int stream_type) {
+  check_streams(DType(dtype), StreamType(stream_type), true);
   ScanCall const call = scan_call(sizes, streams, matrices, arrays, cuda::selective_scan_slab(DType(dtype)));
   int64_t bytes = 0;
   run_cuda("selective_scan", [&] { return cuda::selective_scan_workspace(DType(dtype), StreamType(stream_type), call, &bytes); });
@@ -48,6 +49,7 @@ void selective_scan_cuda(int dtype, const CallSizes& sizes, const CallStreams& s
 
 void causal_conv1d_cuda(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallArrays& arrays, int stream_type,
                         uintptr_t stream) {
+  check_streams(DType(dtype), StreamType(stream_type), true);
   ConvCall const call = conv_call(sizes, streams, arrays, cuda::causal_conv1d_strip());
   run_cuda("causal_conv1d",
            [&] { return cuda::causal_conv1d(DType(dtype), StreamType(stream_type), call, reinterpret_cast<void*>(stream)); });

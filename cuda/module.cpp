@@ -166,12 +166,14 @@ void prefer_large_pages(uintptr_t address, int64_t bytes) {
 }
 
 void selective_scan(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallMatrices& matrices, const CallArrays& arrays,
-                    int threads, const std::string& variant) {
+                    int stream_type, int threads, const std::string& variant) {
+  check_streams(DType(dtype), StreamType(stream_type), false);
   run_kernel(&CpuKernels::scan, dtype, scan_call(sizes, streams, matrices, arrays, kScanSlab), threads, variant);
 }
 
-void causal_conv1d(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallArrays& arrays, int threads,
+void causal_conv1d(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallArrays& arrays, int stream_type, int threads,
                    const std::string& variant) {
+  check_streams(DType(dtype), StreamType(stream_type), false);
   run_kernel(&CpuKernels::conv, dtype, conv_call(sizes, streams, arrays, kConvSegment), threads, variant);
 }
 
@@ -284,9 +286,9 @@ PYBIND11_MODULE(_C, module) {
              "input"_a, "out"_a, "add"_a, "threads"_a, "variant"_a = "",
              "Multiplies a stack of float32 matrices by a banded matrix from the left, on the CPU.");
   module.def("prefer_large_pages", &medgmae::prefer_large_pages, "address"_a, "bytes"_a, "Advises the system, where it takes advice.");
-  module.def("selective_scan", &medgmae::selective_scan, "dtype"_a, "sizes"_a, "streams"_a, "matrices"_a, "arrays"_a, "threads"_a,
-             "variant"_a = "", "Runs a selective scan on the CPU, or its backward if there is a stream 'grad'.");
-  module.def("causal_conv1d", &medgmae::causal_conv1d, "dtype"_a, "sizes"_a, "streams"_a, "arrays"_a, "threads"_a, "variant"_a = "",
+  module.def("selective_scan", &medgmae::selective_scan, "dtype"_a, "sizes"_a, "streams"_a, "matrices"_a, "arrays"_a,
+             "stream_type"_a, "threads"_a, "variant"_a = "", "Runs a selective scan on the CPU, or its backward if there is a stream 'grad'.");
+  module.def("causal_conv1d", &medgmae::causal_conv1d, "dtype"_a, "sizes"_a, "streams"_a, "arrays"_a, "stream_type"_a, "threads"_a, "variant"_a = "",
              "Runs a causal convolution on the CPU, or its backward if there is a stream 'grad'.");
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
   module.def("cuda_problem", &medgmae::cuda_problem, "Why the current device cannot load the kernels, in CUDA's words, or None.");

@@ -61,6 +61,7 @@ def selective_scan(
     streams: dict[str, tuple[int, int, int]],
     matrices: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, tuple[int, int]],
+    stream_type: int,
     threads: int,
     variant: str = "",
 ) -> None: ...
@@ -69,6 +70,7 @@ def causal_conv1d(
     sizes: dict[str, int],
     streams: dict[str, tuple[int, int, int]],
     arrays: dict[str, tuple[int, int]],
+    stream_type: int,
     threads: int,
     variant: str = "",
 ) -> None: ...

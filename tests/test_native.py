@@ -121,7 +121,7 @@ def test_nonsense_is_refused(change: dict[str, Any], message: str) -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     call = convolution()
     with pytest.raises(ValueError, match="dtype code 9"):
-        _C.causal_conv1d(9, call.sizes, call.streams, call.arrays, 1)
+        _C.causal_conv1d(9, call.sizes, call.streams, call.arrays, 9, 1)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "sums"])
@@ -132,12 +132,12 @@ def test_a_convolution_with_other_buffers_is_refused(name: str) -> None:
     for stream, tensor in {"grad": x, "dx": torch.zeros_like(x)}.items():
         call.stream(stream, tensor)
     call.array("sums", sums)
-    _C.causal_conv1d(0, call.sizes, call.streams, call.arrays, 1)
+    _C.causal_conv1d(0, call.sizes, call.streams, call.arrays, 0, 1)
     assert sums.all()
     address, numbers = call.arrays[name]
     call.arrays[name] = address, numbers + 4
     with pytest.raises(ValueError, match=f"'{name}' has {numbers + 4} numbers: expected {numbers}; .*rebuild"):
-        _C.causal_conv1d(0, call.sizes, call.streams, call.arrays, 1)
+        _C.causal_conv1d(0, call.sizes, call.streams, call.arrays, 0, 1)
 
 
 @pytest.mark.parametrize("slab", [32, 128])

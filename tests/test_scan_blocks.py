@@ -17,6 +17,8 @@ import test_selective_scan as properties
 import torch
 from sequences import FORMS, REFERENCE, Path, assert_same_bits, cotangents, error, make
 
+from medgmae.ops.streams import STREAM_CODES
+
 # Room for one block: time is not cut. For many: into spans of 16 steps, of a chunk in the backward.
 PATHS = [
     Path(
@@ -189,7 +191,7 @@ def test_conversions_of_half_precision() -> None:
         function(code, len(source), ctypes.c_void_p(source.data_ptr()), ctypes.c_void_p(target.data_ptr()))
         return target
 
-    for code, dtype in [(1, torch.bfloat16), (2, torch.float16)]:
+    for code, dtype in [(STREAM_CODES[d], d) for d in (torch.bfloat16, torch.float16)]:
         numbers = bits.view(dtype)
         assert same(convert(library.medgmae_widen, code, bits, torch.float32), numbers)
         finite = numbers.float()[numbers.isfinite()].sort().values

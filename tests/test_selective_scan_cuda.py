@@ -162,6 +162,23 @@ def test_half_precision_is_read_and_written_and_computed_in_float32(dtype: torch
         assert error(tensor, exact) <= (unit if narrow else 1e-5), name
 
 
+@pytest.mark.parametrize(
+    ("one", "rest"), list(itertools.permutations([torch.float32, torch.float64, torch.bfloat16], 2))
+)
+@pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z"])
+def test_mixed_dtypes_are_computed_in_the_widest(name: str, one: torch.dtype, rest: torch.dtype) -> None:
+    inputs = make(2, 40, 70, 4, torch.float32)
+    streams = ("u", "delta", "B", "C", "z")
+    mixed = inputs._replace(**{n: getattr(inputs, n).to(one if n == name else rest) for n in streams})
+    grad, grad_state = cotangents(mixed)
+    found = run(mixed, grad, grad_state.float())
+    wanted = REFERENCE.run(mixed.to(torch.float64), grad.double(), grad_state.double())
+    for key, tensor in found.named().items():
+        dtype = mixed.present()[key[2:]].dtype if key.startswith("d ") else mixed.u.dtype
+        assert key == "state" or tensor.dtype == dtype, key
+        assert error(tensor, wanted.named()[key]) <= max(torch.finfo(tensor.dtype).eps, GRADIENTS), key
+
+
 def test_autocast_changes_nothing() -> None:
     inputs = make(length=70, dtype=torch.float32).to(DEVICE)
     plain = selective_scan(*inputs, delta_softplus=True)

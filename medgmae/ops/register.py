@@ -221,13 +221,18 @@ def _looped(name: str) -> Callable[..., Any]:
     operator = _overload(name)
 
     def run(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        results = [
-            operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
+        count = info.batch_size
+
+        def one(value: Any, dim: int | None, i: int) -> Any:
+            if dim is None:
+                return value
+            return value.select(dim, i) if count else value.sum(dim)  # of nothing: zeros, whose result tells the shapes
+
+        calls = [[one(a, dim, i) for a, dim in zip(arguments, in_dims, strict=True)] for i in range(max(count, 1))]
+        results = [operator(*call) for call in calls]
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+            return torch.stack(results)[:count], 0
+        return tuple(torch.stack(parts)[:count] for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
     return run
 

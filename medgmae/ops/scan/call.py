@@ -57,7 +57,7 @@ class Call(Streams):
         self, grad: Tensor, grad_states: Tensor | None, states: Tensor, run: Callable[[], None]
     ) -> tuple[Tensor | None, ...]:
         """The gradients of the operator's tensors, in order; ``run`` calls the kernel."""
-        u, _, A, B, C, D, z, delta_bias = self.inputs[:8]
+        u, delta, A, B, C, D, z, delta_bias = self.inputs[:8]
         self.stream("grad", grad)
         self.array("kept", states)
         if grad_states is not None and self.length:
@@ -77,13 +77,13 @@ class Call(Streams):
             run()
         return (
             outputs["du"].to(u.dtype),
-            outputs["ddelta"].to(u.dtype),
+            outputs["ddelta"].to(delta.dtype),
             sums["dA"].sum(0),
             self._whole(sums["dB"], B),
             self._whole(sums["dC"], C),
-            None if D is None else sums["dD"].sum(0),
-            None if z is None else outputs["dz"].to(u.dtype),
-            None if delta_bias is None else sums["dbias"].sum(0),
+            None if D is None else sums["dD"].sum(0).to(D.dtype),
+            None if z is None else outputs["dz"].to(z.dtype),
+            None if delta_bias is None else sums["dbias"].sum(0).to(delta_bias.dtype),
         )
 
     def _whole(self, partial: Tensor, weights: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from medgmae.ops.scan import reference
 from medgmae.ops.scan.call import Call
 from medgmae.ops.scan.inputs import ScanInputs
 from medgmae.ops.scan.native import SLAB
-from medgmae.ops.streams import STREAM_CODES
+from medgmae.ops.streams import STREAM_CODES, common_dtype
 
 CHUNK = LONGEST = 64  # kLongestChunk of cuda/scan/work.h
 BLOCK_BYTES = 256  # of a token's channels, in the dtype of the computation, that one block of the backward has
@@ -34,7 +34,7 @@ def backward(grad: Tensor, grad_states: Tensor | None, states: Tensor, inputs: S
     if inputs.chunk > LONGEST:
         inputs = inputs._replace(chunk=CHUNK)
         states = forward(inputs)[1]
-    call = Call(inputs, _stream_dtype(inputs), BLOCK_BYTES // inputs.A.element_size())
+    call = Call(inputs, _stream_dtype(inputs, grad), BLOCK_BYTES // inputs.A.element_size())
     return call.backward(grad, grad_states, states, lambda: launch(call))
 
 
@@ -51,6 +51,5 @@ def launch(call: Call) -> None:
         _C.selective_scan_cuda(*arguments, workspace.data_ptr(), workspace_bytes, stream)
 
 
-def _stream_dtype(inputs: ScanInputs) -> torch.dtype:
-    """What the kernels read streams as."""
-    return inputs.u.dtype if inputs.u.dtype in STREAM_CODES else inputs.A.dtype
+def _stream_dtype(inputs: ScanInputs, *grads: Tensor) -> torch.dtype:
+    return common_dtype(inputs.A.dtype, inputs.u, inputs.delta, inputs.B, inputs.C, inputs.z, *grads)

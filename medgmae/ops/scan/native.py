@@ -9,6 +9,7 @@ from medgmae.ops.native import _C, DTYPE_CODES
 from medgmae.ops.scan import reference
 from medgmae.ops.scan.call import Call
 from medgmae.ops.scan.inputs import ScanInputs
+from medgmae.ops.streams import STREAM_CODES
 
 SLAB = 64  # kScanSlab of cuda/scan/scan.h: channels of a group over which the kernel sums the gradients of B and C
 CHUNK = LONGEST = 64  # steps per chunk of a backward, which holds a chunk of all its channels
@@ -46,5 +47,5 @@ def backward(
 
 def _run(call: Call, variant: str, threads: int | None) -> None:
     assert _C is not None
-    code, threads = DTYPE_CODES[call.wide], threads or torch.get_num_threads()
-    _C.selective_scan(code, call.sizes, call.streams, call.matrices, call.arrays, threads, variant)
+    arguments = DTYPE_CODES[call.wide], call.sizes, call.streams, call.matrices, call.arrays, STREAM_CODES[call.dtype]
+    _C.selective_scan(*arguments, threads or torch.get_num_threads(), variant)

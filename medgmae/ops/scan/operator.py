@@ -126,11 +126,11 @@ def selective_scan(
         TypeError: a complex or integer tensor, or tensors on several devices.
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
     streams = [u, delta, B, C] if z is None else [u, delta, B, C, z]
     dtype = streams[0].dtype
     for tensor in streams[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     given = (u, delta, A, B, C, D, z, delta_bias)
     learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     inputs = ScanInputs(
