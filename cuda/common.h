@@ -5,7 +5,7 @@
 //   foo/cpu.h       its CPU kernels, compiled once for each instruction set by cpu_kernels.cpp, with an entry in CpuKernels
 //   foo/blocks.h    its programs of CUDA thread blocks, which tests run on the host
 //   foo/foo.cu      its CUDA kernels and launches
-//   module.cpp      its binding
+//   module.cpp      its binding, and there and in medgmae/ops/native.py the next number of the interface
 #pragma once
 
 #include <stdint.h>

@@ -1,7 +1,7 @@
 // CPU kernels. setup.py compiles this file once for each instruction set, with MEDGMAE_VARIANT naming it.
 #include "common.h"
 #include "conv/cpu.h"
-#include "scan/split.h"
+#include "scan/gradient.h"
 #include "voxel/banded.h"
 #include "voxel/strips.h"
 
@@ -18,7 +18,7 @@ bool voxelize(DType dtype, const VoxelizeCall& call, int threads, bool* enough_m
 bool scan(DType dtype, const ScanCall& call, int threads, bool* enough_memory) {
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    *enough_memory = scan_any<T>(call, threads);
+    *enough_memory = call.grad.at == nullptr ? scan_forward<T>(call, threads) : scan_gradient<T>(call, threads);
   });
 }
 

@@ -10,13 +10,26 @@
 namespace medgmae {
 namespace cuda {
 
+// The status of a call. The runtime also keeps its last error: it is taken from there, or a later launch would report it.
 inline Status status(cudaError_t error) {
   Status result = {""};
   if (error != cudaSuccess) {
+    cudaGetLastError();
     snprintf(result.text, sizeof(result.text), "%s: %s", cudaGetErrorName(error), cudaGetErrorString(error));
   }
   return result;
 }
+
+// While it lives, this thread may load kernels though it captures a graph: nothing of that belongs into the graph.
+class OutsideCapture {
+ public:
+  OutsideCapture() { status(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~OutsideCapture() { status(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  OutsideCapture(const OutsideCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
 
 // Number of this thread in the grid.
 __device__ __forceinline__ int64_t item() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
@@ -59,6 +72,16 @@ struct DeviceBlock {
   }
 };
 
+// A kernel as the runtime's functions take it.
+template <class... Arguments>
+const void* function(void (*kernel)(Arguments...)) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+// Readies a kernel that lives on shared memory for the current device: blocks of so many threads that it holds at once. The driver
+// is asked once for each device.
+cudaError_t room_for(const void* kernel, int threads, int64_t* room);
+
 // Launches kernels into a stream; keeps the first error.
 struct Launcher {
   cudaStream_t stream;
@@ -78,13 +101,6 @@ struct Launcher {
   template <class... Arguments>
   void items(int64_t items, int threads, void (*kernel)(Arguments...), const Arguments&... arguments) {
     blocks((items + threads - 1) / threads, threads, kernel, arguments...);
-  }
-  // Rather than first cache: as many blocks as fit are to be there at once.
-  template <class... Arguments>
-  void prefer_shared_memory(void (*kernel)(Arguments...)) {
-    if (error != cudaSuccess) return;
-    const void* const function = reinterpret_cast<const void*>(kernel);
-    error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   }
 };
 

@@ -17,9 +17,20 @@ struct Status {
   bool ok() const { return text[0] == '\0'; }
 };
 
-// Counts the devices. Starts the driver, so never call it before a fork is over.
+// What can be known of a device without a context on it, which would take memory there.
+struct DeviceInfo {
+  char name[256];
+  int major, minor;
+};
+
+// Counts the devices. Starts the driver, as all that follows does, so never call it before a fork is over.
 Status count_devices(int* count);
-// The CUDA version of the toolkit that compiled this, as 1000 major + 10 minor.
+Status describe_device(int device, DeviceInfo* info);
+// Loads a kernel on the current device: fails where this module holds no code for it, or the driver is too old.
+Status load_kernel();
+// CUDA versions as 1000 major + 10 minor: the highest that the driver supports, 0 without a driver; that of the toolkit that
+// compiled this.
+int driver_version();
 int toolkit_version();
 
 // Bytes of device memory that voxelize needs for this call.
@@ -28,11 +39,15 @@ int64_t voxelize_workspace(const VoxelizeCall& call);
 Status voxelize(DType dtype, const VoxelizeCall& call, void* workspace, void* stream);
 
 // Bytes of device memory that a scan needs on the current device.
-Status selective_scan_workspace(DType dtype, const ScanCall& call, int64_t* bytes);
+Status selective_scan_workspace(DType dtype, StreamType type, const ScanCall& call, int64_t* bytes);
 // Scans, or computes gradients if call.grad is there. Every address is on the device.
 Status selective_scan(DType dtype, StreamType type, const ScanCall& call, void* workspace, void* stream);
-// Convolves, or computes gradients if call.grad is there; its `sums` are per strip of kConvStrip steps (cuda/conv/blocks.h).
+// Channels of a group over which its backward sums the gradients of B and C.
+int64_t selective_scan_slab(DType dtype);
+// Convolves, or computes gradients if call.grad is there.
 Status causal_conv1d(DType dtype, StreamType type, const ConvCall& call, void* stream);
+// Steps over which its backward sums the gradients of weight and bias.
+int64_t causal_conv1d_strip();
 
 }  // namespace cuda
 }  // namespace medgmae

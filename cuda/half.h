@@ -13,13 +13,14 @@ struct BFloat {
   uint16_t bits;
 };
 
-// What a stream holds: the type that is computed in, or 16 bits for float. Codes shared with medgmae/ops/streams.py.
-enum class StreamType : int { same = 0, bfloat16 = 1, float16 = 2 };
+// What a stream holds: the type that is computed in, or 16 bits for float. Codes shared with medgmae/ops/streams.py; the first
+// two are those of DType.
+enum class StreamType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-// Calls body(number()) for the type of the numbers; false where there is none.
+// Calls body(number()) for the type of the numbers; false where a computation in T has no kernel for them.
 template <class T, class Body>
 static bool dispatch_streams(StreamType type, Body body) {
-  if (type == StreamType::same) {
+  if (type == (sizeof(T) == sizeof(float) ? StreamType::float32 : StreamType::float64)) {
     body(T());
     return true;
   }

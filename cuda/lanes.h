@@ -9,16 +9,27 @@
 namespace medgmae {
 namespace {
 
-// x, but at least low and at most high. NaN stays NaN: the instructions give their second operand then.
-inline Vec<float> clamp_lanes(Vec<float> x, float low, float high) {
+// x, but at least low, or at most high. NaN stays NaN: the instructions give their second operand then.
+inline Vec<float> at_least_lanes(Vec<float> x, float low) {
 #if defined(__AVX512F__)
-  return _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(high), _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(low), x));
+  return _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(low), x);
 #elif defined(__AVX2__)
-  return _mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), x));
+  return _mm256_max_ps(_mm256_set1_ps(low), x);
 #elif defined(__SSE2__)
-  return _mm_min_ps(_mm_set1_ps(high), _mm_max_ps(_mm_set1_ps(low), x));
+  return _mm_max_ps(_mm_set1_ps(low), x);
 #else
-  x = splat(low) > x ? splat(low) : x;
+  return splat(low) > x ? splat(low) : x;
+#endif
+}
+
+inline Vec<float> at_most_lanes(Vec<float> x, float high) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(high), x);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(_mm256_set1_ps(high), x);
+#elif defined(__SSE2__)
+  return _mm_min_ps(_mm_set1_ps(high), x);
+#else
   return splat(high) < x ? splat(high) : x;
 #endif
 }
@@ -31,7 +42,7 @@ constexpr float kDecayScale<float> = 1.44269504088896341f;
 
 // 2^n (1 + r q(r)) for shifted = 1.5 * 2^23 + n and |r| <= 1/2, to 1.4e-7. Of the polynomials it is the one with the least error
 // over sqrt|r|, because slow decays, with small r, are multiplied most often.
-inline Vec<float> power_of_two_lanes(Vec<float> shifted, Vec<float> r) {
+inline Vec<float> power_from_parts(Vec<float> shifted, Vec<float> r) {
   Vec<float> p = splat(1.3266379246488214e-3f);
   p = p * r + 9.668998420238495e-3f;
   p = p * r + 5.550699681043625e-2f;
@@ -50,16 +61,17 @@ constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an 
 
 // exp(x / kDecayScale), to 2e-7. At 128, and so above it, exactly infinity.
 inline Vec<float> decay_lanes(Vec<float> x) {
-  x = clamp_lanes(x, -126.0f, 128.0f);
+  x = at_most_lanes(at_least_lanes(x, -126.0f), 128.0f);
   Vec<float> const shifted = x + kRounding;
-  return power_of_two_lanes(shifted, x - (shifted - kRounding));
+  return power_from_parts(shifted, x - (shifted - kRounding));
 }
 
-// exp(x) for x <= 0, to 2e-7.
+// exp(x) for x <= 0, to 2e-7; below -87 it is exactly 0, since SiLU multiplies it by numbers of any size.
 inline Vec<float> shrink_lanes(Vec<float> x) {
-  x = clamp_lanes(x, -87.0f, 0.0f);
+  Mask<float> const gone = x < -87.0f;
+  x = at_least_lanes(x, -87.0f);
   Vec<float> const shifted = x * 1.44269504088896341f + kRounding;
-  return power_of_two_lanes(shifted, x * 1.44269504088896341f - (shifted - kRounding) + x * 1.925963033e-8f);
+  return keep<float>(~gone, power_from_parts(shifted, x * 1.44269504088896341f - (shifted - kRounding) + x * 1.925963033e-8f));
 }
 
 inline Vec<double> shrink_lanes(Vec<double> x) {

@@ -166,13 +166,15 @@ void prefer_large_pages(uintptr_t address, int64_t bytes) {
 }
 
 void selective_scan(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallMatrices& matrices, const CallArrays& arrays,
-                    int threads, const std::string& variant) {
-  run_kernel(&CpuKernels::scan, dtype, scan_call(sizes, streams, matrices, arrays), threads, variant);
+                    int stream_type, int threads, const std::string& variant) {
+  check_streams(DType(dtype), StreamType(stream_type), false);
+  run_kernel(&CpuKernels::scan, dtype, scan_call(sizes, streams, matrices, arrays, kScanSlab), threads, variant);
 }
 
-void causal_conv1d(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallArrays& arrays, int threads,
+void causal_conv1d(int dtype, const CallSizes& sizes, const CallStreams& streams, const CallArrays& arrays, int stream_type, int threads,
                    const std::string& variant) {
-  run_kernel(&CpuKernels::conv, dtype, conv_call(sizes, streams, arrays), threads, variant);
+  check_streams(DType(dtype), StreamType(stream_type), false);
+  run_kernel(&CpuKernels::conv, dtype, conv_call(sizes, streams, arrays, kConvSegment), threads, variant);
 }
 
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
@@ -185,31 +187,59 @@ void voxelize_cuda(int dtype, int64_t batch, int64_t count, int64_t patches, con
                    const Sizes& size, const Sizes& patch, const Positions& origin, const Positions& step, double support,
                    const std::array<double, 2>& widths, uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
   VoxelizeCall const call = voxelize_call(batch, count, patches, addresses, size, patch, origin, step, support, widths);
-  int64_t const bytes = cuda::voxelize_workspace(call);
-  if (workspace_bytes < bytes || (bytes > 0 && workspace == 0)) {
-    throw std::invalid_argument("the workspace has " + std::to_string(workspace_bytes) + " bytes: expected " + std::to_string(bytes) +
-                                ", as voxelize_cuda_workspace says");
-  }
+  check_workspace(workspace, workspace_bytes, cuda::voxelize_workspace(call));
   check_dtype(dtype == int(DType::float32) || dtype == int(DType::float64), dtype);
+  run_cuda("voxelize", [&] {
+    return cuda::voxelize(DType(dtype), call, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
+  });
+}
+#endif
+
+#ifdef MEDGMAE_CUDA_ARCHITECTURES
+std::string version_text(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
+
+// A string, or None for a call that went well.
+py::object error_text(const cuda::Status& status) { return status.ok() ? py::object(py::none()) : py::str(status.text); }
+
+// Nothing here makes a context on a device: medgmae.ops tries kernels where it is asked to, and says so under 'usable' and 'reason'.
+py::dict cuda_device(int index) {
+  cuda::DeviceInfo found = {};
+  cuda::Status const status = cuda::describe_device(index, &found);
+  py::dict info;
+  info["name"] = found.name;
+  info["capability"] = std::to_string(found.major) + "." + std::to_string(found.minor);
+  info["usable"] = py::none();
+  info["reason"] = error_text(status);
+  return info;
+}
+
+py::object cuda_problem() {
   cuda::Status status;
   {
     py::gil_scoped_release release;
-    status = cuda::voxelize(DType(dtype), call, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
+    status = cuda::load_kernel();
   }
-  if (!status.ok()) throw std::runtime_error(std::string("voxelize on CUDA: ") + status.text);
+  return error_text(status);
 }
 #endif
 
 py::object cuda_info() {
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
-  int const version = cuda::toolkit_version();
+  int count = 0, driver = 0;
+  cuda::Status status;
+  {
+    py::gil_scoped_release release;
+    status = cuda::count_devices(&count);
+    driver = cuda::driver_version();
+  }
+  py::list devices;
+  for (int index = 0; index < count; ++index) devices.append(cuda_device(index));
   py::dict info;
-  info["version"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  info["version"] = version_text(cuda::toolkit_version());
   info["architectures"] = py::str(MEDGMAE_CUDA_ARCHITECTURES).attr("split")();
-  int count = 0;
-  cuda::Status const status = cuda::count_devices(&count);
-  info["devices"] = count;
-  info["driver_error"] = status.ok() ? py::object(py::none()) : py::str(status.text);
+  info["driver"] = driver > 0 ? py::object(py::str(version_text(driver))) : py::none();
+  info["devices"] = devices;
+  info["driver_error"] = error_text(status);
   return std::move(info);
 #else
   return py::none();
@@ -246,6 +276,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   using namespace pybind11::literals;
   module.doc() = "Native kernels of medgmae. Private: medgmae.ops is the interface.";
+  // INTERFACE of medgmae/ops/native.py, which takes no other: raise both with every change of what a binding takes or writes.
+  module.attr("interface") = 1;
   module.def("build_info", &medgmae::build_info, "How this module was compiled and what it finds here. Starts the CUDA driver.");
   module.def("voxelize", &medgmae::voxelize, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a, "patch"_a,
              "origin"_a, "step"_a, "support"_a, "widths"_a, "threads"_a, "variant"_a = "",
@@ -254,18 +286,19 @@ PYBIND11_MODULE(_C, module) {
              "input"_a, "out"_a, "add"_a, "threads"_a, "variant"_a = "",
              "Multiplies a stack of float32 matrices by a banded matrix from the left, on the CPU.");
   module.def("prefer_large_pages", &medgmae::prefer_large_pages, "address"_a, "bytes"_a, "Advises the system, where it takes advice.");
-  module.def("selective_scan", &medgmae::selective_scan, "dtype"_a, "sizes"_a, "streams"_a, "matrices"_a, "arrays"_a, "threads"_a,
-             "variant"_a = "", "Runs a selective scan on the CPU, or its backward if there is a stream 'grad'.");
-  module.def("causal_conv1d", &medgmae::causal_conv1d, "dtype"_a, "sizes"_a, "streams"_a, "arrays"_a, "threads"_a, "variant"_a = "",
+  module.def("selective_scan", &medgmae::selective_scan, "dtype"_a, "sizes"_a, "streams"_a, "matrices"_a, "arrays"_a,
+             "stream_type"_a, "threads"_a, "variant"_a = "", "Runs a selective scan on the CPU, or its backward if there is a stream 'grad'.");
+  module.def("causal_conv1d", &medgmae::causal_conv1d, "dtype"_a, "sizes"_a, "streams"_a, "arrays"_a, "stream_type"_a, "threads"_a, "variant"_a = "",
              "Runs a causal convolution on the CPU, or its backward if there is a stream 'grad'.");
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
+  module.def("cuda_problem", &medgmae::cuda_problem, "Why the current device cannot load the kernels, in CUDA's words, or None.");
   module.def("voxelize_cuda_workspace", &medgmae::voxelize_cuda_workspace, "batch"_a, "count"_a, "patches"_a, "size"_a, "patch"_a,
              "backward"_a, "Bytes of device memory that voxelize_cuda needs.");
   module.def("voxelize_cuda", &medgmae::voxelize_cuda, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a,
              "patch"_a, "origin"_a, "step"_a, "support"_a, "widths"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a,
              "voxelize on the current CUDA device; the workspace, like every address, is on the device.");
   module.def("selective_scan_cuda_workspace", &medgmae::selective_scan_cuda_workspace, "dtype"_a, "sizes"_a, "streams"_a,
-             "matrices"_a, "arrays"_a, "Bytes of device memory that selective_scan_cuda needs.");
+             "matrices"_a, "arrays"_a, "stream_type"_a, "Bytes of device memory that selective_scan_cuda needs.");
   module.def("selective_scan_cuda", &medgmae::selective_scan_cuda, "dtype"_a, "sizes"_a, "streams"_a, "matrices"_a, "arrays"_a,
              "stream_type"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a, "selective_scan on the current CUDA device.");
   module.def("causal_conv1d_cuda", &medgmae::causal_conv1d_cuda, "dtype"_a, "sizes"_a, "streams"_a, "arrays"_a, "stream_type"_a,

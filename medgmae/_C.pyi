@@ -2,6 +2,8 @@
 
 from medgmae.ops.native import BuildInfo
 
+interface: int
+
 def build_info() -> BuildInfo: ...
 def voxelize(
     dtype: int,
@@ -18,6 +20,7 @@ def voxelize(
     threads: int,
     variant: str = "",
 ) -> None: ...
+def cuda_problem() -> str | None: ...
 def voxelize_cuda_workspace(
     batch: int, count: int, patches: int, size: list[int], patch: list[int], backward: bool
 ) -> int: ...
@@ -56,8 +59,9 @@ def selective_scan(
     dtype: int,
     sizes: dict[str, int],
     streams: dict[str, tuple[int, int, int]],
-    matrices: dict[str, tuple[int, int, int, int, int]],
-    arrays: dict[str, int],
+    matrices: dict[str, tuple[int, int, int, int]],
+    arrays: dict[str, tuple[int, int]],
+    stream_type: int,
     threads: int,
     variant: str = "",
 ) -> None: ...
@@ -65,7 +69,8 @@ def causal_conv1d(
     dtype: int,
     sizes: dict[str, int],
     streams: dict[str, tuple[int, int, int]],
-    arrays: dict[str, int],
+    arrays: dict[str, tuple[int, int]],
+    stream_type: int,
     threads: int,
     variant: str = "",
 ) -> None: ...
@@ -73,15 +78,16 @@ def selective_scan_cuda_workspace(
     dtype: int,
     sizes: dict[str, int],
     streams: dict[str, tuple[int, int, int]],
-    matrices: dict[str, tuple[int, int, int, int, int]],
-    arrays: dict[str, int],
+    matrices: dict[str, tuple[int, int, int, int]],
+    arrays: dict[str, tuple[int, int]],
+    stream_type: int,
 ) -> int: ...
 def selective_scan_cuda(
     dtype: int,
     sizes: dict[str, int],
     streams: dict[str, tuple[int, int, int]],
-    matrices: dict[str, tuple[int, int, int, int, int]],
-    arrays: dict[str, int],
+    matrices: dict[str, tuple[int, int, int, int]],
+    arrays: dict[str, tuple[int, int]],
     stream_type: int,
     workspace: int,
     workspace_bytes: int,
@@ -91,7 +97,7 @@ def causal_conv1d_cuda(
     dtype: int,
     sizes: dict[str, int],
     streams: dict[str, tuple[int, int, int]],
-    arrays: dict[str, int],
+    arrays: dict[str, tuple[int, int]],
     stream_type: int,
     stream: int,
 ) -> None: ...

@@ -34,7 +34,7 @@ class Stream(ctypes.Structure):
 class Matrix(ctypes.Structure):
     """ScanMatrix of cuda/scan/scan.h."""
 
-    _fields_ = [*Stream._fields_, ("of_group", ctypes.c_int64), ("constant", ctypes.c_bool)]
+    _fields_ = [*Stream._fields_, ("of_group", ctypes.c_int64)]
 
 
 class ScanCall(ctypes.Structure):
@@ -48,7 +48,6 @@ class ScanCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("A", "D", "bias", "kept")),
         *((name, Stream) for name in ("out", "grad", "du", "ddelta", "dz")),
         *((name, ctypes.c_void_p) for name in ("grad_state", "dA", "dD", "dbias", "dB", "dC")),
-        ("parts", ctypes.c_int64),
     ]
 
 
@@ -85,7 +84,7 @@ def launch(call: Any, room: int) -> None:
     """What ``cuda.launch`` does, on the host."""
     fields = {name: Stream(*value) for name, value in call.streams.items()}
     fields |= {name: Matrix(*value) for name, value in call.matrices.items()}
-    structure = ScanCall(**call.sizes, **fields, **call.arrays)
+    structure = ScanCall(**call.sizes, **fields, **{name: address for name, (address, _) in call.arrays.items()})
     codes = {torch.float32: 0, torch.float64: 1}[call.wide], STREAM_CODES[call.dtype]
     assert library().medgmae_scan(*codes, ctypes.byref(structure), ctypes.c_int64(room))
 
@@ -93,7 +92,7 @@ def launch(call: Any, room: int) -> None:
 def launch_conv(call: Any) -> None:
     """What ``conv_cuda.launch`` does, on the host."""
     fields = {name: Stream(*value) for name, value in call.streams.items()}
-    structure = ConvCall(**call.sizes, **fields, **call.arrays)
+    structure = ConvCall(**call.sizes, **fields, **{name: address for name, (address, _) in call.arrays.items()})
     codes = {torch.float32: 0, torch.float64: 1}[call.wide], STREAM_CODES[call.dtype]
     assert library().medgmae_conv(*codes, ctypes.byref(structure))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +17,10 @@ import torch
 
 import medgmae
 from medgmae import _C
-from medgmae.ops import check, conv, native_info, self_test, voxel
+from medgmae.ops import check, conv, native_info, scan, self_test, voxel
 from medgmae.ops.conv.call import Call
 from medgmae.ops.conv.inputs import ConvInputs
-from medgmae.ops.native import CudaInfo
+from medgmae.ops.scan.inputs import ScanInputs
 from medgmae.ops.voxel.inputs import VoxelInputs
 
 X86_VARIANTS = ["generic", "avx2", "avx512"]
@@ -89,35 +91,13 @@ def test_a_wrong_result_is_reported(monkeypatch: pytest.MonkeyPatch, broken: str
     assert "selective_scan" not in str(caught.value)
 
 
-GPU: CudaInfo = {"version": "13.0", "architectures": ["90", "90+PTX"], "devices": 1, "driver_error": None}
-
-
-@pytest.mark.parametrize(
-    ("cuda", "message"),
-    [
-        (None, "torch sees the GPU Tesla, but medgmae._C was built without CUDA kernels.*MEDGMAE_CUDA=1"),
-        ({**GPU, "devices": 0, "driver_error": "cudaErrorInsufficientDriver"}, "medgmae._C does not: cudaErrorInsuff"),
-    ],
-)
-def test_a_gpu_that_the_module_cannot_use_is_reported(
-    monkeypatch: pytest.MonkeyPatch, cuda: CudaInfo | None, message: str
-) -> None:
+def test_a_gpu_that_the_module_cannot_use_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla")
-    monkeypatch.setattr(check, "native_info", lambda: {**native_info(), "cuda": cuda})
-    with pytest.raises(RuntimeError, match=message):
+    monkeypatch.setattr(check, "device_problem", lambda index: f"number {index} is too old")
+    with pytest.raises(RuntimeError, match="torch sees the GPU Tesla, but number 0 is too old"):
         self_test()
-    assert check.gpu_problem(GPU) is None
-
-
-def test_a_gpu_without_code_for_it_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(*inputs: Any) -> Any:
-        raise RuntimeError("causal_conv1d on CUDA: cudaErrorNoKernelImageForDevice: no kernel image is available")
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    case = next(case for case in check._cases() if case.name == "causal_conv1d")
-    with pytest.raises(RuntimeError, match=r"no code for this GPU \(sm_70\)"):
-        check._error((launch, launch), case.inputs, torch.float32, "cpu", [])
 
 
 @pytest.mark.parametrize(
@@ -141,7 +121,35 @@ def test_nonsense_is_refused(change: dict[str, Any], message: str) -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     call = convolution()
     with pytest.raises(ValueError, match="dtype code 9"):
-        _C.causal_conv1d(9, call.sizes, call.streams, call.arrays, 1)
+        _C.causal_conv1d(9, call.sizes, call.streams, call.arrays, 9, 1)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "sums"])
+def test_a_convolution_with_other_buffers_is_refused(name: str) -> None:
+    """As Python files have that do not belong to the module, and sum over segments of another length."""
+    x, weight, bias = torch.ones(1, 300, 4), torch.ones(4, 3), torch.ones(4)
+    call, sums = Call(ConvInputs(x, weight, bias, False, False), torch.float32), torch.zeros(1, 2, 4, 4)
+    for stream, tensor in {"grad": x, "dx": torch.zeros_like(x)}.items():
+        call.stream(stream, tensor)
+    call.array("sums", sums)
+    _C.causal_conv1d(0, call.sizes, call.streams, call.arrays, 0, 1)
+    assert sums.all()
+    address, numbers = call.arrays[name]
+    call.arrays[name] = address, numbers + 4
+    with pytest.raises(ValueError, match=f"'{name}' has {numbers + 4} numbers: expected {numbers}; .*rebuild"):
+        _C.causal_conv1d(0, call.sizes, call.streams, call.arrays, 0, 1)
+
+
+@pytest.mark.parametrize("slab", [32, 128])
+def test_a_scan_with_other_buffers_is_refused(monkeypatch: pytest.MonkeyPatch, slab: int) -> None:
+    u, A, B = torch.ones(1, 5, 256), -torch.ones(256, 3), torch.ones(1, 5, 1, 3)
+    inputs = ScanInputs(u, u, A, B, B, None, None, None, False, False, 64)
+    states = scan.native.forward(inputs)[1]
+    monkeypatch.setattr(scan.native, "SLAB", slab)
+    with pytest.raises(ValueError, match=f"'dB' has {256 // slab * 15} numbers: expected 60"):
+        scan.native.backward(u, None, states, inputs)
+    with pytest.raises(ValueError, match="'kept' has 0 numbers: expected 768"):
+        scan.native.backward(u, None, states[:, :0], inputs)
 
 
 def test_missing_module_is_explained() -> None:
@@ -154,6 +162,37 @@ def test_missing_module_is_explained() -> None:
         "self_test()"
     )
     assert "RuntimeError: the native module is not loaded" in done.stderr, done.stderr
+
+
+def test_a_module_of_another_version_is_not_used() -> None:
+    """What an old build does is unknown, so it is not asked: its attributes fail here."""
+    done = python(
+        "import sys, types, warnings\n"
+        "sys.modules['medgmae._C'] = types.SimpleNamespace(interface=-1)\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    from medgmae.ops import causal_conv1d, native_info\n"
+        "text = 'its interface is -1, expected'\n"
+        "assert [w.category for w in caught if text in str(w.message)] == [RuntimeWarning], caught\n"
+        "info = native_info(); assert info['loaded'] is False, info\n"
+        "assert text in info['error'] and 'pip install -e .' in info['error'], info\n"
+        "import torch; assert causal_conv1d(torch.ones(1, 2, 3), torch.ones(2, 2)).sum() == 10"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_types_of_the_module_are_true() -> None:
+    """_C.pyi names every function and its arguments in their order."""
+    tree = ast.parse((Path(medgmae.__file__).parent / "_C.pyi").read_text())
+    stated = {f.name: [a.arg for a in f.args.args] for f in tree.body if isinstance(f, ast.FunctionDef)}
+    found = {}
+    for name, function in vars(_C).items():
+        if callable(function) and not name.startswith("_"):
+            signature = function.__doc__.splitlines()[0]
+            found[name] = re.findall(r"[(,] *(\w+):", re.sub(r"\[.*?\](?=[,)\]])", "", signature.split(" -> ")[0]))
+    if native_info()["cuda"] is None:
+        stated = {name: arguments for name, arguments in stated.items() if "cuda" not in name}
+    assert found == stated
 
 
 def test_operators_are_functions_and_no_modules() -> None:
@@ -182,11 +221,13 @@ def test_cuda_half_says_what_it_finds() -> None:
         assert not hasattr(_C, "causal_conv1d_cuda")
         return
     assert cuda["architectures"][-1].endswith("+PTX")
-    assert (cuda["devices"] > 0) == (cuda["driver_error"] is None)
-    if cuda["devices"] == 0:
+    assert bool(cuda["devices"]) == (cuda["driver_error"] is None)
+    if not cuda["devices"]:
         call = convolution()
-        with pytest.raises(RuntimeError, match="causal_conv1d on CUDA: cudaError"):
-            _C.causal_conv1d_cuda(0, call.sizes, call.streams, call.arrays, 0, 0)
+        for _ in range(2):  # an error does not stay
+            assert _C.cuda_problem().startswith("cudaError")
+            with pytest.raises(RuntimeError, match="causal_conv1d on CUDA: cudaError"):
+                _C.causal_conv1d_cuda(0, call.sizes, call.streams, call.arrays, 0, 0)
 
 
 @pytest.mark.gpu

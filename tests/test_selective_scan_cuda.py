@@ -13,7 +13,8 @@ from test_causal_conv1d import PATHS as FILTERS
 from test_causal_conv1d import make as make_filter
 from torch import Tensor
 
-from medgmae.ops import causal_conv1d, native_info, selective_scan
+from medgmae.ops import causal_conv1d, selective_scan
+from medgmae.ops.native import native_runs
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -49,9 +50,7 @@ def check(inputs: Inputs, reverse: bool = False, values: float = VALUES) -> None
 
 def test_the_kernels_are_there() -> None:
     """Else every test below would measure the torch reference."""
-    assert native_info()["cuda"] is not None
-    for name in ("selective_scan", "selective_scan_backward", "causal_conv1d", "causal_conv1d_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"medgmae::{name}", "CUDA"), name
+    assert native_runs(torch.device("cuda", torch.cuda.current_device()))
 
 
 @both_directions
@@ -161,6 +160,23 @@ def test_half_precision_is_read_and_written_and_computed_in_float32(dtype: torch
         narrow = name in ("out", "d u", "d delta", "d B", "d C", "d z")
         assert tensor.dtype == (dtype if narrow else torch.float32), name
         assert error(tensor, exact) <= (unit if narrow else 1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("one", "rest"), list(itertools.permutations([torch.float32, torch.float64, torch.bfloat16], 2))
+)
+@pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z"])
+def test_mixed_dtypes_are_computed_in_the_widest(name: str, one: torch.dtype, rest: torch.dtype) -> None:
+    inputs = make(2, 40, 70, 4, torch.float32)
+    streams = ("u", "delta", "B", "C", "z")
+    mixed = inputs._replace(**{n: getattr(inputs, n).to(one if n == name else rest) for n in streams})
+    grad, grad_state = cotangents(mixed)
+    found = run(mixed, grad, grad_state.float())
+    wanted = REFERENCE.run(mixed.to(torch.float64), grad.double(), grad_state.double())
+    for key, tensor in found.named().items():
+        dtype = mixed.present()[key[2:]].dtype if key.startswith("d ") else mixed.u.dtype
+        assert key == "state" or tensor.dtype == dtype, key
+        assert error(tensor, wanted.named()[key]) <= max(torch.finfo(tensor.dtype).eps, GRADIENTS), key
 
 
 def test_autocast_changes_nothing() -> None:

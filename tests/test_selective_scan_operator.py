@@ -11,7 +11,7 @@ import torch
 from sequences import FORMS, REFERENCE, Inputs, arguments, cotangents, error, expected, make, operands
 from torch import Tensor
 
-from medgmae.ops import selective_scan
+from medgmae.ops import causal_conv1d, selective_scan
 from medgmae.ops.scan import operator, reference
 from medgmae.ops.scan.operator import CHUNK
 
@@ -163,6 +163,21 @@ def test_vmap_is_a_loop(reverse: bool) -> None:
         alone = scan(one.u, one.A)
         torch.testing.assert_close(out[i], alone[0], rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(state[i], alone[1], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 6, 9), (3, 2, 6, 0), (3, 0, 6, 9)], ids=str)
+def test_vmap_over_nothing(shape: tuple[int, ...]) -> None:
+    """No sample, no token, no batch: empty results with gradients."""
+    u, weight = torch.randn(shape, requires_grad=True), torch.randn(6, 4)
+    B, A = torch.randn(*shape[:2], 4, shape[3]), torch.randn(6, 4)
+
+    def scan(u: Tensor, B: Tensor) -> Tensor:
+        return selective_scan(causal_conv1d(u, weight), u, A, B, B)
+
+    out = torch.vmap(scan)(u, B)
+    assert out.shape == shape
+    (gradient,) = torch.autograd.grad(out.sum(), u)
+    assert gradient.shape == shape
 
 
 def test_gradients_of_many_cotangents() -> None:

@@ -28,6 +28,15 @@ cudaError_t launch(const ConvCall& call, cudaStream_t stream) {
 
 }  // namespace
 
+// Here because all kernels are compiled for the same architectures, and these are the quickest to load.
+Status load_kernel() {
+  OutsideCapture const outside;
+  cudaFuncAttributes attributes;
+  return status(cudaFuncGetAttributes(&attributes, convolve_kernel<float, float, kConvWidth>));
+}
+
+int64_t causal_conv1d_strip() { return kConvStrip; }
+
 Status causal_conv1d(DType dtype, StreamType type, const ConvCall& call, void* stream) {
   bool known = false;
   cudaError_t error = cudaSuccess;

@@ -58,8 +58,7 @@ MEDGMAE_DEVICE T parameter(const void* of_channels, int channel) {
 // What every thread has of the states of its channels: numbers of the channels' own.
 template <class T, int kWide>
 struct ScanLane {
-  T A[kWide][4];               // times log2(e)
-  T B[kWide][4], C[kWide][4];  // where constant
+  T A[kWide][4];  // times log2(e)
   T h[kWide][4];
   T part[4];
   T sum;
@@ -88,8 +87,8 @@ MEDGMAE_DEVICE T decay_rate(T A) {
   return rate < lowest ? lowest : rate;
 }
 
-template <class T, int kWide, bool kConstant, class Lane>
-MEDGMAE_DEVICE void load_constants(const ScanCall& call, const ScanWork& work, const ScanPlace& p, int t, Lane* own) {
+template <class T, int kWide, class Lane>
+MEDGMAE_DEVICE void load_decays(const ScanCall& call, const ScanWork& work, const ScanPlace& p, int t, Lane* own) {
 #pragma unroll
   for (int w = 0; w < kWide; ++w) {
 #pragma unroll
@@ -97,12 +96,7 @@ MEDGMAE_DEVICE void load_constants(const ScanCall& call, const ScanWork& work, c
       int channel, state;
       bool const there = own_state<T, kWide>(call, work, p, t, w, n, &channel, &state);
       int64_t const at = int64_t(channel) * call.states + state;
-      T const a = there ? decay_rate(static_cast<const T*>(call.A)[at]) : T(0);
-      own->A[w][n] = a;
-      if (kConstant) {
-        own->B[w][n] = there && call.B.constant ? static_cast<const T*>(call.B.at)[at] : T(0);
-        own->C[w][n] = there && call.C.constant ? static_cast<const T*>(call.C.at)[at] : T(0);
-      }
+      own->A[w][n] = there ? decay_rate(static_cast<const T*>(call.A)[at]) : T(0);
     }
   }
 }
@@ -134,7 +128,7 @@ MEDGMAE_DEVICE MatrixShare<T> read_matrix(const ScanCall& call, const ScanWork& 
                                           const ScanMatrix& m, int t) {
   using Share = MatrixShare<T>;
   int const n = t % kPieceStates, row = t / kPieceStates;
-  int const count = m.constant || work.first_state + n >= call.states ? 0 : tile.stop - tile.start;
+  int const count = work.first_state + n >= call.states ? 0 : tile.stop - tile.start;
   const IO* const at = static_cast<const IO*>(m.at) + (p.b * m.batch + p.group * m.of_group + work.first_state) +
                        (int64_t(tile.start + row) * int(m.step) + n);
   Share share;
@@ -167,11 +161,6 @@ MEDGMAE_DEVICE void move_states(const ScanCall& call, const ScanWork& work, cons
   }
 }
 
-template <bool kConstant, class T>
-MEDGMAE_DEVICE T weight(const ScanMatrix& m, T of_step, T of_channel) {
-  return kConstant && m.constant ? of_channel : of_step;
-}
-
 // Loads a tile: steps, and what drives the recurrence (s u forward; the gradient behind the gate backward). Zeros behind its
 // end leave every state as it is.
 template <class T, class IO, bool kBack, bool kGated>
@@ -199,7 +188,7 @@ MEDGMAE_DEVICE void load_local(const ScanCall& call, const ScanPlace& p, const S
 }
 
 // What a span makes of a state, or backward of a gradient, of zero.
-template <class T, class IO, bool kConstant, bool kBack, class Block>
+template <class T, class IO, bool kBack, class Block>
 MEDGMAE_DEVICE void scan_local(const ScanCall& call, const ScanWork& work, int index, Block& block) {
   using Lane = ScanLane<T, kForwardWide>;
   ScanShared<T, kForwardWide>& shared = *block.shared;
@@ -207,7 +196,7 @@ MEDGMAE_DEVICE void scan_local(const ScanCall& call, const ScanWork& work, int i
   if (p.span == (kBack ? 0 : work.spans - 1)) return;  // nobody asks
   const ScanMatrix& m = kBack ? call.C : call.B;
   block.lanes([&](int t, Lane& own) {
-    load_constants<T, kForwardWide, kConstant>(call, work, p, t, &own);
+    load_decays<T, kForwardWide>(call, work, p, t, &own);
     own.sum = 0;
     clear_states<T, kForwardWide>(own.h);
   });
@@ -229,7 +218,7 @@ MEDGMAE_DEVICE void scan_local(const ScanCall& call, const ScanWork& work, int i
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
             T const a = power_of_two(s.v[w] * own.A[w][n]);
-            T const drive = in.v[w] * weight<kConstant>(m, row.v[n], kBack ? own.C[w][n] : own.B[w][n]);
+            T const drive = in.v[w] * row.v[n];
             own.h[w][n] = kBack ? a * (own.h[w][n] + drive) : a * own.h[w][n] + drive;
           }
         }
@@ -277,8 +266,8 @@ MEDGMAE_DEVICE void combine_one(const ScanCall& call, const ScanWork& work, int6
 }
 
 // Adds up what the states give to each channel, and writes it.
-template <class T, bool kConstant, class Block>
-MEDGMAE_DEVICE void walk_forward(const ScanCall& call, Block& block) {
+template <class T, class Block>
+MEDGMAE_DEVICE void walk_forward(Block& block) {
   using Lane = ScanLane<T, kForwardWide>;
   ScanShared<T, kForwardWide>& shared = *block.shared;
 #pragma unroll(sizeof(T) == 4 ? 2 : 1)
@@ -291,8 +280,8 @@ MEDGMAE_DEVICE void walk_forward(const ScanCall& call, Block& block) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           T const a = power_of_two(s.v[w] * own.A[w][n]);
-          own.h[w][n] = a * own.h[w][n] + in.v[w] * weight<kConstant>(call.B, b.v[n], own.B[w][n]);
-          own.part[w] += own.h[w][n] * weight<kConstant>(call.C, c.v[n], own.C[w][n]);
+          own.h[w][n] = a * own.h[w][n] + in.v[w] * b.v[n];
+          own.part[w] += own.h[w][n] * c.v[n];
         }
       }
     });
@@ -331,13 +320,13 @@ MEDGMAE_DEVICE void finish_outputs(const ScanCall& call, const ScanWork& work, c
 }
 
 // Scans a span from where it starts.
-template <class T, class IO, bool kConstant, class Block>
+template <class T, class IO, class Block>
 MEDGMAE_DEVICE void scan_outputs(const ScanCall& call, const ScanWork& work, int index, Block& block) {
   using Lane = ScanLane<T, kForwardWide>;
   ScanShared<T, kForwardWide>& shared = *block.shared;
   ScanPlace const p = place_of_block<T, kForwardWide>(call, work, index);
   block.lanes([&](int t, Lane& own) {
-    load_constants<T, kForwardWide, kConstant>(call, work, p, t, &own);
+    load_decays<T, kForwardWide>(call, work, p, t, &own);
     own.sum = 0;
     clear_states<T, kForwardWide>(own.h);
     if (p.span > 0) move_states<T, kForwardWide, false>(call, work, p, t, static_cast<T*>(work.ends), work.spans, p.span, false, own.h);
@@ -351,7 +340,7 @@ MEDGMAE_DEVICE void scan_outputs(const ScanCall& call, const ScanWork& work, int
       load_local<T, IO, false, true>(call, p, tile, t, &shared, &own);
       B.store(t, shared.B), C.store(t, shared.C);
     });
-    walk_forward<T, kConstant>(call, block);
+    walk_forward<T>(block);
     block.lanes([&](int t, Lane&) { finish_outputs<T, IO>(call, work, p, tile, t, shared); });
     start = tile.stop;
     if (start < chunk_stop) continue;

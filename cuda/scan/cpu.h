@@ -25,7 +25,7 @@ struct ScanBlocks {
         group_width(call.channels / call.groups) {}
 };
 
-// Neighbouring blocks of one batch entry and group, and their constants: [block][state][lane].
+// Neighbouring blocks of one batch entry and group, and their decays: A, times kDecayScale, as [block][state][lane].
 template <class T>
 struct ScanPiece {
   static constexpr int kWide = kLanes<T>;
@@ -33,64 +33,44 @@ struct ScanPiece {
   int64_t b, group, first;  // first: channel
   int blocks, width;        // width: channels
   T* A;
-  T *B, *C;  // only where constant
 
-  ScanPiece(const ScanCall& call, const ScanBlocks& all, int64_t begin, int blocks, T* constants)
-      : call(call), b(begin / (all.per_group * call.groups)), group(begin / all.per_group % call.groups), blocks(blocks) {
+  ScanPiece(const ScanCall& call, const ScanBlocks& all, int64_t begin, int blocks, T* decays)
+      : call(call), b(begin / (all.per_group * call.groups)), group(begin / all.per_group % call.groups), blocks(blocks), A(decays) {
     int64_t const inside = begin % all.per_group * kWide, left = all.group_width - inside;
     first = group * all.group_width + inside;
     width = int(left < int64_t(blocks) * kWide ? left : int64_t(blocks) * kWide);
-    A = constants, B = A + int64_t(blocks) * call.states * kWide, C = B + int64_t(blocks) * call.states * kWide;
-    pack(call.A, A, kDecayScale<T>);
-    if (call.B.constant) pack(call.B.at, B, T(1));
-    if (call.C.constant) pack(call.C.at, C, T(1));
-  }
-
-  static int64_t constants(const ScanCall& call) { return 3 * int64_t(kPieceBlocks) * call.states * kWide; }
-
-  int lanes(int block) const { return width - block * kWide < kWide ? width - block * kWide : kWide; }
-
-  void pack(const void* from, T* to, T factor) const {
     for (int64_t i = 0; i < int64_t(blocks) * kWide; ++i) {
-      const T* row = static_cast<const T*>(from) + (first + i) * call.states;
-      for (int64_t n = 0; n < call.states; ++n) to[(i / kWide * call.states + n) * kWide + i % kWide] = i < width ? row[n] * factor : T(0);
+      const T* row = static_cast<const T*>(call.A) + (first + i) * call.states;
+      for (int64_t n = 0; n < call.states; ++n) A[(i / kWide * call.states + n) * kWide + i % kWide] = i < width ? row[n] * kDecayScale<T> : T(0);
     }
   }
+
+  int lanes(int block) const { return width - block * kWide < kWide ? width - block * kWide : kWide; }
 
   // Row of B or C for step t.
   const T* row(const ScanMatrix& m, int64_t t) const { return static_cast<const T*>(m.at) + b * m.batch + t * m.step + group * m.of_group; }
 };
 
-// A weight of one state: the same for all lanes, or each lane its own.
-template <class T, bool constant>
-inline Vec<T> weight(const T* row, const T* lanes, int64_t n) {
-  if constexpr (constant) return load(lanes + n * kLanes<T>);
-  else return splat(row[n]);
-}
-
 // The recurrence of one block over `steps` steps: d (steps), x (steps times input) and y, all [step][lane]; h [state][lane].
 // kStates: the number of states if it is known, so that they stay in registers, else 0.
-template <class T, int kStates, bool kConstantB, bool kConstantC>
+template <class T, int kStates>
 inline void scan_block(const ScanPiece<T>& piece, int block, int64_t t0, int steps, const T* d, const T* x, T* y, T* state) {
   constexpr int kWide = kLanes<T>;
   int64_t const states = kStates ? kStates : piece.call.states;
   const T* const A = piece.A + int64_t(block) * piece.call.states * kWide;
-  const T* const B = piece.B + int64_t(block) * piece.call.states * kWide;
-  const T* const C = piece.C + int64_t(block) * piece.call.states * kWide;
   Vec<T> held[kStates ? kStates : 1];
   for (int n = 0; n < kStates; ++n) held[n] = load(state + n * kWide);
   for (int t = 0; t < steps; ++t) {
-    const T* const rowB = kConstantB ? nullptr : piece.row(piece.call.B, t0 + t);
-    const T* const rowC = kConstantC ? nullptr : piece.row(piece.call.C, t0 + t);
+    const T *const B = piece.row(piece.call.B, t0 + t), *const C = piece.row(piece.call.C, t0 + t);
     Vec<T> const dt = load(d + t * kWide), xt = load(x + t * kWide);
     Vec<T> y2[2] = {};  // two sums, so that an addition need not wait for the one before
 #pragma GCC unroll 16
     for (int64_t n = 0; n < states; ++n) {
       Vec<T> const before = kStates ? held[kStates ? n : 0] : load(state + n * kWide);
-      Vec<T> const h = decay_lanes(dt * load(A + n * kWide)) * before + xt * weight<T, kConstantB>(rowB, B, n);
+      Vec<T> const h = decay_lanes(dt * load(A + n * kWide)) * before + xt * splat(B[n]);
       if constexpr (kStates) held[n] = h;
       else store(state + n * kWide, h);
-      y2[n % 2] += h * weight<T, kConstantC>(rowC, C, n);
+      y2[n % 2] += h * splat(C[n]);
     }
     store(y + t * kWide, y2[0] + y2[1]);
   }
@@ -99,12 +79,8 @@ inline void scan_block(const ScanPiece<T>& piece, int block, int64_t t0, int ste
 
 template <class T>
 inline void scan_any_block(const ScanPiece<T>& piece, int block, int64_t t0, int steps, const T* d, const T* x, T* y, T* state) {
-  const ScanCall& call = piece.call;
-  if (call.B.constant && call.C.constant) return scan_block<T, 0, true, true>(piece, block, t0, steps, d, x, y, state);
-  if (call.B.constant) return scan_block<T, 0, true, false>(piece, block, t0, steps, d, x, y, state);
-  if (call.C.constant) return scan_block<T, 0, false, true>(piece, block, t0, steps, d, x, y, state);
-  if (call.states == 16) return scan_block<T, 16, false, false>(piece, block, t0, steps, d, x, y, state);
-  scan_block<T, 0, false, false>(piece, block, t0, steps, d, x, y, state);
+  if (piece.call.states == 16) return scan_block<T, 16>(piece, block, t0, steps, d, x, y, state);
+  scan_block<T, 0>(piece, block, t0, steps, d, x, y, state);
 }
 
 // Step sizes and their products with the input, packed: [block][step][lane], `room` steps per block.
@@ -164,15 +140,15 @@ inline void keep_states(const ScanPiece<T>& piece, int64_t c, const T* state) {
   }
 }
 
-// Scans steps [begin, end) of a piece from `state`, which it changes.
+// Scans a piece from `state`, which it changes.
 template <class T>
-inline void scan_piece(const ScanPiece<T>& piece, int64_t begin, int64_t end, T* state, T* d, T* x) {
+inline void scan_piece(const ScanPiece<T>& piece, T* state, T* d, T* x) {
   constexpr int kWide = kLanes<T>;
   const ScanCall& call = piece.call;
-  for (int64_t t = begin, next; t < end; t = next) {
+  for (int64_t t = 0, next; t < call.length; t = next) {
     int64_t const border = (t / call.chunk + 1) * call.chunk;
     next = t + kTileSteps < border ? t + kTileSteps : border;
-    next = next < end ? next : end;
+    next = next < call.length ? next : call.length;
     int const steps = int(next - t);
     scan_steps(piece, t, steps, kTileSteps, d, x);
     for (int k = 0; k < piece.blocks; ++k) {
@@ -194,21 +170,21 @@ bool scan_forward(const ScanCall& call, int threads) {
   for (int part = 0; part < threads; ++part) {
     FlushSubnormals flush;
     int64_t const packed = int64_t(kPieceBlocks) * kTileSteps * kWide, kept = int64_t(kPieceBlocks) * call.states * kWide;
-    ThreadMemory<T> memory(2 * packed + kept + ScanPiece<T>::constants(call));
+    ThreadMemory<T> memory(2 * packed + 2 * kept);
     if (memory.at == nullptr) {
 #pragma omp atomic write
       enough_memory = false;
       continue;
     }
-    T *const d = memory.at, *const x = d + packed, *const state = x + packed, *const constants = state + kept;
+    T *const d = memory.at, *const x = d + packed, *const state = x + packed, *const decays = state + kept;
     int64_t const last = all.total * (part + 1) / threads;
     for (int64_t begin = all.total * part / threads, next; begin < last; begin = next) {
       next = (begin / all.per_group + 1) * all.per_group;
       next = next < last ? next : last;
       next = next < begin + kPieceBlocks ? next : begin + kPieceBlocks;
-      ScanPiece<T> const piece(call, all, begin, int(next - begin), constants);
+      ScanPiece<T> const piece(call, all, begin, int(next - begin), decays);
       memset(state, 0, size_t(kept) * sizeof(T));
-      scan_piece(piece, int64_t(0), call.length, state, d, x);
+      scan_piece(piece, state, d, x);
     }
   }
   return enough_memory;

@@ -22,25 +22,25 @@ struct GradientScratch {
   int64_t packed, per_state, per_block, per_group, sums_count;
   ThreadMemory<T> memory;
   ThreadMemory<double> sums;
-  T *s, *x, *dy, *y, *w, *q, *constants, *carry, *part_D, *part_bias, *decay, *state, *sum_B, *sum_C;
-  double *dA, *dB, *dC, *dD, *dbias;
+  T *s, *x, *dy, *y, *w, *q, *decays, *carry, *part_D, *part_bias, *decay, *state, *sum_B, *sum_C;
+  double *dA, *dD, *dbias;
 
   GradientScratch(const ScanCall& call, int64_t blocks)
       : packed(blocks * call.chunk * kWide),
         per_state(blocks * call.states * kWide),
         per_block(blocks * kWide),
         per_group(call.chunk * kStateGroup * kWide),
-        sums_count(3 * per_state + 2 * per_block),
-        memory(6 * packed + 4 * per_state + 2 * per_block + 4 * per_group + kStateGroup * kWide),
+        sums_count(per_state + 2 * per_block),
+        memory(6 * packed + 2 * per_state + 2 * per_block + 4 * per_group + kStateGroup * kWide),
         sums(sums_count) {
     T* next = memory.at;
     T** const by_step[] = {&s, &x, &dy, &y, &w, &q};
     for (T** one : by_step) *one = next, next += packed;
-    constants = next, carry = next + 3 * per_state, part_D = carry + per_state, part_bias = part_D + per_block;
+    decays = next, carry = decays + per_state, part_D = carry + per_state, part_bias = part_D + per_block;
     next = part_bias + per_block;
     T** const by_group[] = {&decay, &state, &sum_B, &sum_C};
     for (T** one : by_group) *one = next, next += per_group + (one == &state) * kStateGroup * kWide;  // and the states before
-    dA = sums.at, dB = dA + per_state, dC = dB + per_state, dD = dC + per_state, dbias = dD + per_block;
+    dA = sums.at, dD = dA + per_state, dbias = dD + per_block;
   }
   bool complete() const { return memory.at != nullptr && sums.at != nullptr; }
 };
@@ -61,25 +61,23 @@ inline void add_lanes(double* total, Vec<T> v) {
 }
 
 // States [n0, n0 + kGroup) of one block; kFirst: of the first block of its slab, with which the sums begin.
-template <class T, int kGroup, bool kConstantB, bool kConstantC, bool kFirst>
+template <class T, int kGroup, bool kFirst>
 inline void gradient_block(const GradientChunk<T>& at, int block, int64_t n0) {
   constexpr int kWide = kLanes<T>;
   const GradientScratch<T>& my = at.my;
   const ScanPiece<T>& piece = at.piece;
   const ScanCall& call = piece.call;
-  int64_t const constant = (int64_t(block) * call.states + n0) * kWide, here = int64_t(block) * call.chunk * kWide;
+  int64_t const own = (int64_t(block) * call.states + n0) * kWide, here = int64_t(block) * call.chunk * kWide;
   // Everything that the loops use in variables of their own: a store could change what a reference leads to.
   int64_t const steps = at.steps, step_B = call.B.step, step_C = call.C.step;
-  const T *const rows_B = kConstantB ? nullptr : piece.row(call.B, at.t0) + n0, *const rows_C = kConstantC ? nullptr : piece.row(call.C, at.t0) + n0;
+  const T *const rows_B = piece.row(call.B, at.t0) + n0, *const rows_C = piece.row(call.C, at.t0) + n0;
   const T *const s = my.s + here, *const x = my.x + here, *const dy = my.dy + here;
   T *const y = my.y + here, *const w = my.w + here, *const q = my.q + here;
   T *const decay = my.decay, *const before = my.state, *const after = my.state + kGroup * kWide, *const sum_B = my.sum_B, *const sum_C = my.sum_C;
   bool const more = n0 > 0;
-  Vec<T> A[kGroup], B[kGroup] = {}, C[kGroup] = {}, h[kGroup] = {};
+  Vec<T> A[kGroup], h[kGroup] = {};
   for (int i = 0; i < kGroup; ++i) {
-    A[i] = load(piece.A + constant + i * kWide);
-    if (kConstantB) B[i] = load(piece.B + constant + i * kWide);
-    if (kConstantC) C[i] = load(piece.C + constant + i * kWide);
+    A[i] = load(piece.A + own + i * kWide);
     if (at.before) h[i] = load_part(at.before + (n0 + i) * call.channels + piece.first + block * kWide, piece.lanes(block));
     store(before + i * kWide, h[i]);
   }
@@ -88,46 +86,40 @@ inline void gradient_block(const GradientChunk<T>& at, int block, int64_t n0) {
     Vec<T> yt = more ? load(y + t * kWide) : Vec<T>{};
 #pragma GCC unroll 4
     for (int i = 0; i < kGroup; ++i) {
-      if constexpr (!kConstantB) B[i] = splat(rows_B[t * step_B + i]);
-      if constexpr (!kConstantC) C[i] = splat(rows_C[t * step_C + i]);
+      Vec<T> const B = splat(rows_B[t * step_B + i]), C = splat(rows_C[t * step_C + i]);
       Vec<T> const a = decay_lanes(st * A[i]);
-      h[i] = a * h[i] + xt * B[i];
-      yt += h[i] * C[i];
+      h[i] = a * h[i] + xt * B;
+      yt += h[i] * C;
       store(decay + (t * kGroup + i) * kWide, a);
       store(after + (t * kGroup + i) * kWide, h[i]);
     }
     store(y + t * kWide, yt);
   }
-  Vec<T> carry[kGroup], dA[kGroup] = {}, dB[kGroup] = {}, dC[kGroup] = {};
-  for (int i = 0; i < kGroup; ++i) carry[i] = load(my.carry + constant + i * kWide);
+  Vec<T> carry[kGroup], dA[kGroup] = {};
+  for (int i = 0; i < kGroup; ++i) carry[i] = load(my.carry + own + i * kWide);
   for (int64_t t = steps - 1; t >= 0; --t) {
     Vec<T> const st = load(s + t * kWide), xt = load(x + t * kWide), dyt = load(dy + t * kWide);
     Vec<T> wt = more ? load(w + t * kWide) : Vec<T>{}, qt = more ? load(q + t * kWide) : Vec<T>{};
 #pragma GCC unroll 4
     for (int i = 0; i < kGroup; ++i) {
-      if constexpr (!kConstantB) B[i] = splat(rows_B[t * step_B + i]);
-      if constexpr (!kConstantC) C[i] = splat(rows_C[t * step_C + i]);
+      Vec<T> const B = splat(rows_B[t * step_B + i]), C = splat(rows_C[t * step_C + i]);
       int64_t const k = (t * kGroup + i) * kWide;
-      Vec<T> const g = carry[i] + C[i] * dyt, to_C = h[i] * dyt;
+      Vec<T> const g = carry[i] + C * dyt, to_C = h[i] * dyt;
       carry[i] = g * load(decay + k);
       h[i] = load(before + k);  // the state before step t
       Vec<T> const back = carry[i] * h[i];
-      wt += g * B[i];
+      wt += g * B;
       qt += back * A[i];
       dA[i] += back * st;
-      if constexpr (kConstantB) dB[i] += g * xt;
-      else store(sum_B + k, kFirst ? g * xt : load(sum_B + k) + g * xt);
-      if constexpr (kConstantC) dC[i] += to_C;
-      else store(sum_C + k, kFirst ? to_C : load(sum_C + k) + to_C);
+      store(sum_B + k, kFirst ? g * xt : load(sum_B + k) + g * xt);
+      store(sum_C + k, kFirst ? to_C : load(sum_C + k) + to_C);
     }
     store(w + t * kWide, wt);
     store(q + t * kWide, qt);
   }
   for (int i = 0; i < kGroup; ++i) {
-    store(my.carry + constant + i * kWide, carry[i]);
-    add_lanes<T>(my.dA + constant + i * kWide, dA[i]);
-    if (kConstantB) add_lanes<T>(my.dB + constant + i * kWide, dB[i]);
-    if (kConstantC) add_lanes<T>(my.dC + constant + i * kWide, dC[i]);
+    store(my.carry + own + i * kWide, carry[i]);
+    add_lanes<T>(my.dA + own + i * kWide, dA[i]);
   }
 }
 
@@ -146,26 +138,16 @@ inline void gradient_sums(const T* vectors, int steps, T* to, int64_t apart) {
   }
 }
 
-// One block, by the form of B and C.
-template <class T, int kGroup, bool kFirst>
-inline void gradient_any_block(const GradientChunk<T>& at, int block, int64_t n0) {
-  const ScanCall& call = at.piece.call;
-  if (call.B.constant && call.C.constant) return gradient_block<T, kGroup, true, true, kFirst>(at, block, n0);
-  if (call.B.constant) return gradient_block<T, kGroup, true, false, kFirst>(at, block, n0);
-  if (call.C.constant) return gradient_block<T, kGroup, false, true, kFirst>(at, block, n0);
-  gradient_block<T, kGroup, false, false, kFirst>(at, block, n0);
-}
-
 // A group of states of a slab: blocks [begin, end), whose partial sums of B and C have the number `part`.
 template <class T, int kGroup>
 inline void gradient_group(const GradientChunk<T>& at, int begin, int end, int64_t part, int64_t n0) {
   const ScanCall& call = at.piece.call;
-  gradient_any_block<T, kGroup, true>(at, begin, n0);
-  for (int k = begin + 1; k < end; ++k) gradient_any_block<T, kGroup, false>(at, k, n0);
+  gradient_block<T, kGroup, true>(at, begin, n0);
+  for (int k = begin + 1; k < end; ++k) gradient_block<T, kGroup, false>(at, k, n0);
   int64_t const apart = call.groups * call.states;
   int64_t const row = (((part * call.batch + at.piece.b) * call.length + at.t0) * call.groups + at.piece.group) * call.states + n0;
-  if (!call.B.constant) gradient_sums<T, kGroup>(at.my.sum_B, at.steps, static_cast<T*>(call.dB) + row, apart);
-  if (!call.C.constant) gradient_sums<T, kGroup>(at.my.sum_C, at.steps, static_cast<T*>(call.dC) + row, apart);
+  gradient_sums<T, kGroup>(at.my.sum_B, at.steps, static_cast<T*>(call.dB) + row, apart);
+  gradient_sums<T, kGroup>(at.my.sum_C, at.steps, static_cast<T*>(call.dC) + row, apart);
 }
 
 // s, x and dy of a chunk, packed, row by row.
@@ -235,8 +217,6 @@ inline void gradient_totals(const ScanPiece<T>& piece, const GradientScratch<T>&
     for (int64_t n = 0; n < call.states; ++n) {
       int64_t const from = (i / kWide * call.states + n) * kWide + i % kWide, to = (channel + i) * call.states + n;
       static_cast<T*>(call.dA)[to] = T(my.dA[from]);
-      if (call.B.constant) static_cast<T*>(call.dB)[to] = T(my.dB[from]);
-      if (call.C.constant) static_cast<T*>(call.dC)[to] = T(my.dC[from]);
     }
     if (call.dD) static_cast<T*>(call.dD)[channel + i] = T(my.dD[i]);
     if (call.dbias) static_cast<T*>(call.dbias)[channel + i] = T(my.dbias[i]);
@@ -265,13 +245,13 @@ inline GradientChunk<T> gradient_chunk(const ScanPiece<T>& piece, GradientScratc
   return {piece, my, c * call.chunk, int(left < call.chunk ? left : call.chunk), before};
 }
 
-// Chunks [first, end) of a piece, from the last to the first, whose first slab has the number `slab` in its group. Takes what
-// comes from behind them in my.carry, adds its sums over time to my.sums.
+// A piece, chunk by chunk from the last, whose first slab has the number `slab` in its group. Takes what comes from behind the
+// sequence in my.carry, adds its sums over time to my.sums.
 template <class T>
-inline void gradient_piece(const ScanPiece<T>& piece, GradientScratch<T>& my, int64_t slab, int64_t first, int64_t end) {
+inline void gradient_piece(const ScanPiece<T>& piece, GradientScratch<T>& my, int64_t slab) {
   constexpr int kSlabBlocks = kScanSlab / kLanes<T>;
   int64_t const states = piece.call.states;
-  for (int64_t c = end - 1; c >= first; --c) {
+  for (int64_t c = scan_chunks(piece.call) - 1; c >= 0; --c) {
     GradientChunk<T> const at = gradient_chunk(piece, my, c);
     gradient_inputs(at);
     for (int k = 0; k < piece.blocks; k += kSlabBlocks) {
@@ -295,9 +275,9 @@ struct ScanSlabs {
       : call(call), all(call, kLanes<T>), per_group(scan_slabs(call)), total(call.batch * call.groups * per_group) {}
 
   // Slabs [begin, end), all of one group.
-  ScanPiece<T> piece(int64_t begin, int64_t end, T* constants) const {
+  ScanPiece<T> piece(int64_t begin, int64_t end, T* decays) const {
     int64_t const first = begin % per_group * kBlocks, left = all.per_group - first, blocks = (end - begin) * kBlocks;
-    return ScanPiece<T>(call, all, begin / per_group * all.per_group + first, int(blocks < left ? blocks : left), constants);
+    return ScanPiece<T>(call, all, begin / per_group * all.per_group + first, int(blocks < left ? blocks : left), decays);
   }
 };
 
@@ -322,10 +302,10 @@ bool scan_gradient(const ScanCall& call, int threads) {
       next = (slab / slabs.per_group + 1) * slabs.per_group;
       next = next < end ? next : end;
       next = next < slab + most ? next : slab + most;
-      ScanPiece<T> const piece = slabs.piece(slab, next, my.constants);
+      ScanPiece<T> const piece = slabs.piece(slab, next, my.decays);
       gradient_start(piece, my.carry);
       memset(my.sums.at, 0, size_t(my.sums_count) * sizeof(double));
-      gradient_piece(piece, my, slab % slabs.per_group, 0, scan_chunks(call));
+      gradient_piece(piece, my, slab % slabs.per_group);
       gradient_totals(piece, my);
     }
   }

@@ -14,10 +14,10 @@
 
 namespace medgmae {
 
-// Steps whose code is written out: all, so that their states stay in registers; one in the general kernels, which are few and
-// small instead of fast.
-template <class T, bool kConstant>
-constexpr int kWritten = sizeof(T) == 4 && !kConstant ? kTile : 1;
+// Steps whose code is written out: all, so that their states stay in registers; one in double precision, whose kernels are small
+// instead of fast.
+template <class T>
+constexpr int kWritten = sizeof(T) == 4 ? kTile : 1;
 
 // Adds own.of_states, four of them, over the channels of a warp; kWhich: 0 for dC, 1 for dB.
 template <int kWhich, class Block>
@@ -32,8 +32,8 @@ MEDGMAE_DEVICE void sum_over_channels(int k, Block& block) {
 }
 
 // One step forward.
-template <class T, bool kConstant, bool kAll>
-MEDGMAE_DEVICE void step_forward(const ScanCall& call, const GradientShared<T>& shared, int t, int k, GradientLane<T>* own) {
+template <class T, bool kAll>
+MEDGMAE_DEVICE void step_forward(const GradientShared<T>& shared, int t, int k, GradientLane<T>* own) {
   Pack<T, 2> const s = shared.s[k][t / 4], in = shared.in[k][t / 4];
   Pack<T, 4> const b = shared.B[k][t % 4];
 #pragma unroll
@@ -41,15 +41,15 @@ MEDGMAE_DEVICE void step_forward(const ScanCall& call, const GradientShared<T>& 
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       T const decayed = power_of_two(s.v[w] * own->A[w][n]) * own->h[w][n];
-      own->h[w][n] = decayed + in.v[w] * weight<kConstant>(call.B, b.v[n], own->B[w][n]);
+      own->h[w][n] = decayed + in.v[w] * b.v[n];
       if (kAll) own->decayed[k][w][n] = decayed;
     }
   }
 }
 
 // What the state gives to y and dC.
-template <class T, bool kConstant>
-MEDGMAE_DEVICE void read_state(const ScanCall& call, const GradientShared<T>& shared, int t, int k, GradientLane<T>* own) {
+template <class T>
+MEDGMAE_DEVICE void read_state(const GradientShared<T>& shared, int t, int k, GradientLane<T>* own) {
   Pack<T, 2> const dy = shared.dy[k][t / 4];
   Pack<T, 4> const c = shared.C[k][t % 4];
 #pragma unroll
@@ -58,23 +58,22 @@ MEDGMAE_DEVICE void read_state(const ScanCall& call, const GradientShared<T>& sh
   for (int w = 0; w < kBackwardWide; ++w) {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      own->part[w] += own->h[w][n] * weight<kConstant>(call.C, c.v[n], own->C[w][n]);
+      own->part[w] += own->h[w][n] * c.v[n];
       own->of_states[n] += own->h[w][n] * dy.v[w];
-      if (kConstant && call.C.constant) own->dC[w][n] += own->h[w][n] * dy.v[w];
     }
   }
 }
 
 // Through a tile forwards: its states, what A made of them, y and dC; or the last state alone.
-template <class T, bool kConstant, bool kAll, class Block>
-MEDGMAE_DEVICE void walk_states(const ScanCall& call, Block& block) {
+template <class T, bool kAll, class Block>
+MEDGMAE_DEVICE void walk_states(Block& block) {
   using Lane = GradientLane<T>;
   GradientShared<T>& shared = *block.shared;
-#pragma unroll(kAll ? kWritten<T, kConstant> : 1)
+#pragma unroll(kAll ? kWritten<T> : 1)
   for (int k = 0; k < kTile; ++k) {
-    block.lanes([&](int t, Lane& own) { step_forward<T, kConstant, kAll>(call, shared, t, k, &own); });
+    block.lanes([&](int t, Lane& own) { step_forward<T, kAll>(shared, t, k, &own); });
     if constexpr (kAll) {
-      block.lanes([&](int t, Lane& own) { read_state<T, kConstant>(call, shared, t, k, &own); });
+      block.lanes([&](int t, Lane& own) { read_state<T>(shared, t, k, &own); });
       block.template fold<2>(1, [](Lane& own) { return own.part; });
       block.template fold<1>(2, [](Lane& own) { return own.part; });
       block.lanes([&](int t, Lane& own) {
@@ -86,8 +85,8 @@ MEDGMAE_DEVICE void walk_states(const ScanCall& call, Block& block) {
 }
 
 // One step back: g from what the step behind it hands over, and all that is made of it.
-template <class T, bool kConstant>
-MEDGMAE_DEVICE void step_back(const ScanCall& call, const GradientShared<T>& shared, int t, int k, GradientLane<T>* own) {
+template <class T>
+MEDGMAE_DEVICE void step_back(const GradientShared<T>& shared, int t, int k, GradientLane<T>* own) {
   Pack<T, 2> const s = shared.s[k][t / 4], in = shared.in[k][t / 4], dy = shared.dy[k][t / 4];
   Pack<T, 4> const b = shared.B[k][t % 4], c = shared.C[k][t % 4];
 #pragma unroll
@@ -96,26 +95,25 @@ MEDGMAE_DEVICE void step_back(const ScanCall& call, const GradientShared<T>& sha
   for (int w = 0; w < kBackwardWide; ++w) {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      T const g = own->carry[w][n] + dy.v[w] * weight<kConstant>(call.C, c.v[n], own->C[w][n]);
+      T const g = own->carry[w][n] + dy.v[w] * c.v[n];
       T const q = g * own->decayed[k][w][n];
-      own->part[2 * w] += g * weight<kConstant>(call.B, b.v[n], own->B[w][n]);
+      own->part[2 * w] += g * b.v[n];
       own->part[2 * w + 1] += q * own->A[w][n];
       own->dA[w][n] += q * s.v[w];
       own->of_states[n] += g * in.v[w];
-      if (kConstant && call.B.constant) own->dB[w][n] += g * in.v[w];
       own->carry[w][n] = power_of_two(s.v[w] * own->A[w][n]) * g;
     }
   }
 }
 
-template <class T, bool kConstant, class Block>
-MEDGMAE_DEVICE void walk_back(const ScanCall& call, Block& block) {
+template <class T, class Block>
+MEDGMAE_DEVICE void walk_back(Block& block) {
   using Lane = GradientLane<T>;
   GradientShared<T>& shared = *block.shared;
-#pragma unroll(kWritten<T, kConstant>)
+#pragma unroll(kWritten<T>)
   for (int i = 0; i < kTile; ++i) {
     int const k = kTile - 1 - i;
-    block.lanes([&](int t, Lane& own) { step_back<T, kConstant>(call, shared, t, k, &own); });
+    block.lanes([&](int t, Lane& own) { step_back<T>(shared, t, k, &own); });
     block.template fold<4>(1, [](Lane& own) { return own.part; });
     block.template fold<2>(2, [](Lane& own) { return own.part; });
     block.lanes([&](int t, Lane& own) {
@@ -139,7 +137,7 @@ MEDGMAE_DEVICE void load_kept(const ScanCall& call, const ScanWork& work, const 
 
 template <class T>
 MEDGMAE_DEVICE void begin_gradients(const ScanCall& call, const ScanWork& work, const ScanPlace& p, int t, GradientLane<T>* own) {
-  clear_states<T, kBackwardWide>(own->dA), clear_states<T, kBackwardWide>(own->dB), clear_states<T, kBackwardWide>(own->dC);
+  clear_states<T, kBackwardWide>(own->dA);
   if (work.spans > 1) {
     T* const ends = static_cast<T*>(work.ends);
     move_states<T, kBackwardWide, false>(call, work, p, t, ends, work.spans, p.span, false, own->carry);
@@ -151,8 +149,8 @@ MEDGMAE_DEVICE void begin_gradients(const ScanCall& call, const ScanWork& work, 
   }
 }
 
-// Writes the span's part of the gradients of A, and of B and C where they are constant.
-template <class T, bool kConstant>
+// Writes the span's part of the gradient of A.
+template <class T>
 MEDGMAE_DEVICE void finish_states(const ScanCall& call, const ScanWork& work, const ScanPlace& p, int t, const GradientLane<T>& own) {
 #pragma unroll
   for (int w = 0; w < kBackwardWide; ++w) {
@@ -162,8 +160,6 @@ MEDGMAE_DEVICE void finish_states(const ScanCall& call, const ScanWork& work, co
       if (!own_state<T, kBackwardWide>(call, work, p, t, w, n, &channel, &state)) continue;
       int64_t const at = ((int64_t(p.span) * call.batch + p.b) * call.channels + channel) * call.states + state;
       static_cast<T*>(work.parts[0])[at] = own.dA[w][n];
-      if (kConstant && call.B.constant) static_cast<T*>(work.parts[3])[at] = own.dB[w][n];
-      if (kConstant && call.C.constant) static_cast<T*>(work.parts[4])[at] = own.dC[w][n];
     }
   }
 }
@@ -182,7 +178,7 @@ MEDGMAE_DEVICE void finish_channels(const ScanCall& call, const ScanWork& work, 
 }
 
 // The states before the tiles of the chunk [start, stop) but the first.
-template <class T, class IO, bool kConstant, class Block>
+template <class T, class IO, class Block>
 MEDGMAE_DEVICE void find_starts(const ScanCall& call, const ScanWork& work, const ScanPlace& p, int start, int stop, Block& block) {
   using Lane = GradientLane<T>;
   GradientShared<T>& shared = *block.shared;
@@ -194,7 +190,7 @@ MEDGMAE_DEVICE void find_starts(const ScanCall& call, const ScanWork& work, cons
       load_gradient_tile<T, IO, false>(call, p, tile, t, &shared);
       B.store(t, shared.B);
     });
-    walk_states<T, kConstant, false>(call, block);
+    walk_states<T, false>(block);
     block.each([&](int t, Lane& own) {
 #pragma unroll
       for (int w = 0; w < kBackwardWide; ++w) {
@@ -206,7 +202,7 @@ MEDGMAE_DEVICE void find_starts(const ScanCall& call, const ScanWork& work, cons
 }
 
 // One tile of the way back; number i of its chunk, which begins at `start`.
-template <class T, class IO, bool kConstant, class Block>
+template <class T, class IO, class Block>
 MEDGMAE_DEVICE void differentiate_tile(const ScanCall& call, const ScanWork& work, const ScanPlace& p, const ScanTile& tile, int start,
                                        int i, Block& block) {
   using Lane = GradientLane<T>;
@@ -222,8 +218,8 @@ MEDGMAE_DEVICE void differentiate_tile(const ScanCall& call, const ScanWork& wor
       for (int n = 0; n < 4; ++n) own.h[w][n] = shared.starts[i - 1][w][t].v[n];
     }
   });
-  walk_states<T, kConstant, true>(call, block);
-  walk_back<T, kConstant>(call, block);
+  walk_states<T, true>(block);
+  walk_back<T>(block);
   block.meet();
   block.lanes([&](int t, Lane&) {
     finish_tokens<T, IO>(call, work, p, tile, t, &shared);
@@ -232,7 +228,7 @@ MEDGMAE_DEVICE void differentiate_tile(const ScanCall& call, const ScanWork& wor
 }
 
 // Every gradient of a span.
-template <class T, class IO, bool kConstant, class Block>
+template <class T, class IO, class Block>
 MEDGMAE_DEVICE void scan_gradients(const ScanCall& call, const ScanWork& work, int index, Block& block) {
   using Lane = GradientLane<T>;
   block.each([&](int t, Lane&) {
@@ -240,23 +236,23 @@ MEDGMAE_DEVICE void scan_gradients(const ScanCall& call, const ScanWork& work, i
   });
   const ScanPlace& p = block.shared->place;
   block.lanes([&](int t, Lane& own) {
-    load_constants<T, kBackwardWide, kConstant>(call, work, p, t, &own);
+    load_decays<T, kBackwardWide>(call, work, p, t, &own);
     begin_gradients<T>(call, work, p, t, &own);
     block.shared->dD[t] = block.shared->dbias[t] = 0;
   });
   for (int stop = p.stop; stop > p.start;) {
     int const start = (stop - 1) / int(call.chunk) * int(call.chunk);
-    find_starts<T, IO, kConstant>(call, work, p, start, stop, block);
+    find_starts<T, IO>(call, work, p, start, stop, block);
     for (int i = (stop - start - 1) / kTile; i >= 0; --i) {
       int const from = start + i * kTile;
       ScanTile const tile = {from, from + kTile < stop ? from + kTile : stop};
-      differentiate_tile<T, IO, kConstant>(call, work, p, tile, start, i, block);
+      differentiate_tile<T, IO>(call, work, p, tile, start, i, block);
     }
     stop = start;
   }
   block.meet();
   block.lanes([&](int t, Lane& own) {
-    finish_states<T, kConstant>(call, work, p, t, own);
+    finish_states<T>(call, work, p, t, own);
     if (work.first_state + kPieceStates >= call.states) finish_channels<T>(call, work, p, t, *block.shared);
   });
 }
@@ -265,7 +261,7 @@ MEDGMAE_DEVICE void scan_gradients(const ScanCall& call, const ScanWork& work, i
 template <class T>
 MEDGMAE_DEVICE void sum_one(const ScanWork& work, int64_t i) {
 #pragma unroll
-  for (int k = 0; k < 5; ++k) {
+  for (int k = 0; k < 3; ++k) {
     if (i >= 0 && i < work.counts[k]) {
       T sum = 0;
       for (int64_t span = 0; span < work.spans; ++span) sum += static_cast<const T*>(work.parts[k])[span * work.counts[k] + i];

@@ -13,10 +13,9 @@ constexpr int kScanWarps = kScanThreads<T> / 32;
 // What every thread has of its channels.
 template <class T>
 struct GradientLane {
-  T A[kBackwardWide][4];               // times log2(e)
-  T B[kBackwardWide][4], C[kBackwardWide][4];  // where constant
+  T A[kBackwardWide][4];  // times log2(e)
   T h[kBackwardWide][4], carry[kBackwardWide][4];
-  T dA[kBackwardWide][4], dB[kBackwardWide][4], dC[kBackwardWide][4];
+  T dA[kBackwardWide][4];
   T decayed[kTile][kBackwardWide][4];  // p of every step of the tile
   T part[4], of_states[4];             // to be added up over states, and over channels
 };
@@ -145,7 +144,7 @@ MEDGMAE_DEVICE void finish_matrices(const ScanCall& call, const ScanWork& work, 
                                     const GradientShared<T>& shared) {
   constexpr int rows = kScanThreads<T> / (2 * kPieceStates);
   int const n = t % kPieceStates, which = t / kPieceStates % 2, first = t / (2 * kPieceStates), state = int(work.first_state) + n;
-  if (state >= call.states || (which == 0 ? call.C : call.B).constant) return;
+  if (state >= call.states) return;
   int64_t const token = (int64_t(p.slab) * call.batch + p.b) * call.length + tile.start + first;
   int const lane = n / 4 + n / 2 % 2 * 4 + n % 2 * 8;  // where the folds of sum_over_channels() leave this state
   T* const to = static_cast<T*>(which == 0 ? call.dC : call.dB) + (token * call.groups + p.group) * call.states + state;

@@ -9,22 +9,23 @@ namespace {
 template <class Shared, class State>
 using ScanDeviceBlock = DeviceBlock<Shared, State, 128>;
 
-// Blocks of a kernel that a multiprocessor should hold at once, for which it gives up registers; in the general kernels fewer.
+// Blocks of a kernel that a multiprocessor is to hold at least, for which it gives up registers; fewer in double precision, and
+// where shared memory or registers hold fewer without spilling. How many it does hold is asked at run time.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-constexpr int kBackwardFew = __CUDA_ARCH__ == 800 ? 3 : __CUDA_ARCH__ == 750 ? 1 : 2;  // for shared memory, or registers
+constexpr int kBackwardLeast = __CUDA_ARCH__ == 800 ? 3 : __CUDA_ARCH__ == 750 ? 1 : 2;
 #else
-constexpr int kBackwardFew = kBackwardBlocks;
+constexpr int kBackwardLeast = 4;
 #endif
-template <class T, bool kConstant>
-constexpr int kForwardRoom = sizeof(T) == 4 && !kConstant ? kForwardBlocks : 4;
-template <class T, bool kConstant>
-constexpr int kBackwardRoom = sizeof(T) == 4 && !kConstant ? kBackwardFew : 1;
+template <class T>
+constexpr int kForwardRoom = sizeof(T) == 4 ? 5 : 4;
+template <class T>
+constexpr int kBackwardRoom = sizeof(T) == 4 ? kBackwardLeast : 1;
 
-template <class T, class IO, bool kConstant, bool kBack>
-__global__ void __launch_bounds__(kScanThreads<T>, kForwardRoom<T, kConstant>) local_kernel(const ScanCall call, const ScanWork work) {
+template <class T, class IO, bool kBack>
+__global__ void __launch_bounds__(kScanThreads<T>, kForwardRoom<T>) local_kernel(const ScanCall call, const ScanWork work) {
   __shared__ ScanShared<T, kForwardWide> shared;
   ScanDeviceBlock<ScanShared<T, kForwardWide>, ScanLane<T, kForwardWide>> block = {&shared, {}, int(threadIdx.x)};
-  scan_local<T, IO, kConstant, kBack>(call, work, int(blockIdx.x), block);
+  scan_local<T, IO, kBack>(call, work, int(blockIdx.x), block);
 }
 
 template <class T, bool kBack>
@@ -32,18 +33,18 @@ __global__ void combine_kernel(const ScanCall call, const ScanWork work) {
   combine_one<T, kBack>(call, work, item());
 }
 
-template <class T, class IO, bool kConstant>
-__global__ void __launch_bounds__(kScanThreads<T>, kForwardRoom<T, kConstant>) output_kernel(const ScanCall call, const ScanWork work) {
+template <class T, class IO>
+__global__ void __launch_bounds__(kScanThreads<T>, kForwardRoom<T>) output_kernel(const ScanCall call, const ScanWork work) {
   __shared__ ScanShared<T, kForwardWide> shared;
   ScanDeviceBlock<ScanShared<T, kForwardWide>, ScanLane<T, kForwardWide>> block = {&shared, {}, int(threadIdx.x)};
-  scan_outputs<T, IO, kConstant>(call, work, int(blockIdx.x), block);
+  scan_outputs<T, IO>(call, work, int(blockIdx.x), block);
 }
 
-template <class T, class IO, bool kConstant>
-__global__ void __launch_bounds__(kScanThreads<T>, kBackwardRoom<T, kConstant>) gradient_kernel(const ScanCall call, const ScanWork work) {
+template <class T, class IO>
+__global__ void __launch_bounds__(kScanThreads<T>, kBackwardRoom<T>) gradient_kernel(const ScanCall call, const ScanWork work) {
   __shared__ GradientShared<T> shared;
   ScanDeviceBlock<GradientShared<T>, GradientLane<T>> block = {&shared, {}, int(threadIdx.x)};
-  scan_gradients<T, IO, kConstant>(call, work, int(blockIdx.x), block);
+  scan_gradients<T, IO>(call, work, int(blockIdx.x), block);
 }
 
 template <class T>
@@ -52,38 +53,29 @@ __global__ void sum_kernel(const ScanCall call, const ScanWork work) {
 }
 
 // The launches for 16 states.
-template <class T, class IO, bool kConstant>
+template <class T, class IO>
 void launch_piece(const ScanCall& call, const ScanWork& work, Launcher* run) {
   constexpr int threads = kScanThreads<T>;
   int64_t const wide = scan_blocks(call, work, kBlockChannels<T, kForwardWide>);
   int64_t const states = call.batch * kPieceStates * call.channels;
   bool const split = work.spans > 1;
   if (call.grad.at == nullptr) {
-    if (split) run->blocks(wide, threads, local_kernel<T, IO, kConstant, false>, call, work);
+    if (split) run->blocks(wide, threads, local_kernel<T, IO, false>, call, work);
     if (split) run->items(states, 64, combine_kernel<T, false>, call, work);
-    run->blocks(wide, threads, output_kernel<T, IO, kConstant>, call, work);
+    run->blocks(wide, threads, output_kernel<T, IO>, call, work);
   } else {
-    if (split) run->blocks(wide, threads, local_kernel<T, IO, kConstant, true>, call, work);
+    if (split) run->blocks(wide, threads, local_kernel<T, IO, true>, call, work);
     if (split) run->items(states, 64, combine_kernel<T, true>, call, work);
     int64_t const narrow = scan_blocks(call, work, kBlockChannels<T, kBackwardWide>);
-    run->prefer_shared_memory(gradient_kernel<T, IO, kConstant>);
-    run->blocks(narrow, threads, gradient_kernel<T, IO, kConstant>, call, work);
+    run->blocks(narrow, threads, gradient_kernel<T, IO>, call, work);
   }
 }
 
 template <class T, class IO>
 cudaError_t launch(const ScanCall& call, ScanWork work, cudaStream_t stream) {
   Launcher run = {stream};
-  bool const constant = call.B.constant || call.C.constant;
-  if (constant && sizeof(IO) != sizeof(T)) return cudaErrorInvalidValue;  // Python widens the streams
   do {
-    // Double precision has the general kernels only, 16 bits those without constants only: fewer to compile.
-    if constexpr (sizeof(IO) == sizeof(T)) {
-      if (constant || sizeof(T) == 8) launch_piece<T, IO, true>(call, work, &run);
-    }
-    if constexpr (sizeof(T) == 4) {
-      if (!constant) launch_piece<T, IO, false>(call, work, &run);
-    }
+    launch_piece<T, IO>(call, work, &run);
     work.first_state += kPieceStates;
   } while (work.first_state < call.states);
   int64_t numbers = 0;
@@ -92,50 +84,57 @@ cudaError_t launch(const ScanCall& call, ScanWork work, cudaStream_t stream) {
   return run.error;
 }
 
-// Blocks that the current device holds at once; asking does not wait for it.
-template <class T>
+// Blocks that the current device holds at once, of every kernel of a pass that has one for a slab of channels and a span of time.
+template <class T, class IO>
 cudaError_t find_room(bool backward, int64_t* room) {
-  int device = 0, multiprocessors = 0, bytes = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  int const system = 1024;  // of each block
-  int const needed = system + int(backward ? sizeof(GradientShared<T>) : sizeof(ScanShared<T, kForwardWide>));
-  int const most = backward ? kBackwardBlocks : kForwardBlocks, fitting = bytes / needed;
-  *room = int64_t(multiprocessors) * (fitting < most ? fitting : most);
+  const void* const forward_kernels[] = {function(local_kernel<T, IO, false>), function(output_kernel<T, IO>)};
+  const void* const backward_kernels[] = {function(local_kernel<T, IO, true>), function(gradient_kernel<T, IO>)};
+  *room = INT64_MAX;
+  for (const void* kernel : backward ? backward_kernels : forward_kernels) {
+    int64_t fitting = 0;
+    cudaError_t const error = room_for(kernel, kScanThreads<T>, &fitting);
+    if (error != cudaSuccess) return error;
+    *room = fitting < *room ? fitting : *room;
+  }
+  return cudaSuccess;
+}
+
+// Calls body(zero, number, room) for the types of a call: that of the computation and that of its streams.
+template <class Body>
+cudaError_t with_room(DType dtype, StreamType type, const ScanCall& call, Body body) {
+  cudaError_t error = cudaErrorInvalidValue;  // no kernel for these types
+  dispatch(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    dispatch_streams<T>(type, [&](auto number) {
+      int64_t room = 0;
+      error = find_room<T, decltype(number)>(call.grad.at != nullptr, &room);
+      if (error == cudaSuccess) error = body(zero, number, room);
+    });
+  });
   return error;
 }
 
 }  // namespace
 
-Status selective_scan_workspace(DType dtype, const ScanCall& call, int64_t* bytes) {
-  bool const backward = call.grad.at != nullptr;
-  cudaError_t error = cudaSuccess;
-  bool const known = dispatch(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    int64_t room = 0;
-    error = find_room<T>(backward, &room);
-    *bytes = divide_scan_workspace<T>(call, backward, room, nullptr).bytes;
-  });
-  return status(known ? error : cudaErrorInvalidValue);
+int64_t selective_scan_slab(DType dtype) {
+  return dtype == DType::float64 ? kBlockChannels<double, kBackwardWide> : kBlockChannels<float, kBackwardWide>;
+}
+
+Status selective_scan_workspace(DType dtype, StreamType type, const ScanCall& call, int64_t* bytes) {
+  return status(with_room(dtype, type, call, [&](auto zero, auto, int64_t room) {
+    *bytes = divide_scan_workspace<decltype(zero)>(call, call.grad.at != nullptr, room, nullptr).bytes;
+    return cudaSuccess;
+  }));
 }
 
 Status selective_scan(DType dtype, StreamType type, const ScanCall& call, void* workspace, void* stream) {
   bool const backward = call.grad.at != nullptr;
   if (!scan_is_small(call) || (backward && call.chunk > kLongestChunk)) return status(cudaErrorInvalidValue);
-  bool known = false;
-  cudaError_t error = cudaSuccess;
-  dispatch(dtype, [&](auto zero) {
+  return status(with_room(dtype, type, call, [&](auto zero, auto number, int64_t room) {
     using T = decltype(zero);
-    int64_t room = 0;
-    error = find_room<T>(backward, &room);
-    if (error != cudaSuccess) return;
     ScanWork const work = divide_scan_workspace<T>(call, backward, room, workspace);
-    known = dispatch_streams<T>(type, [&](auto number) {
-      error = launch<T, decltype(number)>(call, work, static_cast<cudaStream_t>(stream));
-    });
-  });
-  return status(known || error != cudaSuccess ? error : cudaErrorInvalidValue);
+    return launch<T, decltype(number)>(call, work, static_cast<cudaStream_t>(stream));
+  }));
 }
 
 }  // namespace cuda

@@ -9,15 +9,14 @@
 
 namespace medgmae {
 
-// B or C. By time: (b, t, group, n) is at[b * batch + t * step + group * of_group + n]. Constant: (d, n) is at[d * states + n].
+// B or C: (b, t, group, n) is at[b * batch + t * step + group * of_group + n]. Matrices that do not depend on time have no kernels.
 struct ScanMatrix {
   void* at;
   int64_t batch, step, of_group;
-  bool constant;
 };
 
 // One scan of `length` steps, forward or backward. The dtype of the call is that of A, D and bias and of the computation; the
-// streams and the matrices by time have it too, or on CUDA bfloat16 or float16. Null pointers stand for what is absent.
+// streams and the matrices have it too, or on CUDA bfloat16 or float16. Null pointers stand for what is absent.
 struct ScanCall {
   int64_t batch, length, channels, states, groups;
   int64_t chunk;  // steps between kept states
@@ -32,10 +31,9 @@ struct ScanCall {
   Stream grad, du, ddelta, dz;
   const void* grad_state;
   void *dA, *dD, *dbias;  // per batch: (batch, channels, states), (batch, channels), (batch, channels); the caller sums them
-  // Gradients of B and C, dense. By time: (parts, batch, length, groups, states) of partial sums over slabs of channels, which the
-  // caller adds up in order. Constant: (batch, channels, states).
+  // Gradients of B and C, dense: (parts, batch, length, groups, states) of partial sums over slabs of channels, which the caller
+  // adds up in order.
   void *dB, *dC;
-  int64_t parts;
 };
 
 // Channels of a group over which the CPU sums the gradients of B and C.

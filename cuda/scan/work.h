@@ -16,8 +16,6 @@ constexpr int kTile = 8;          // steps of a tile
 constexpr int kPieceStates = 16;  // states of a launch
 constexpr int kForwardWide = 4;   // channels of a thread
 constexpr int kBackwardWide = 2;
-constexpr int kForwardBlocks = 5;  // that a multiprocessor holds at once, in float32 and with shared memory enough
-constexpr int kBackwardBlocks = 4;
 constexpr int kLongestChunk = 64;  // that the backward takes
 constexpr int kLeastSpan = 2 * kTile;
 template <class T>
@@ -33,9 +31,9 @@ struct ScanWork {
   void* ends;           // (batch, spans, 16, channels): what a span makes of zero; combine puts there what it starts from
   void* sums;           // (batch, spans, channels): of the steps
   void* totals;         // (1 forward, 3 backward, batch, length, channels): sums over the states of earlier launches
-  void* parts[5];       // backward: dA, dD, dbias, constant dB and dC of each span, or, of a single span, the results themselves
-  void* results[5];
-  int64_t counts[5];    // numbers in each
+  void* parts[3];       // backward: dA, dD and dbias of each span, or, of a single span, the results themselves
+  void* results[3];
+  int64_t counts[3];    // numbers in each
   int64_t bytes;
 };
 
@@ -92,9 +90,9 @@ ScanWork divide_scan_workspace(const ScanCall& call, bool backward, int64_t room
   if (work.spans > 1) work.ends = take(rows * kPieceStates), work.sums = take(rows);
   if (call.states > kPieceStates) work.totals = take((backward ? 3 : 1) * call.batch * call.length * call.channels);
   if (!backward) return work;
-  void* const results[5] = {call.dA, call.dD, call.dbias, call.B.constant ? call.dB : nullptr, call.C.constant ? call.dC : nullptr};
-  for (int k = 0; k < 5; ++k) {
-    work.counts[k] = results[k] == nullptr ? 0 : k == 1 || k == 2 ? all : all * call.states;
+  void* const results[3] = {call.dA, call.dD, call.dbias};
+  for (int k = 0; k < 3; ++k) {
+    work.counts[k] = results[k] == nullptr ? 0 : k == 0 ? all * call.states : all;
     work.results[k] = results[k];
     work.parts[k] = work.spans > 1 ? take(work.spans * work.counts[k]) : results[k];
   }

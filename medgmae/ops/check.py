@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medgmae.ops import conv, scan, voxel
 from medgmae.ops.conv.inputs import ConvInputs
-from medgmae.ops.native import CudaInfo, native_info
+from medgmae.ops.native import device_problem, native_info
 from medgmae.ops.scan.inputs import ScanInputs
 from medgmae.ops.voxel.inputs import VoxelInputs
 
@@ -48,7 +48,7 @@ def self_test(threads: int | None = None) -> dict[str, float]:
     info = native_info()
     if not info["loaded"]:
         raise RuntimeError(f"the native module is not loaded: {info['error']}")
-    problem = gpu_problem(info["cuda"]) if torch.cuda.is_available() else None
+    problem = device_problem(torch.cuda.current_device()) if torch.cuda.is_available() else None
     if problem:
         raise RuntimeError(f"torch sees the GPU {torch.cuda.get_device_name()}, but {problem}")
     errors, wrong = {}, {}
@@ -63,21 +63,6 @@ def self_test(threads: int | None = None) -> dict[str, float]:
     if wrong:
         raise RuntimeError(f"native kernels differ from torch (largest relative difference): {wrong}; rebuild medgmae")
     return errors
-
-
-def gpu_problem(cuda: CudaInfo | None) -> str | None:
-    """Why the native module cannot use the GPU that torch sees, and what to do; None if it can."""
-    if cuda is None:
-        return (
-            "medgmae._C was built without CUDA kernels, so operators on the GPU run their torch reference, which is "
-            "many times slower. Rebuild on a machine with nvcc: MEDGMAE_CUDA=1 pip install --force-reinstall ."
-        )
-    if not cuda["devices"]:
-        return (
-            f"medgmae._C does not: {cuda['driver_error'] or 'no device'}. It was built with CUDA {cuda['version']}; "
-            "rebuild with the version that torch has (torch.version.cuda), or update the driver"
-        )
-    return None
 
 
 Run = tuple[Callable[..., Any], Callable[..., Any]]
@@ -102,18 +87,7 @@ def _error(run: Run, inputs: Any, dtype: torch.dtype, device: str, wanted: list[
             return value
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
-    try:
-        got = _results(run, type(inputs)(*map(there, inputs)))
-    except RuntimeError as error:
-        if "NoKernelImage" not in str(error) and "UnsupportedPtx" not in str(error):
-            raise
-        cuda = native_info()["cuda"]
-        major, minor = torch.cuda.get_device_capability()
-        raise RuntimeError(
-            f"the CUDA kernels of medgmae._C hold no code for this GPU (sm_{major}{minor}), only for "
-            f"{' '.join(cuda['architectures'] if cuda else [])}. Rebuild with a CUDA toolkit that knows it: "
-            "MEDGMAE_CUDA=1 pip install --force-reinstall ."
-        ) from error
+    got = _results(run, type(inputs)(*map(there, inputs)))
     return max(_difference(a.cpu().double(), b) for a, b in zip(got, wanted, strict=True))
 
 

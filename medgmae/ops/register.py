@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, Protocol, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from medgmae.ops.native import _C
+from medgmae.ops.native import native_runs
 
 # A tensor of numbers to look up: it gets no gradient.
 Index = Annotated[Tensor, "no gradient"]
@@ -46,12 +46,16 @@ class Kernels(Protocol):
     def backward(self) -> Callable[..., Any]: ...  # noqa: D102
 
 
+# The kernels for a call whose tensors are on that device.
+Choice = Callable[[torch.device], Kernels]
+
+
 @dataclass(frozen=True, eq=False)
 class Operator(Generic[Inputs]):
     """What torch is told of ``medgmae::name`` and of its derivative ``medgmae::name_backward``.
 
     Attributes:
-        name: of the operator; its native kernels are `name` and `name_cuda` in `medgmae._C`.
+        name: of the operator.
         inputs: NamedTuple of what it takes: differentiable tensors, then each :data:`Index`, then options.
         fake: empty results of the right shapes and dtypes for some inputs.
         results: names of the tensors that it returns. Those behind the first are kept for the backward.
@@ -99,22 +103,22 @@ class Operator(Generic[Inputs]):
         lead = 1 + 2 * len(self.further)
         return values[:lead], self.inputs(*values[lead:])
 
-    def forward(self, kernels: Kernels) -> Callable[..., Any]:
+    def forward(self, choose: Choice) -> Callable[..., Any]:
         """The operator as torch calls it."""
-        compute, inputs = kernels.forward, self.inputs
+        inputs = self.inputs
 
         def run(*values: Any) -> Any:
-            return compute(inputs(*values))
+            return choose(values[0].device).forward(inputs(*values))
 
         return _without_autocast(run)
 
-    def backward(self, kernels: Kernels) -> Callable[..., Any]:
+    def backward(self, choose: Choice) -> Callable[..., Any]:
         """The derivative as torch calls it; what is absent gets an empty gradient."""
-        compute, split = kernels.backward, self.split
+        split = self.split
 
         def run(*values: Any) -> Any:
             lead, inputs = split(values)
-            gradients = compute(*lead, inputs)
+            gradients = choose(values[0].device).backward(*lead, inputs)
             return tuple([inputs[0].new_empty(0) if g is None else g for g in gradients])
 
         return _without_autocast(run)
@@ -156,7 +160,7 @@ class Operator(Generic[Inputs]):
 
 
 def register(operator: Operator[Any], reference: Kernels, native: Kernels, cuda: Kernels) -> Callable[..., Any]:
-    """Define an operator and its derivative, with the kernels that this installation has; return the operator.
+    """Define an operator and its derivative; return the operator. Which kernels run is decided at every call.
 
     Args:
         operator: what it is.
@@ -164,17 +168,12 @@ def register(operator: Operator[Any], reference: Kernels, native: Kernels, cuda:
         native: for CPU tensors.
         cuda: for CUDA tensors.
     """
-    devices = {"CompositeExplicitAutograd": reference}
-    if hasattr(_C, operator.name):
-        devices["CPU"] = native
-    if hasattr(_C, f"{operator.name}_cuda"):
-        devices["CUDA"] = cuda
     forward, backward = operator.name, f"{operator.name}_backward"
     for schema in operator.schemas():
         _LIBRARY.define(schema)
-    for device, kernels in devices.items():
-        _LIBRARY.impl(forward, operator.forward(kernels), device)
-        _LIBRARY.impl(backward, operator.backward(kernels), device)
+    for key, choose in choices(reference, native, cuda).items():
+        _LIBRARY.impl(forward, operator.forward(choose), key)
+        _LIBRARY.impl(backward, operator.backward(choose), key)
     library = torch.library
     library.register_fake(f"medgmae::{forward}", operator.fake_forward, lib=_LIBRARY)
     library.register_fake(f"medgmae::{backward}", operator.fake_backward, lib=_LIBRARY)
@@ -184,6 +183,15 @@ def register(operator: Operator[Any], reference: Kernels, native: Kernels, cuda:
         mapped = _joined(name, lead + operator.tensors) if operator.joins_batch else _looped(name)
         library.register_vmap(f"medgmae::{name}", mapped, lib=_LIBRARY)
     return _overload(forward)
+
+
+def choices(reference: Kernels, native: Kernels, cuda: Kernels) -> dict[str, Choice]:
+    """Which kernels run, for each of torch's dispatch keys."""
+    return {
+        "CompositeExplicitAutograd": lambda _: reference,
+        "CPU": lambda device: native if native_runs(device) else reference,
+        "CUDA": lambda device: cuda if native_runs(device) else reference,
+    }
 
 
 def _overload(name: str) -> Callable[..., Any]:
@@ -213,13 +221,18 @@ def _looped(name: str) -> Callable[..., Any]:
     operator = _overload(name)
 
     def run(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        results = [
-            operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
+        count = info.batch_size
+
+        def one(value: Any, dim: int | None, i: int) -> Any:
+            if dim is None:
+                return value
+            return value.select(dim, i) if count else value.sum(dim)  # of nothing: zeros, whose result tells the shapes
+
+        calls = [[one(a, dim, i) for a, dim in zip(arguments, in_dims, strict=True)] for i in range(max(count, 1))]
+        results = [operator(*call) for call in calls]
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+            return torch.stack(results)[:count], 0
+        return tuple(torch.stack(parts)[:count] for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
     return run
 

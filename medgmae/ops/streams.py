@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medgmae.ops.native import _C
+from medgmae.ops.native import _C, DTYPE_CODES
 
 # StreamType of cuda/half.h: what streams hold.
-STREAM_CODES = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
+STREAM_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 LARGE = 8 << 20  # bytes of an output from which on large pages are worth asking for
+
+
+def common_dtype(wide: torch.dtype, *streams: Tensor | None) -> torch.dtype:
+    """What CUDA kernels that compute in ``wide`` read streams as: half precision that all share as it is."""
+    dtypes = {stream.dtype for stream in streams if stream is not None}
+    half = dtypes in ({torch.bfloat16}, {torch.float16})
+    return dtypes.pop() if half and wide == torch.float32 else wide
 
 
 def room(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,11 +40,13 @@ class Streams:
     """
 
     def __init__(self, dtype: torch.dtype, wide: torch.dtype, length: int, reverse: bool) -> None:
+        if wide not in DTYPE_CODES:
+            raise TypeError(f"the parameters are {wide}: expected float32 or float64, in which the kernels compute")
         self.dtype, self.wide, self.length, self.reverse = dtype, wide, length, reverse
         self.held: list[Tensor] = []
         self.sizes: dict[str, int] = {}
         self.streams: dict[str, tuple[int, int, int]] = {}
-        self.arrays: dict[str, int] = {}
+        self.arrays: dict[str, tuple[int, int]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -51,9 +60,9 @@ class Streams:
         self.streams[name] = (self.start(ready), ready.stride(0), self.step(ready))
 
     def array(self, name: str, tensor: Tensor) -> None:
-        """Add a dense tensor of the dtype of the computation."""
-        self.held.append(tensor.contiguous())
-        self.arrays[name] = self.held[-1].data_ptr()
+        """Add a tensor, dense and in the dtype of the computation; the kernel refuses another count of numbers."""
+        self.held.append(tensor.to(self.wide).contiguous())
+        self.arrays[name] = self.held[-1].data_ptr(), tensor.numel()
 
     def start(self, tensor: Tensor) -> int:
         """Address of the first token, in the order of the call."""

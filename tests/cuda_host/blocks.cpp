@@ -4,39 +4,10 @@
 #include "wrong_power.h"
 
 #include "../../cuda/voxel/moments.h"
+#include "one_thread.h"
 
 namespace medgmae {
 namespace {
-
-// A block whose threads run one after the other, backwards in every second phase: a phase must not depend on their order.
-template <class Shared, class State>
-struct HostBlock {
-  Shared* shared;
-  State* states;
-  bool backwards = false;
-  template <class Phase>
-  void each(Phase phase) {
-    for (int i = 0; i < kThreads; ++i) {
-      int const t = backwards ? kThreads - 1 - i : i;
-      phase(t, states[t]);
-    }
-    backwards = !backwards;
-  }
-};
-
-// Runs the program once for each block, on memory that holds no number to begin with.
-template <class Shared, class State, class Program>
-void run_blocks(int64_t blocks, Program program) {
-  for (int64_t index = 0; index < blocks; ++index) {
-    auto* const shared = static_cast<Shared*>(aligned_alloc(64, (sizeof(Shared) + 63) / 64 * 64));
-    auto* const states = static_cast<State*>(aligned_alloc(64, sizeof(State) * kThreads));
-    memset(static_cast<void*>(shared), 0xff, sizeof(Shared));
-    memset(static_cast<void*>(states), 0xff, sizeof(State) * kThreads);
-    HostBlock<Shared, State> block = {shared, states};
-    program(index, block);
-    free(shared), free(states);
-  }
-}
 
 template <class T>
 void run(const VoxelizeCall& call, const VoxelizeWork& work) {
@@ -46,11 +17,11 @@ void run(const VoxelizeCall& call, const VoxelizeWork& work) {
     int64_t const words = call.batch * call.patches * work.regions * work.words;
     for (int64_t i = 0; words > 0 && i < words + 5; ++i) mask_one(call, work, i);
     int64_t const tiles = call.batch * call.patches * all_pieces(call, tile_sides());
-    run_blocks<RenderShared<T>, RenderThread<T>>(tiles, [&](int64_t index, auto& block) {
+    run_blocks<RenderShared<T>, RenderThread<T>>(tiles, kThreads, [&](int64_t index, auto& block) {
       render_tile<T>(call, work, index, block);
     });
   } else {
-    run_blocks<MomentShared<T>, MomentThread<T>>(all * work.shares, [&](int64_t index, auto& block) {
+    run_blocks<MomentShared<T>, MomentThread<T>>(all * work.shares, kThreads, [&](int64_t index, auto& block) {
       sum_moments<T>(call, work, index, block);
     });
     for (int64_t i = 0; i < all + 5; ++i) finish_one<T>(call, work, i);

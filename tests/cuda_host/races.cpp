@@ -1,49 +1,15 @@
 // The programs of the CUDA renderer with every thread of a block a thread of its own and a barrier after each phase, as on
 // the device, for ThreadSanitizer to watch; and with what AddressSanitizer sees of their memory. tests/cuda_host/run.sh builds it.
-#include <pthread.h>
 #include <stdio.h>
 
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "../../cuda/voxel/moments.h"
+#include "many_threads.h"
 
 namespace medgmae {
 namespace {
-
-template <class Shared, class State>
-struct ThreadBlock {
-  Shared* shared;
-  pthread_barrier_t* barrier;
-  int thread;
-  State state;
-  template <class Phase>
-  void each(Phase phase) {
-    phase(thread, state);
-    pthread_barrier_wait(barrier);
-  }
-};
-
-// Some of the blocks: 64 threads that meet after every phase take their time.
-template <class Shared, class State, class Program>
-void run_blocks(int64_t blocks, Program program) {
-  for (int64_t index = 0; index < blocks; index += 1 + blocks / 4) {
-    auto* const shared = new Shared;
-    pthread_barrier_t barrier;
-    pthread_barrier_init(&barrier, nullptr, kThreads);
-    std::vector<std::thread> threads;
-    for (int t = 0; t < kThreads; ++t) {
-      threads.emplace_back([&, t] {
-        ThreadBlock<Shared, State> block = {shared, &barrier, t, {}};
-        program(index, block);
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-    pthread_barrier_destroy(&barrier);
-    delete shared;
-  }
-}
 
 // Memory of exactly this size, so that a step beyond it is seen.
 struct Buffers {
@@ -73,7 +39,7 @@ void render_and_differentiate(VoxelizeCall call, Buffers* buffers) {
     VoxelizeWork const work = divide_workspace(call, backward, workspace);
     for (int64_t i = 0; i < all; ++i) prepare_one<T>(call, work, i);
     if (backward) {
-      run_blocks<MomentShared<T>, MomentThread<T>>(all * work.shares, [&](int64_t i, auto& block) {
+      run_blocks<MomentShared<T>, MomentThread<T>>(all * work.shares, kThreads, [&](int64_t i, auto& block) {
         sum_moments<T>(call, work, i, block);
       });
       for (int64_t i = 0; i < all; ++i) finish_one<T>(call, work, i);
@@ -81,7 +47,8 @@ void render_and_differentiate(VoxelizeCall call, Buffers* buffers) {
       int64_t const words = call.batch * call.patches * work.regions * work.words;
       for (int64_t i = 0; i < words; ++i) mask_one(call, work, i);
       int64_t const tiles = call.batch * call.patches * all_pieces(call, tile_sides());
-      run_blocks<RenderShared<T>, RenderThread<T>>(tiles, [&](int64_t i, auto& block) { render_tile<T>(call, work, i, block); });
+      run_blocks<RenderShared<T>, RenderThread<T>>(
+          tiles, kThreads, [&](int64_t i, auto& block) { render_tile<T>(call, work, i, block); });
     }
   }
 }

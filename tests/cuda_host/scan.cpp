@@ -5,60 +5,16 @@
 
 #include "../../cuda/conv/blocks.h"
 #include "../../cuda/scan/gradient_blocks.h"
+#include "one_thread.h"
 #include "scan_host.h"
 
 namespace medgmae {
 namespace {
 
-// A block whose threads run one after the other, backwards in every second phase: a phase must not depend on their order.
-template <class Shared, class State>
-struct HostBlock {
-  using Lane = State;
-  Shared* shared;
-  State* states;
-  int threads;
-  bool backwards = false;
-  template <class Phase>
-  void lanes(Phase phase) {
-    for (int i = 0; i < threads; ++i) {
-      int const t = backwards ? threads - 1 - i : i;
-      phase(t, states[t]);
-    }
-    backwards = !backwards;
-  }
-  template <class Phase>
-  void each(Phase phase) {
-    lanes(phase);
-  }
-  void meet() {}
-  template <int kCount, class Values>
-  void fold(int mask, Values values) {
-    for (int t = 0; t < threads; ++t) {
-      if (t & mask) continue;
-      auto *low = values(states[t]), *high = values(states[t | mask]);
-      constexpr int half = kCount > 1 ? kCount / 2 : 0;
-      for (int i = 0; i < (kCount + 1) / 2; ++i) {
-        auto const first = low[i] + high[i], second = high[half + i] + low[half + i];
-        low[i] = first, high[i] = second;
-      }
-    }
-  }
-};
-
-// Runs the program once for each block, on memory that holds no number to begin with.
 struct OnHost {
   template <class T, class Shared, class State, class Program>
   void blocks(int64_t count, Program program) {
-    constexpr int threads = kScanThreads<T>;
-    for (int index = 0; index < count; ++index) {
-      auto* const shared = static_cast<Shared*>(aligned_alloc(64, (sizeof(Shared) + 63) / 64 * 64));
-      auto* const states = static_cast<State*>(aligned_alloc(64, sizeof(State) * threads));
-      memset(static_cast<void*>(shared), 0xff, sizeof(Shared));
-      memset(static_cast<void*>(states), 0xff, sizeof(State) * threads);
-      HostBlock<Shared, State> block = {shared, states, threads};
-      program(index, block);
-      free(shared), free(states);
-    }
+    run_blocks<Shared, State>(count, kScanThreads<T>, program);
   }
 };
 

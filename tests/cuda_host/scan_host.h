@@ -7,7 +7,7 @@
 namespace medgmae {
 namespace {
 
-template <class T, class IO, bool kConstant, class Run>
+template <class T, class IO, class Run>
 void run_piece(const ScanCall& call, const ScanWork& work, Run run) {
   using Shared = ScanShared<T, kForwardWide>;
   using Lane = ScanLane<T, kForwardWide>;
@@ -16,28 +16,24 @@ void run_piece(const ScanCall& call, const ScanWork& work, Run run) {
   int64_t const states = call.batch * kPieceStates * call.channels;
   if (call.grad.at == nullptr) {
     if (work.spans > 1) {
-      run.template blocks<T, Shared, Lane>(wide, [&](int i, auto& b) { scan_local<T, IO, kConstant, false>(call, work, i, b); });
+      run.template blocks<T, Shared, Lane>(wide, [&](int i, auto& b) { scan_local<T, IO, false>(call, work, i, b); });
       for (int64_t i = 0; i < states + 5; ++i) combine_one<T, false>(call, work, i);
     }
-    run.template blocks<T, Shared, Lane>(wide, [&](int i, auto& b) { scan_outputs<T, IO, kConstant>(call, work, i, b); });
+    run.template blocks<T, Shared, Lane>(wide, [&](int i, auto& b) { scan_outputs<T, IO>(call, work, i, b); });
     return;
   }
   if (work.spans > 1) {
-    run.template blocks<T, Shared, Lane>(wide, [&](int i, auto& b) { scan_local<T, IO, kConstant, true>(call, work, i, b); });
+    run.template blocks<T, Shared, Lane>(wide, [&](int i, auto& b) { scan_local<T, IO, true>(call, work, i, b); });
     for (int64_t i = 0; i < states + 5; ++i) combine_one<T, true>(call, work, i);
   }
   run.template blocks<T, GradientShared<T>, GradientLane<T>>(
-      narrow, [&](int i, auto& b) { scan_gradients<T, IO, kConstant>(call, work, i, b); });
+      narrow, [&](int i, auto& b) { scan_gradients<T, IO>(call, work, i, b); });
 }
 
 template <class T, class IO, class Run>
 void run_scan(const ScanCall& call, ScanWork work, Run run) {
   do {
-    if (call.B.constant || call.C.constant) {
-      run_piece<T, IO, true>(call, work, run);
-    } else {
-      run_piece<T, IO, false>(call, work, run);
-    }
+    run_piece<T, IO>(call, work, run);
     work.first_state += kPieceStates;
   } while (work.first_state < call.states);
   int64_t numbers = 0;

@@ -1,81 +1,21 @@
 // The programs of the CUDA scan with every thread of a block a thread of its own, a barrier after each phase and an exchange
 // in each warp, as on the device, for ThreadSanitizer to watch; and with what AddressSanitizer sees of their memory.
 // tests/cuda_host/run.sh builds it.
-#include <pthread.h>
 #include <stdio.h>
 
-#include <memory>
 #include <random>
-#include <thread>
 #include <vector>
 
+#include "many_threads.h"
 #include "scan_host.h"
 
 namespace medgmae {
 namespace {
 
-// What the threads of a block share beside its memory.
-struct Meeting {
-  pthread_barrier_t block, warps[4];
-  double exchanged[128][4];
-};
-
-template <class Shared, class State>
-struct ThreadBlock {
-  using Lane = State;
-  Shared* shared;
-  Meeting* meeting;
-  int thread;
-  State state;
-  template <class Phase>
-  void lanes(Phase phase) {
-    phase(thread, state);
-  }
-  template <class Phase>
-  void each(Phase phase) {
-    phase(thread, state);
-    meet();
-  }
-  void meet() { pthread_barrier_wait(&meeting->block); }
-  template <int kCount, class Values>
-  void fold(int mask, Values values) {
-    auto* const v = values(state);
-    constexpr int half = kCount > 1 ? kCount / 2 : 0, count = (kCount + 1) / 2;
-    bool const upper = (thread & mask) != 0;
-    pthread_barrier_t* const warp = &meeting->warps[thread / 32];
-    for (int i = 0; i < count; ++i) meeting->exchanged[thread][i] = double(upper ? v[i] : v[half + i]);
-    pthread_barrier_wait(warp);
-    for (int i = 0; i < count; ++i) {
-      using T = std::decay_t<decltype(v[0])>;
-      v[i] = (upper ? v[half + i] : v[i]) + T(meeting->exchanged[thread ^ mask][i]);
-    }
-    pthread_barrier_wait(warp);
-  }
-};
-
-// Some of the blocks: threads that meet after every phase take their time.
 struct InThreads {
   template <class T, class Shared, class State, class Program>
   void blocks(int64_t count, Program program) {
-    for (int index = 0; index < count; index += 1 + int(count / 3)) {
-      auto* const shared = new Shared;
-      auto* const meeting = new Meeting;
-      pthread_barrier_init(&meeting->block, nullptr, kScanThreads<T>);
-      for (pthread_barrier_t& warp : meeting->warps) pthread_barrier_init(&warp, nullptr, 32);
-      std::vector<std::thread> threads;
-      for (int t = 0; t < kScanThreads<T>; ++t) {
-        threads.emplace_back([&, t] {
-          auto block = std::make_unique<ThreadBlock<Shared, State>>();
-          block->shared = shared, block->meeting = meeting, block->thread = t;
-          program(index, *block);
-        });
-      }
-      for (std::thread& thread : threads) thread.join();
-      pthread_barrier_destroy(&meeting->block);
-      for (pthread_barrier_t& warp : meeting->warps) pthread_barrier_destroy(&warp);
-      delete shared;
-      delete meeting;
-    }
+    run_blocks<Shared, State>(count, kScanThreads<T>, program);
   }
 };
 
@@ -101,10 +41,9 @@ struct Buffers {
 };
 
 template <class T>
-ScanMatrix matrix(const ScanCall& call, bool constant, Buffers* buffers) {
-  if (constant) return {buffers->numbers<T>(call.channels * call.states, -1, 1), 0, 0, 0, true};
+ScanMatrix matrix(const ScanCall& call, Buffers* buffers) {
   int64_t const row = call.groups * call.states;
-  return {buffers->numbers<T>(call.batch * call.length * row, -1, 1), call.length * row, row, call.states, false};
+  return {buffers->numbers<T>(call.batch * call.length * row, -1, 1), call.length * row, row, call.states};
 }
 
 template <class T>
@@ -122,7 +61,7 @@ void run(unsigned seed) {
   };
   call.u = stream(-1, 1), call.delta = stream(0, 0.5), call.out = stream(0, 0);
   if (pick(0, 2)) call.z = stream(-2, 2);
-  call.B = matrix<T>(call, pick(0, 3) == 0, &buffers), call.C = matrix<T>(call, pick(0, 3) == 0, &buffers);
+  call.B = matrix<T>(call, &buffers), call.C = matrix<T>(call, &buffers);
   call.A = buffers.numbers<T>(call.channels * call.states, -2, 0);
   if (pick(0, 2)) call.D = buffers.numbers<T>(call.channels, -1, 1), call.bias = buffers.numbers<T>(call.channels, 0, 0.1);
   call.kept = buffers.take<T>(call.batch * scan_chunks(call) * call.states * call.channels);
@@ -132,8 +71,8 @@ void run(unsigned seed) {
       call.grad = stream(-1, 1), call.du = stream(0, 0), call.ddelta = stream(0, 0), call.dz = stream(0, 0);
       call.grad_state = pick(0, 1) ? buffers.numbers<T>(rows * call.states, -1, 1) : nullptr;
       call.dA = buffers.take<T>(rows * call.states), call.dD = buffers.take<T>(rows), call.dbias = buffers.take<T>(rows);
-      call.dB = buffers.take<T>(call.B.constant ? rows * call.states : slabs * call.batch * call.length * row);
-      call.dC = buffers.take<T>(call.C.constant ? rows * call.states : slabs * call.batch * call.length * row);
+      call.dB = buffers.take<T>(slabs * call.batch * call.length * row);
+      call.dC = buffers.take<T>(slabs * call.batch * call.length * row);
     }
     int const room = pick(0, 12);
     void* const workspace = buffers.take<char>(divide_scan_workspace<T>(call, backward, room, nullptr).bytes);

@@ -22,7 +22,7 @@ def run(dtype: torch.dtype, count: int, size: tuple[int, int, int], support: str
 
 
 def scan(dtype: torch.dtype, shape: tuple[int, int, int], states: int, groups: int, reverse: bool) -> None:
-    """A convolution and a scan (batch, channels, length) of its result, forward and backward; no groups: constant B."""
+    """A convolution and a scan (batch, channels, length) of its result, forward and backward."""
     random = torch.Generator().manual_seed(states)
     batch, channels, length = shape
 
@@ -31,7 +31,7 @@ def scan(dtype: torch.dtype, shape: tuple[int, int, int], states: int, groups: i
 
     u, delta, z = (normal(batch, length, channels).transpose(1, 2) for _ in range(3))
     A, weight, bias = -normal(channels, states).float().exp(), normal(channels, 4).float(), normal(channels).float()
-    B = normal(batch, length, groups, states).permute(0, 2, 3, 1) if groups else normal(channels, states)
+    B = normal(batch, length, groups, states).permute(0, 2, 3, 1)
     C = normal(batch, length, states).transpose(1, 2)
     x = causal_conv1d(u, weight, bias, "silu", reverse)
     out, state = selective_scan(x, delta, A, B, C, bias, z, bias, True, reverse, return_last_state=True)
@@ -40,8 +40,9 @@ def scan(dtype: torch.dtype, shape: tuple[int, int, int], states: int, groups: i
 
 def main() -> None:
     """All cases."""
-    if not (native_info().get("cuda") or {}).get("devices"):
-        raise SystemExit("no CUDA device, or no CUDA kernels in medgmae._C")
+    cuda = native_info()["cuda"]
+    if cuda is None or not any(device["usable"] for device in cuda["devices"]):
+        raise SystemExit(f"no GPU that runs the CUDA kernels of medgmae._C: {cuda}")
     for dtype in (torch.float32, torch.float64):
         for support in ("box", 3.0, None):
             run(dtype, 7, (9, 17, 19), support, 0.1)
@@ -50,7 +51,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         scan(dtype, (2, 70, 150), 16, 1, False)
         scan(dtype, (1, 33, 67), 5, 3, True)
-        scan(dtype, (1, 3, 1), 17, 0, False)
+        scan(dtype, (1, 3, 1), 17, 3, False)
     scan(torch.float32, (1, 16, 3000), 16, 1, True)
     torch.cuda.synchronize()
 

@@ -53,4 +53,8 @@ class Call(Streams):
         if dx.numel():
             run()
         total = sums.sum((0, 1))  # (width + 1, channels)
-        return dx.to(x.dtype), total[:width].T.contiguous(), None if bias is None else total[width].clone()
+        return (
+            dx.to(x.dtype),
+            total[:width].T.contiguous(),
+            None if bias is None else total[width].to(bias.dtype, copy=True),
+        )

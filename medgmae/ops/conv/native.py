@@ -8,6 +8,7 @@ from torch import Tensor
 from medgmae.ops.conv.call import Call
 from medgmae.ops.conv.inputs import ConvInputs
 from medgmae.ops.native import _C, DTYPE_CODES
+from medgmae.ops.streams import STREAM_CODES
 
 SEGMENT = 256  # kConvSegment of cuda/conv/conv.h: steps over which the kernel sums the gradients of weight and bias
 
@@ -28,5 +29,5 @@ def backward(
 
 def _run(call: Call, variant: str, threads: int | None) -> None:
     assert _C is not None
-    threads = threads or torch.get_num_threads()
-    _C.causal_conv1d(DTYPE_CODES[call.wide], call.sizes, call.streams, call.arrays, threads, variant)
+    arguments = DTYPE_CODES[call.wide], call.sizes, call.streams, call.arrays, STREAM_CODES[call.dtype]
+    _C.causal_conv1d(*arguments, threads or torch.get_num_threads(), variant)

@@ -15,7 +15,7 @@ from medgmae.ops.streams import Streams, room
 class Call(Streams):
     """The arguments of one scan, and what it gives.
 
-    ``dtype``: of the streams, and of B and C by time. ``slab``: channels of a group over which the kernel sums the
+    ``dtype``: of the streams, and of B and C. ``slab``: channels of a group over which the kernel sums the
     gradients of B and C.
     """
 
@@ -23,7 +23,8 @@ class Call(Streams):
         u, delta, A, B, C, D, z, delta_bias, softplus, reverse, chunk = inputs
         super().__init__(dtype, A.dtype, u.shape[1], reverse)
         self.inputs = inputs
-        groups = math.lcm(*(m.shape[2] for m in (B, C) if m.dim() == 4))
+        groups = math.lcm(B.shape[2], C.shape[2])
+        self.parts = -(-(u.shape[2] // groups) // slab)
         self.sizes = {
             "batch": u.shape[0],
             "length": u.shape[1],
@@ -31,7 +32,6 @@ class Call(Streams):
             "states": A.shape[1],
             "groups": groups,
             "chunk": chunk,
-            "parts": -(-(u.shape[2] // groups) // slab) or 1,
             "softplus": softplus,
         }
         self.matrices = {"B": self._matrix(B, groups), "C": self._matrix(C, groups)}
@@ -57,7 +57,7 @@ class Call(Streams):
         self, grad: Tensor, grad_states: Tensor | None, states: Tensor, run: Callable[[], None]
     ) -> tuple[Tensor | None, ...]:
         """The gradients of the operator's tensors, in order; ``run`` calls the kernel."""
-        u, _, A, B, C, D, z, delta_bias = self.inputs[:8]
+        u, delta, A, B, C, D, z, delta_bias = self.inputs[:8]
         self.stream("grad", grad)
         self.array("kept", states)
         if grad_states is not None and self.length:
@@ -67,7 +67,8 @@ class Call(Streams):
             self.stream(name, tensor)
         batch, channels = u.shape[0], u.shape[2]
         shapes = {"dA": (batch, *A.shape), "dD": (batch, channels), "dbias": (batch, channels)}
-        shapes |= {"dB": self._partial(B), "dC": self._partial(C)}
+        partial = self.parts, batch, self.length, self.sizes["groups"], A.shape[1]
+        shapes |= {"dB": partial, "dC": partial}
         # The kernels write every number, if there is anything to do.
         sums = {name: A.new_empty(s) if u.numel() else A.new_zeros(s) for name, s in shapes.items()}
         for name, tensor in sums.items():
@@ -76,40 +77,29 @@ class Call(Streams):
             run()
         return (
             outputs["du"].to(u.dtype),
-            outputs["ddelta"].to(u.dtype),
+            outputs["ddelta"].to(delta.dtype),
             sums["dA"].sum(0),
             self._whole(sums["dB"], B),
             self._whole(sums["dC"], C),
-            None if D is None else sums["dD"].sum(0),
-            None if z is None else outputs["dz"].to(u.dtype),
-            None if delta_bias is None else sums["dbias"].sum(0),
+            None if D is None else sums["dD"].sum(0).to(D.dtype),
+            None if z is None else outputs["dz"].to(z.dtype),
+            None if delta_bias is None else sums["dbias"].sum(0).to(delta_bias.dtype),
         )
-
-    def _partial(self, weights: Tensor) -> tuple[int, ...]:
-        """Shape of the kernel's sums of the gradient of B or C: by sample if constant, else by slab of channels."""
-        batch, channels, states = self.sizes["batch"], self.sizes["channels"], self.sizes["states"]
-        if weights.dim() == 2:
-            return batch, channels, states
-        return self.sizes["parts"], batch, self.length, self.sizes["groups"], states
 
     def _whole(self, partial: Tensor, weights: Tensor) -> Tensor:
         """The gradient of B or C, in its shape and dtype."""
         total = partial.sum(0)
-        if weights.dim() == 4:
-            total = total.flip(1) if self.reverse else total
-            wide, narrow = total.shape[2], weights.shape[2]
-            if wide != narrow:
-                total = total.reshape(*total.shape[:2], narrow, wide // narrow, total.shape[3]).sum(3)
+        total = total.flip(1) if self.reverse else total
+        wide, narrow = total.shape[2], weights.shape[2]
+        if wide != narrow:
+            total = total.reshape(*total.shape[:2], narrow, wide // narrow, total.shape[3]).sum(3)
         return total.to(weights.dtype)
 
-    def _matrix(self, weights: Tensor, groups: int) -> tuple[int, int, int, int, int]:
-        if weights.dim() == 2:
-            self.held.append(weights.to(self.wide).contiguous())
-            return self.held[-1].data_ptr(), 0, 0, 0, 1
+    def _matrix(self, weights: Tensor, groups: int) -> tuple[int, int, int, int]:
         ready = weights.to(self.dtype)
         if ready.shape[2] == 1:  # for all groups of the other matrix
             ready = ready.expand(-1, -1, groups, -1)
         elif ready.shape[2] != groups:
             ready = ready.repeat_interleave(groups // ready.shape[2], dim=2)
         ready = ready if ready.stride(3) == 1 or ready.shape[3] == 1 else ready.contiguous()
-        return self.start(ready), ready.stride(0), self.step(ready), ready.stride(2), 0
+        return self.start(ready), ready.stride(0), self.step(ready), ready.stride(2)

@@ -1,4 +1,4 @@
-"""The CPU kernels of :func:`medgmae.ops.selective_scan`."""
+"""The CPU kernels of :func:`medgmae.ops.selective_scan`; constant B or C take the torch reference."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from medgmae.ops.native import _C, DTYPE_CODES
+from medgmae.ops.scan import reference
 from medgmae.ops.scan.call import Call
 from medgmae.ops.scan.inputs import ScanInputs
+from medgmae.ops.streams import STREAM_CODES
 
 SLAB = 64  # kScanSlab of cuda/scan/scan.h: channels of a group over which the kernel sums the gradients of B and C
 CHUNK = LONGEST = 64  # steps per chunk of a backward, which holds a chunk of all its channels
@@ -18,6 +20,8 @@ def forward(inputs: ScanInputs, *, variant: str = "", threads: int | None = None
 
     ``variant``: CPU instruction set, "" for the best; ``threads``: torch's number if None.
     """
+    if inputs.constant:
+        return reference.forward(inputs)
     call = Call(inputs, inputs.A.dtype, SLAB)
     return call.forward(lambda: _run(call, variant, threads))
 
@@ -32,6 +36,8 @@ def backward(
     threads: int | None = None,
 ) -> tuple[Tensor | None, ...]:
     """See ``medgmae::selective_scan_backward``; options as for :func:`forward`."""
+    if inputs.constant:
+        return reference.backward(grad, grad_states, states, inputs)
     if inputs.chunk > LONGEST:
         inputs = inputs._replace(chunk=CHUNK)
         states = forward(inputs, variant=variant, threads=threads)[1]
@@ -41,5 +47,5 @@ def backward(
 
 def _run(call: Call, variant: str, threads: int | None) -> None:
     assert _C is not None
-    code, threads = DTYPE_CODES[call.wide], threads or torch.get_num_threads()
-    _C.selective_scan(code, call.sizes, call.streams, call.matrices, call.arrays, threads, variant)
+    arguments = DTYPE_CODES[call.wide], call.sizes, call.streams, call.matrices, call.arrays, STREAM_CODES[call.dtype]
+    _C.selective_scan(*arguments, threads or torch.get_num_threads(), variant)

@@ -99,14 +99,15 @@ def selective_scan(
 
     Arguments and results are those of ``selective_scan_fn`` in mamba-ssm. What the kernels read is memory in which the
     channels of a token lie side by side: pass ``x.transpose(1, 2)`` of (batch, L, channels) tensors and nothing is
-    copied; the result is such a view again. Two runs with the same number of threads give the same bits.
+    copied; the result is such a view again. Two runs give the same bits, with any number of threads.
 
     Args:
         u: (batch, channels, L) float32, float64, float16 or bfloat16. Half precision is read and written as such, and
             computed in float32.
         delta: (batch, channels, L) step sizes, before bias and softplus.
         A: (channels, N), real; negative for a state that decays.
-        B: (batch, N, L), or (batch, G, N, L) where channel d belongs to group d // (channels / G), or (channels, N).
+        B: (batch, N, L), or (batch, G, N, L) where channel d belongs to group d // (channels / G), or (channels, N),
+            which takes the torch reference.
         C: as B; the two need not have the same form.
         D: (channels,), the weight of a skip connection.
         z: (batch, channels, L), a gate.
@@ -125,11 +126,11 @@ def selective_scan(
         TypeError: a complex or integer tensor, or tensors on several devices.
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
     streams = [u, delta, B, C] if z is None else [u, delta, B, C, z]
     dtype = streams[0].dtype
     for tensor in streams[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     given = (u, delta, A, B, C, D, z, delta_bias)
     learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     inputs = ScanInputs(

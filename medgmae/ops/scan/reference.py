@@ -27,7 +27,7 @@ def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     if D is not None:
         y = y + D * wide
     out = y if z is None else y * F.silu(z.to(A.dtype))
-    return out.to(u.dtype), states
+    return out.to(u.dtype).contiguous(), states
 
 
 def backward(grad: Tensor, grad_states: Tensor | None, states: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
@@ -64,16 +64,12 @@ def backward(grad: Tensor, grad_states: Tensor | None, states: Tensor, inputs: S
     d_delta, dz = d_steps * _slope(delta, delta_bias, softplus, A.dtype), None
     if gate is not None:
         dz = grad.to(A.dtype) * y * torch.sigmoid(gate) * (1 + gate * (1 - torch.sigmoid(gate)))
-        dz = dz.to(u.dtype)
-    return (
-        du.to(u.dtype),
-        d_delta.to(u.dtype),
-        dA,
-        dB.to(B.dtype),
-        dC.to(C.dtype),
-        None if D is None else (dy * wide).sum((0, 1)),
-        dz,
-        None if delta_bias is None else d_delta.sum((0, 1)),
+    d_bias, dD = d_delta.sum((0, 1)), (dy * wide).sum((0, 1))
+    gradients = du, d_delta, dA, dB, dC, dD, dz, d_bias
+    # Dense and in the dtype of the input, whatever the layout of the inputs: what compiled code is told beforehand.
+    return tuple(
+        None if t is None or g is None else g.to(t.dtype).contiguous()
+        for g, t in zip(gradients, inputs[:8], strict=True)
     )
 
 
