@@ -15,8 +15,9 @@ namespace {
 
 constexpr int kSide = 16;  // planes and rows of a strip
 constexpr int kHalf = 8;   // rows that are summed in registers at a time
-// The limit on the sum of the exponents of `start`, `down` and `deep` over a part. A product of them may come as far above
-// 1 before the table's factor brings it down; exp(60) times densities up to 1e8 is 1e34, under the 3e38 of a float.
+// The limit on the sum of the exponents of a part's factors, without the squares, which only make them smaller. So far above
+// 1 may start * down^y * deep^z come before `scaled`, which holds the density, brings it down; exp(60) times densities up to
+// 1e8 is 1e34, under the 3e38 of a float.
 constexpr float kSafeExponent = 60.0f;
 // Rows of a needle below this exponent are left out: 3e-8 of the peak.
 constexpr float kNegligible = -17.3f;

@@ -1,4 +1,4 @@
-// The CPU renderer: the walk over strips of tiles, forward and backward. Work is shared out so that no two threads write
+// The CPU renderer: the walk over strips, forward and backward. Work is shared out so that no two threads write
 // the same number and every sum has its order: the result does not depend on the number of threads.
 #pragma once
 
@@ -9,7 +9,7 @@
 namespace medgmae {
 namespace {
 
-constexpr int kTogether = 32;  // Gaussians whose rows are summed in registers before the strip is written
+constexpr int kTogether = 32;  // Gaussians whose rows are summed in registers before the strip is written: bits of a word
 constexpr int kBlock = 64;     // Gaussians that share one pass over the volume in the backward
 
 template <class T>
@@ -60,24 +60,19 @@ inline StripPlace strip_place(const VoxelizeCall& call, int64_t s) {
   return place;
 }
 
-// An entry's factors in a tile of a strip: kSide planes and rows, one vector along x.
-template <class T>
-struct TileLanes {
-  Vec<T> start[2];  // of rows 0 and 8, in the plane at hand
-  Vec<T> down, deep;
-};
-
-// Several entries of a strip, one bit of a word to each, and their factors in the tile at hand.
+// Several entries of a strip, one bit of a word to each, and their factors in the tile at hand: kSide planes and rows,
+// one vector along x.
 template <class T>
 struct Batch {
   Entry<T> entries[kTogether];
-  TileLanes<T> lanes[kTogether];
+  Lanes<T> lanes[2][kTogether];  // from rows 0 and 8 on, in the plane at hand
   int count;
 };
 
 // Adds the entries of the bits to the rows [8 half, 8 half + 8) of a tile; `reaching` has the entries of each plane.
 template <class T, bool rim>
 void render_rows(Batch<T>* batch, uint32_t bits, const uint32_t* reaching, int half, const Values<T>& tile) {
+  Lanes<T>* const lanes = batch->lanes[half];
   for (int z = 0; z < kSide; ++z) {
     uint32_t left = bits & reaching[z];
     if (left == 0) continue;
@@ -86,14 +81,14 @@ void render_rows(Batch<T>* batch, uint32_t bits, const uint32_t* reaching, int h
 #pragma GCC unroll 8
     for (int y = 0; y < kHalf; ++y) total[y] = load(rows + y * tile.row);
     for (; left != 0; left &= left - 1) {
-      int const i = __builtin_ctz(left);
+      uint32_t const i = uint32_t(__builtin_ctz(left));
       const Entry<T>& e = batch->entries[i];
-      TileLanes<T>& l = batch->lanes[i];
+      Lanes<T>& l = *one_register(lanes + i);
       const T* const scaled = one_register(e.scaled[z] + half * kHalf);
       // Two chains of products, over the even and the odd rows.
-      Vec<T> const first = l.start[half], two = l.down * l.down;
-      Vec<T> value[2] = {first, first * l.down};
-      l.start[half] = first * l.deep;
+      Vec<T> value[2] = {l.start, l.start * l.down};
+      Vec<T> const two = l.down * l.down;
+      l.start *= l.deep;
 #pragma GCC unroll 8
       for (int y = 0; y < kHalf; ++y) {
         Vec<T> const weighted = value[y % 2] * scaled[y];
@@ -124,8 +119,10 @@ void render_batch(const VoxelizeCall& call, Batch<T>* batch, const Values<T>& st
       if (kind != Kind::whole && kind != Kind::rim) continue;
       Lanes<T> l;
       make_lanes(e, x, e.upper ? 0 : kHalf, &l);
+      batch->lanes[0][i] = l;
       Vec<T> const two = l.down * l.down, four = two * two;
-      batch->lanes[i] = {{l.start, e.upper ? l.start * (four * four) : l.start}, l.down, l.deep};
+      if (e.upper) l.start *= four * four;
+      batch->lanes[1][i] = l;
       if (e.upper) bits[kind == Kind::rim][0] |= uint32_t(1) << i;
       if (e.lower) bits[kind == Kind::rim][1] |= uint32_t(1) << i;
     }
@@ -262,8 +259,8 @@ void block_gradient(const VoxelizeCall& call, const VoxelGaussian<double>* gauss
   }
   for (int64_t i = start; i < end; ++i) {
     const VoxelGaussian<double>& g = gaussians[sample * call.count + i];
-    if (g.bad) finish_bad_gradient<T>(call, sample * call.count + i);
-    else if (g.active) finish_gradient<T>(call, sample * call.count + i, moments[i - start]);
+    if (g.bad) nan_gradients<T>(call, sample * call.count + i);
+    else if (g.active) parameter_gradients<T>(call, sample * call.count + i, moments[i - start]);
   }
 }
 
