@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 #if defined(__SSE2__)
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace medgmae {
@@ -39,21 +39,11 @@ using Mask = typename Vector<T>::mask;
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-// Eight numbers, whatever the width of the registers. They are no function's argument or result: those would have to be
-// passed in registers that the processor may lack.
+// Keeps the compiler from splitting an address into parts that it then holds in a register each.
 template <class T>
-struct Eight {
-  typedef T type __attribute__((vector_size(8 * sizeof(T))));
-  type v;
-  explicit Eight(const T* from) { memcpy(&v, from, sizeof(v)); }
-  void store(T* to) const { memcpy(to, &v, sizeof(v)); }
-};
-
-// Makes the compiler read an array again that it has just written: a broadcast from memory costs nothing where a shuffle
-// of the register would.
-template <class T>
-inline void reload(T* array) {
-  __asm__("" : "+m"(*reinterpret_cast<T(*)[8]>(array)));
+inline T* one_register(T* address) {
+  __asm__("" : "+r"(address));
+  return address;
 }
 
 template <class T>
@@ -107,12 +97,25 @@ inline T sum(Vec<T> v) {
   return lanes[0];
 }
 
+// x, but at least low and at most high; low for NaN.
+inline Vec<float> between_lanes(Vec<float> x, float low, float high) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xffff, _mm512_maskz_max_ps(0xffff, x, _mm512_set1_ps(low)), _mm512_set1_ps(high));
+#elif defined(__AVX2__)
+  return _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(low)), _mm256_set1_ps(high));
+#elif defined(__SSE2__)
+  return _mm_min_ps(_mm_max_ps(x, _mm_set1_ps(low)), _mm_set1_ps(high));
+#else
+  x = x > low ? x : splat(low);
+  return x < high ? x : splat(high);
+#endif
+}
+
 // exp(x) for x <= 88, to about 1 ulp; exp(-87) below -87.
 inline Vec<float> exp_lanes(Vec<float> x) {
-  x = x > -87.0f ? x : splat(-87.0f);
-  x = x < 88.0f ? x : splat(88.0f);
-  Vec<float> const magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  Vec<float> const n = (x * 1.44269504088896341f + magic) - magic;
+  x = between_lanes(x, -87.0f, 88.0f);
+  Vec<float> const magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+  Vec<float> const shifted = x * 1.44269504088896341f + magic, n = shifted - magic;
   Vec<float> r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   Vec<float> p = splat(1.9875691500e-4f);  // minimax polynomial of Cephes' expf
@@ -122,10 +125,12 @@ inline Vec<float> exp_lanes(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  Mask<float> const exponent = (__builtin_convertvector(n, Mask<float>) + 127) << 23;
-  Vec<float> power;
-  memcpy(&power, &exponent, sizeof(power));
-  return p * power;
+  Mask<float> exponent, bits;  // p 2^n is a normal number, so n is added to the exponent of p
+  memcpy(&exponent, &shifted, sizeof(exponent));
+  memcpy(&bits, &p, sizeof(bits));
+  bits += exponent << 23;
+  memcpy(&p, &bits, sizeof(p));
+  return p;
 }
 
 inline Vec<double> exp_lanes(Vec<double> x) {

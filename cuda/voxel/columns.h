@@ -12,7 +12,11 @@
 namespace medgmae {
 
 constexpr int kRun = 8;  // steps of the recurrence before a column starts anew: step(y, x) is only good to 2 ulp
-constexpr double kSafe = 60, kPrecise = 120;      // limits on sums of exponents, natural logarithm
+// Limits on sums of exponents, natural logarithm. kSafe: in a voxel's weight, column(y, x) step(y, x)^z may come as far above
+// 1 before plane(z), which holds the density, brings it down; exp(60) times densities up to 1e8 is 1e34, under the 3e38 of
+// a float. kPrecise: terms of the exponent that cancel leave an error of the largest's rounding; 120 * 2^-24 is 7e-6 of the
+// weight, which keeps Gaussians of any shape under 2e-5.
+constexpr double kSafe = 60, kPrecise = 120;
 constexpr double kLog2E = 1.4426950408889634074;  // exponents are powers of two from here on
 
 template <class T>

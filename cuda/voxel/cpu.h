@@ -1,8 +1,9 @@
-// The CPU renderer: one Gaussian in one strip of tiles. cuda/voxel/strips.h walks over the strips.
+// The CPU renderer: one Gaussian in one strip. cuda/voxel/strips.h walks over the strips and renders, cuda/voxel/sums.h
+// has the backward.
 //
 // With n = (z, y, x) the offset from the frame's voxel, the weight is a product of factors of one or two axes. A row of
-// voxels along x is a vector `lanes`; going down a row multiplies it by `down`, going down a plane by `deep`; the factors
-// that are constant along x wait in the 16 numbers `row`, times one number per plane. So a weight costs one
+// voxels along x is one vector or more, `start`; going down a row multiplies it by `down`, going down a plane by `deep`;
+// the factors that are constant along x wait in a table `scaled` of 16 planes and 16 rows. So a weight costs one
 // multiplication in the recurrence and one fused multiply-add into the volume.
 #pragma once
 
@@ -12,19 +13,21 @@
 namespace medgmae {
 namespace {
 
-constexpr int kSide = 16;  // voxels of a tile along each axis
+constexpr int kSide = 16;  // planes and rows of a strip
 constexpr int kHalf = 8;   // rows that are summed in registers at a time
-// Beyond this sum of cross exponents a factor could overflow.
+// The limit on the sum of the exponents of a part's factors, without the squares, which only make them smaller. So far above
+// 1 may start * down^y * deep^z come before `scaled`, which holds the density, brings it down; exp(60) times densities up to
+// 1e8 is 1e34, under the 3e38 of a float.
 constexpr float kSafeExponent = 60.0f;
 // Rows of a needle below this exponent are left out: 3e-8 of the peak.
 constexpr float kNegligible = -17.3f;
 
-// A box of voxels of the volume: tiles in a row along x.
+// A box of voxels of the volume: up to 16 planes and 16 rows, of any length along x.
 struct Strip {
   int at[3], extent[3];
 };
 
-// Values of a strip: whole tiles can be read.
+// Values of a strip. Rows are a multiple of 16 long, so that vectors fit in.
 template <class T>
 struct Values {
   T* first;
@@ -53,23 +56,20 @@ enum class Kind { whole, rim, needle, outside };
 // One Gaussian in one strip, or in a part of it.
 template <class T>
 struct Entry {
-  alignas(64) T row[kSide], row_deep[kSide], plane[kSide];
-  T threshold;             // of a rim: weights below it are outside
+  alignas(64) T scaled[kSide][kSide];  // planes and rows outside the part are 0 or unset
+  T threshold;                         // of a rim: weights below it are outside
   Kind kind;
   bool upper, lower;  // rows 0..7 and 8..15 are touched
   Part part;
   VoxelFrame<T> frame;
   int offset[3];  // of the frame's voxel in the strip
   T density;      // 1 in the backward
-  bool in_tile(int x) const { return x + kSide > part.low[2] && x <= part.high[2]; }
 };
 
-// What changes along the strip and from plane to plane: one tile of an entry.
+// The factors that change along x, of one vector: of a row in the first plane of the part, and from there on.
 template <class T>
 struct Lanes {
-  alignas(64) T start[2][kSide];  // of the two halves, in the plane at hand
-  alignas(64) T down[kSide], deep[kSide];
-  alignas(64) T row[kSide], scaled[kSide];  // without and with the plane's number
+  Vec<T> start, down, deep;
 };
 
 // Whether the ellipsoid of k standard deviations holds the part: it is convex, so its corners tell.
@@ -122,17 +122,25 @@ inline Mask<T> between(Vec<T> x, T low, T high) {
   return (x >= low) & (x <= high);
 }
 
+// The table: a recurrence over the planes.
 template <class T>
-inline void prepare_rows(Entry<T>* e) {
+inline void fill_table(Entry<T>* e) {
   const VoxelFrame<T>& f = e->frame;
   T const z = T(e->part.low[0] - e->offset[0]);
-  for (int c = 0; c < kSide; c += kLanes<T>) {
-    Vec<T> const lane = ramp(T(c)), y = lane - T(e->offset[1]), n = lane - T(e->offset[0]);
+  alignas(64) T plane[kSide];
+  Vec<T> row[kSide / kLanes<T>], deep[kSide / kLanes<T>];
+  for (int c = 0; c < kSide / kLanes<T>; ++c) {
+    Vec<T> const lane = ramp(T(c * kLanes<T>)), y = lane - T(e->offset[1]), n = lane - T(e->offset[0]);
     Mask<T> const inside = between<T>(lane, T(e->part.low[1]), T(e->part.high[1]));
-    Vec<T> const exponent = -y * (f.slope[1] + (T(0.5) * f.curve[1]) * y + f.curve[3] * z);
-    store(e->row + c, keep<T>(inside, exp_lanes(exponent) * e->density));
-    store(e->row_deep + c, keep<T>(inside, exp_lanes(-y * f.curve[3])));
-    store(e->plane + c, exp_lanes(f.start - n * (f.slope[0] + (T(0.5) * f.curve[0]) * n)));
+    row[c] = keep<T>(inside, exp_lanes(-y * (f.slope[1] + (T(0.5) * f.curve[1]) * y + f.curve[3] * z)) * e->density);
+    deep[c] = keep<T>(inside, exp_lanes(-y * f.curve[3]));
+    store(plane + c * kLanes<T>, exp_lanes(f.start - n * (f.slope[0] + (T(0.5) * f.curve[0]) * n)));
+  }
+  for (int k = e->part.low[0]; k <= e->part.high[0]; ++k) {
+    for (int c = 0; c < kSide / kLanes<T>; ++c) {
+      store(e->scaled[k] + c * kLanes<T>, row[c] * plane[k]);
+      row[c] *= deep[c];
+    }
   }
 }
 
@@ -146,11 +154,11 @@ inline void make_entry(const VoxelizeCall& call, const VoxelGaussian<double>& g,
   e->upper = e->part.low[1] < kHalf, e->lower = e->part.high[1] >= kHalf;
   e->density = call.grad == nullptr ? T(g.density) : T(1);
   e->kind = classify(e, T(call.support));
-  if (e->kind == Kind::whole || e->kind == Kind::rim) prepare_rows(e);
+  if (e->kind == Kind::whole || e->kind == Kind::rim) fill_table(e);
 }
 
-// The entries of a Gaussian: one for the strip; one for each of its tiles where the whole strip is too long for the
-// recurrence. Each is made in *e and handed to use(e), which says where the next one may be made.
+// The entries of a Gaussian: one for the strip; one for each 16 voxels along x where the whole strip is too long for
+// the recurrence. Each is made in *e and handed to use(e), which says where the next one may be made.
 template <class T, class Use>
 inline void for_entries(const VoxelizeCall& call, const VoxelGaussian<double>& g, const Strip& strip, Entry<T>* e, Use use) {
   Part part;
@@ -170,64 +178,42 @@ inline void for_entries(const VoxelizeCall& call, const VoxelGaussian<double>& g
   }
 }
 
-// The part of an entry that lies in the tile that begins at x0.
+// The part of an entry in the voxels [x, x + width) along x.
 template <class T>
-inline Part tile_part(const Entry<T>& e, int x0) {
+inline Part part_in(const Entry<T>& e, int x, int width) {
   Part part = e.part;
-  if (x0 > part.low[2]) part.low[2] = x0;
-  if (x0 + kSide - 1 < part.high[2]) part.high[2] = x0 + kSide - 1;
+  if (x > part.low[2]) part.low[2] = x;
+  if (x + width - 1 < part.high[2]) part.high[2] = x + width - 1;
   return part;
 }
 
-// What a threshold does to the tile that begins at x0: the rim of a Gaussian lies in few of its tiles.
+// What a threshold does to these voxels: the rim of a Gaussian is a small part of it.
 template <class T>
-inline Kind kind_in_tile(const Entry<T>& e, T support, int x0) {
+inline Kind kind_in(const Entry<T>& e, T support, int x, int width) {
+  Part const part = part_in(e, x, width);
+  if (part.low[2] > part.high[2]) return Kind::outside;
   if (e.kind != Kind::rim) return e.kind;
-  Part const part = tile_part(e, x0);
   if (all_inside(e, part, support)) return Kind::whole;
   return all_outside(e, part, support) ? Kind::outside : Kind::rim;
 }
 
-// The lanes of the tile that begins at x0.
+// The lanes from x on that belong to the part.
 template <class T>
-inline void make_lanes(const Entry<T>& e, int x0, Lanes<T>* l) {
+inline Mask<T> lanes_inside(const Entry<T>& e, int x) {
+  return between<T>(ramp(T(x)), T(e.part.low[2]), T(e.part.high[2]));
+}
+
+// The factors of the lanes from x on, from this row on. Those outside are zero: a factor could overflow there.
+template <class T>
+inline void make_lanes(const Entry<T>& e, int x, int row, Lanes<T>* l) {
   const VoxelFrame<T>& f = e.frame;
-  T const z = T(e.part.low[0] - e.offset[0]);
-  int const top = e.upper ? 0 : 1;
-  T const y = T(top * kHalf - e.offset[1]), slope = f.slope[2] + f.curve[4] * z + f.curve[5] * y;
-  for (int c = 0; c < kSide; c += kLanes<T>) {
-    Vec<T> const lane = ramp(T(x0 + c)), x = lane - T(e.offset[2]);
-    Mask<T> const inside = between<T>(lane, T(e.part.low[2]), T(e.part.high[2]));
-    // Lanes outside are zeroed: a factor could overflow there.
-    Vec<T> const down = keep<T>(inside, exp_lanes(-x * f.curve[5]));
-    Vec<T> const start = keep<T>(inside, exp_lanes(-x * (slope + (T(0.5) * f.curve[2]) * x)));
-    Vec<T> const two = down * down, four = two * two;
-    store(l->start[top] + c, start);
-    if (e.upper && e.lower) store(l->start[1] + c, start * (four * four));
-    store(l->down + c, down);
-    store(l->deep + c, keep<T>(inside, exp_lanes(-x * f.curve[4])));
-  }
-}
-
-template <class T>
-inline void first_rows(const Entry<T>& e, Lanes<T>* l) {
-  for (int y = 0; y < kSide; y += kHalf) {
-    Eight<T> row(e.row + y);
-    row.store(l->row + y);
-    row.v *= e.plane[e.part.low[0]];
-    row.store(l->scaled + y);
-  }
-}
-
-// From one plane to plane z, rows [y, y + 8).
-template <class T>
-inline void next_rows(const Entry<T>& e, int z, int y, Lanes<T>* l) {
-  Eight<T> row(l->row + y);
-  Eight<T> const deep(e.row_deep + y);
-  row.v *= deep.v;
-  row.store(l->row + y);
-  row.v *= e.plane[z];
-  row.store(l->scaled + y);
+  T const z = T(e.part.low[0] - e.offset[0]), y = T(row - e.offset[1]);
+  T const slope = f.slope[2] + f.curve[4] * z + f.curve[5] * y;
+  Vec<T> const n = ramp(T(x - e.offset[2]));
+  Mask<T> const inside = lanes_inside(e, x);
+  l->start = keep<T>(inside, exp_lanes(-n * (slope + (T(0.5) * f.curve[2]) * n)));
+  l->down = keep<T>(inside, exp_lanes(-n * f.curve[5]));
+  l->deep = keep<T>(inside, exp_lanes(-n * f.curve[4]));
 }
 
 // Exponents of row (z, y) at the lanes from c, -infinity outside the support; false if the whole row is negligible.
@@ -238,9 +224,9 @@ inline bool needle_row(const Entry<T>& e, T support, int z, int y, int c, Vec<T>
   T const constant = exponent_at(f, nz, ny, T(0)), slope = f.slope[2] + f.curve[4] * nz + f.curve[5] * ny;
   T const half = T(0.5) * f.curve[2];
   if (half > 0 && sizeof(T) == 4 && constant + slope * slope / (4 * half) < T(kNegligible)) return false;
-  Vec<T> const lane = ramp(T(c)), x = lane - T(e.offset[2]);
+  Vec<T> const x = ramp(T(c - e.offset[2]));
   Vec<T> const exponent = constant - x * (slope + half * x);
-  Mask<T> inside = between<T>(lane, T(e.part.low[2]), T(e.part.high[2]));
+  Mask<T> inside = lanes_inside(e, c);
   if (support > 0) inside &= exponent >= -T(0.5) * support * support;
   *weights = keep<T>(inside, exp_lanes(exponent < T(0) ? exponent : Vec<T>{}));
   return true;
@@ -256,115 +242,6 @@ inline void render_needle(const Entry<T>& e, T support, const Values<T>& values)
         if (needle_row(e, support, z, y, x, &weights)) store(to, load(to) + weights * e.density);
       }
     }
-  }
-}
-
-// Sums of weighted values over z and y; every lane is one x. `one` and `two` are the sums with y and y^2, or after
-// Horner's rule with n + 1 and (n + 1)(n + 2) / 2, n the row from the first on.
-template <class T>
-struct Sums {
-  Vec<T> count{}, one{}, two{}, z_count{}, z_one{}, zz_count{};
-  void add_plane(T z, Vec<T> plane_count, Vec<T> plane_one, Vec<T> plane_two) {
-    count += plane_count, one += plane_one, two += plane_two;
-    z_count += z * plane_count, z_one += z * plane_one, zz_count += (z * z) * plane_count;
-  }
-};
-
-// Horner's rule on rows [first, first + R) of the planes: S <- S e + c from the last row to the first, three times.
-template <class T, int R>
-inline void sum_whole(const Entry<T>& e, Lanes<T>& l, int first, int c, const Values<const T>& values, Sums<T>* sums) {
-  Vec<T> lanes = load(l.start[first / kHalf] + c);
-  Vec<T> const down = load(l.down + c), deep = load(l.deep + c);
-  first_rows(e, &l);
-  for (int z = e.part.low[0]; z <= e.part.high[0]; ++z) {
-    const T* const scaled = l.scaled + first;
-    for (int y = 0; y < R; y += kHalf) reload(l.scaled + first + y);
-    Vec<T> s0{}, s1{}, s2{};
-    const T* from = values.at(z, first, c);
-#pragma GCC unroll 16
-    for (int y = R - 1; y >= 0; --y) {
-      s0 = s0 * down + load(from + y * values.row) * scaled[y];
-      s1 = s1 * down + s0;
-      s2 = s2 * down + s1;
-    }
-    if (z + 1 < kSide) {
-      for (int y = 0; y < R; y += kHalf) next_rows(e, z + 1, first + y, &l);
-    }
-    sums->add_plane(T(z - e.offset[0]), lanes * s0, lanes * s1, lanes * s2);
-    lanes *= deep;
-  }
-}
-
-// The weights are formed one by one, and those below the threshold left out. The sums are Horner's, or with y and y^2.
-template <class T>
-inline void sum_rows(const Entry<T>& e, Lanes<T>& l, int c, const Values<const T>& values, bool horner, Sums<T>* sums) {
-  int const first = e.upper ? 0 : kHalf;
-  Vec<T> start = load(l.start[first / kHalf] + c);
-  Vec<T> const down = load(l.down + c), deep = load(l.deep + c);
-  first_rows(e, &l);
-  for (int z = e.part.low[0]; z <= e.part.high[0]; ++z) {
-    Vec<T> lanes = start, count{}, one{}, two{};
-    for (int y = first; y <= e.part.high[1]; ++y) {
-      Vec<T> const weights = lanes * l.scaled[y];
-      Vec<T> const value = keep<T>(weights >= e.threshold, weights) * load(values.at(z, y, c));
-      T const n = T(horner ? y - first + 1 : y - e.offset[1]);
-      count += value, one += n * value, two += (horner ? T(0.5) * n * (n + 1) : n * n) * value;
-      lanes *= down;
-    }
-    sums->add_plane(T(z - e.offset[0]), count, one, two);
-    start *= deep;
-    for (int y = 0; y < kSide && z + 1 < kSide; y += kHalf) next_rows(e, z + 1, y, &l);
-  }
-}
-
-template <class T>
-inline void sum_needle(const Entry<T>& e, T support, int x, const Values<const T>& values, Sums<T>* sums) {
-  for (int z = e.part.low[0]; z <= e.part.high[0]; ++z) {
-    Vec<T> count{}, one{}, two{}, weights;
-    for (int y = e.part.low[1]; y <= e.part.high[1]; ++y) {
-      if (!needle_row(e, support, z, y, x, &weights)) continue;
-      Vec<T> const value = weights * load(values.at(z, y, x));
-      T const n = T(y - e.offset[1]);
-      count += value, one += n * value, two += n * n * value;
-    }
-    sums->add_plane(T(z - e.offset[0]), count, one, two);
-  }
-}
-
-// The moments 1, (z y x), (zz yy xx zy zx yx) of the weighted values of a strip, over offsets from the frame's voxel.
-template <class T>
-inline void entry_moments(const Entry<T>& e, T support, const Values<const T>& values, T* moments) {
-  int const first = e.upper ? 0 : kHalf;
-  // Horner's rule counts rows from the edge of the tile, which costs digits where a Gaussian is but a voxel wide.
-  bool const wide = e.frame.curve[0] + e.frame.curve[1] + e.frame.curve[2] < T(0.5);
-  bool const horner = e.kind != Kind::needle && wide;
-  Vec<T> sums[10] = {};
-  Lanes<T> l;
-  for (int x = e.part.low[2] / kSide * kSide; x <= e.part.high[2]; x += kSide) {
-    Values<const T> const here = {values.at(0, 0, x), values.plane, values.row};
-    Kind const kind = kind_in_tile(e, support, x);
-    if (kind == Kind::outside) continue;
-    if (kind != Kind::needle) make_lanes(e, x, &l);
-    for (int c = 0; c < kSide; c += kLanes<T>) {
-      Sums<T> s;
-      if (kind == Kind::needle) sum_needle(e, support, x + c, values, &s);
-      else if (kind == Kind::rim || !wide) sum_rows(e, l, c, here, wide, &s);
-      else if (e.upper && e.lower) sum_whole<T, kSide>(e, l, 0, c, here, &s);
-      else sum_whole<T, kHalf>(e, l, first, c, here, &s);
-      Vec<T> const offset = ramp(T(x + c)) - T(e.offset[2]), x_count = offset * s.count;
-      sums[0] += s.count, sums[1] += s.z_count, sums[2] += s.one, sums[3] += x_count, sums[4] += s.zz_count;
-      sums[5] += s.two, sums[6] += offset * x_count, sums[7] += s.z_one;
-      sums[8] += offset * s.z_count, sums[9] += offset * s.one;
-    }
-  }
-  for (int k = 0; k < 10; ++k) moments[k] = sum<T>(sums[k]);
-  if (horner) {  // n + shift is y; from the sums with n + 1 and (n + 1)(n + 2) / 2 to those with y and y^2
-    T const shift = T(first - e.offset[1]), one = moments[2] - moments[0];
-    T const two = 2 * moments[5] - 3 * moments[2] + moments[0];
-    moments[2] = one + shift * moments[0];
-    moments[5] = two + 2 * shift * one + shift * shift * moments[0];
-    moments[7] += (shift - 1) * moments[1];
-    moments[9] += (shift - 1) * moments[3];
   }
 }
 

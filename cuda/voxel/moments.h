@@ -225,7 +225,7 @@ template <class T>
 MEDGMAE_DEVICE void finish_one(const VoxelizeCall& call, const VoxelizeWork& work, int64_t i) {
   if (i >= call.batch * call.count) return;
   const VoxelGaussian<double>& g = work.gaussians[i];
-  if (g.bad) finish_bad_gradient<T>(call, i);
+  if (g.bad) nan_gradients<T>(call, i);
   if (g.bad || !g.active) return;
   double moments[10] = {}, total[10] = {};
   for (int share = 0; share < work.shares; ++share) {
@@ -233,7 +233,7 @@ MEDGMAE_DEVICE void finish_one(const VoxelizeCall& call, const VoxelizeWork& wor
   }
   bool const reaches = g.first[0] <= g.last[0] && g.first[1] <= g.last[1] && g.first[2] <= g.last[2];
   if (reaches) add_moments(call, g, frame_in_box<double>(call, g, g.first, g.last).at, moments, total);
-  finish_gradient<T>(call, i, total);
+  parameter_gradients<T>(call, i, total);
 }
 
 }  // namespace medgmae

@@ -1,15 +1,15 @@
-// The CPU renderer: the walk over strips of tiles, forward and backward. Work is shared out so that no two threads write
+// The CPU renderer: the walk over strips, forward and backward. Work is shared out so that no two threads write
 // the same number and every sum has its order: the result does not depend on the number of threads.
 #pragma once
 
 #include <stdlib.h>
 
-#include "cpu.h"
+#include "sums.h"
 
 namespace medgmae {
 namespace {
 
-constexpr int kTogether = 32;  // Gaussians whose rows are summed in registers before the strip is written
+constexpr int kTogether = 32;  // Gaussians whose rows are summed in registers before the strip is written: bits of a word
 constexpr int kBlock = 64;     // Gaussians that share one pass over the volume in the backward
 
 template <class T>
@@ -27,10 +27,10 @@ inline void patch_origin(const VoxelizeCall& call, int64_t b, int64_t j, int* at
   at[2] = int(index % grid[2]) * call.patch[2];
 }
 
-inline int tiles_along(const VoxelizeCall& call, int k) { return (call.patch[k] + kSide - 1) / kSide; }
+inline int strips_along(const VoxelizeCall& call, int k) { return (call.patch[k] + kSide - 1) / kSide; }
 
 // A row of a strip's buffer: whole tiles.
-inline int64_t buffer_row(const VoxelizeCall& call) { return int64_t(tiles_along(call, 2)) * kSide; }
+inline int64_t buffer_row(const VoxelizeCall& call) { return int64_t(strips_along(call, 2)) * kSide; }
 
 inline int64_t patch_voxels(const VoxelizeCall& call) { return int64_t(call.patch[0]) * call.patch[1] * call.patch[2]; }
 
@@ -41,11 +41,11 @@ struct StripPlace {
   Strip strip;
 };
 
-inline int64_t strips_per_patch(const VoxelizeCall& call) { return int64_t(tiles_along(call, 0)) * tiles_along(call, 1); }
+inline int64_t strips_per_patch(const VoxelizeCall& call) { return int64_t(strips_along(call, 0)) * strips_along(call, 1); }
 
 inline StripPlace strip_place(const VoxelizeCall& call, int64_t s) {
   StripPlace place;
-  int const rows = tiles_along(call, 1);
+  int const rows = strips_along(call, 1);
   int64_t const within = s % strips_per_patch(call);
   place.patch = s / strips_per_patch(call), place.sample = place.patch / call.patches;
   place.plane = int(within / rows) * kSide, place.row = int(within % rows) * kSide;
@@ -60,83 +60,93 @@ inline StripPlace strip_place(const VoxelizeCall& call, int64_t s) {
   return place;
 }
 
-// Adds the entries of the list to the rows [8 half, 8 half + 8) of a tile.
+// Several entries of a strip, one bit of a word to each, and their factors in the tile at hand: kSide planes and rows,
+// one vector along x.
+template <class T>
+struct Batch {
+  Entry<T> entries[kTogether];
+  Lanes<T> lanes[2][kTogether];  // from rows 0 and 8 on, in the plane at hand
+  int count;
+};
+
+// Adds the entries of the bits to the rows [8 half, 8 half + 8) of a tile; `reaching` has the entries of each plane.
 template <class T, bool rim>
-void render_rows(const Entry<T>* entries, Lanes<T>* lanes, const int* list, int count, int half, int depth, const Values<T>& tile) {
-  for (int z = 0; z < depth; ++z) {
-    for (int c = 0; c < kSide; c += kLanes<T>) {
-      T* const rows = tile.at(z, half * kHalf, c);
-      Vec<T> total[kHalf];
+void render_rows(Batch<T>* batch, uint32_t bits, const uint32_t* reaching, int half, const Values<T>& tile) {
+  Lanes<T>* const lanes = batch->lanes[half];
+  for (int z = 0; z < kSide; ++z) {
+    uint32_t left = bits & reaching[z];
+    if (left == 0) continue;
+    T* const rows = tile.at(z, half * kHalf, 0);
+    Vec<T> total[kHalf];
 #pragma GCC unroll 8
-      for (int y = 0; y < kHalf; ++y) total[y] = load(rows + y * tile.row);
-      for (int i = 0; i < count; ++i) {
-        const Entry<T>& e = entries[list[i]];
-        Lanes<T>& l = lanes[list[i]];
-        if (z < e.part.low[0] || z > e.part.high[0]) continue;
-        const T* const row = l.scaled + half * kHalf;
-        Vec<T> value = load(l.start[half] + c);
-        Vec<T> const down = load(l.down + c);
-        store(l.start[half] + c, value * load(l.deep + c));
+    for (int y = 0; y < kHalf; ++y) total[y] = load(rows + y * tile.row);
+    for (; left != 0; left &= left - 1) {
+      uint32_t const i = uint32_t(__builtin_ctz(left));
+      const Entry<T>& e = batch->entries[i];
+      Lanes<T>& l = *one_register(lanes + i);
+      const T* const scaled = one_register(e.scaled[z] + half * kHalf);
+      // Two chains of products, over the even and the odd rows.
+      Vec<T> value[2] = {l.start, l.start * l.down};
+      Vec<T> const two = l.down * l.down;
+      l.start *= l.deep;
 #pragma GCC unroll 8
-        for (int y = 0; y < kHalf; ++y) {
-          if (rim) {
-            Vec<T> const weighted = value * row[y];
-            total[y] += keep<T>(magnitude<T>(weighted) >= e.threshold, weighted);
-          } else {
-            total[y] += value * row[y];
-          }
-          value *= down;
-        }
-        // The numbers of the next plane are written well before they are read.
-        if (c + kLanes<T> == kSide && z + 1 < kSide) next_rows(e, z + 1, half * kHalf, &l);
+      for (int y = 0; y < kHalf; ++y) {
+        Vec<T> const weighted = value[y % 2] * scaled[y];
+        total[y] += rim ? keep<T>(magnitude<T>(weighted) >= e.threshold, weighted) : weighted;
+        value[y % 2] *= two;
       }
-#pragma GCC unroll 8
-      for (int y = 0; y < kHalf; ++y) store(rows + y * tile.row, total[y]);
     }
+#pragma GCC unroll 8
+    for (int y = 0; y < kHalf; ++y) store(rows + y * tile.row, total[y]);
   }
 }
 
 // Adds the entries to the strip, tile by tile.
 template <class T>
-void render_entries(const VoxelizeCall& call, const Entry<T>* entries, Lanes<T>* lanes, int count, int depth, const Values<T>& strip) {
-  int list[kTogether];
-  Kind kinds[kTogether];
-  for (int x = 0; x < call.patch[2]; x += kSide) {
+void render_batch(const VoxelizeCall& call, Batch<T>* batch, const Values<T>& strip) {
+  T const support = T(call.support);
+  uint32_t reaching[kSide] = {};
+  for (int i = 0; i < batch->count; ++i) {
+    const Entry<T>& e = batch->entries[i];
+    for (int z = e.part.low[0]; z <= e.part.high[0]; ++z) reaching[z] |= uint32_t(1) << i;
+  }
+  for (int x = 0; x < call.patch[2]; x += kLanes<T>) {
     Values<T> const tile = {strip.at(0, 0, x), strip.plane, strip.row};
-    for (int i = 0; i < count; ++i) {
-      const Entry<T>& e = entries[i];
-      kinds[i] = e.in_tile(x) ? kind_in_tile(e, T(call.support), x) : Kind::outside;
-      if (kinds[i] != Kind::whole && kinds[i] != Kind::rim) continue;
-      make_lanes(e, x, &lanes[i]);
-      first_rows(e, &lanes[i]);
+    uint32_t bits[2][2] = {};  // of the whole and of the rims, in the upper and in the lower rows
+    for (int i = 0; i < batch->count; ++i) {
+      const Entry<T>& e = batch->entries[i];
+      Kind const kind = kind_in(e, support, x, kLanes<T>);
+      if (kind != Kind::whole && kind != Kind::rim) continue;
+      Lanes<T> l;
+      make_lanes(e, x, e.upper ? 0 : kHalf, &l);
+      batch->lanes[0][i] = l;
+      Vec<T> const two = l.down * l.down, four = two * two;
+      if (e.upper) l.start *= four * four;
+      batch->lanes[1][i] = l;
+      if (e.upper) bits[kind == Kind::rim][0] |= uint32_t(1) << i;
+      if (e.lower) bits[kind == Kind::rim][1] |= uint32_t(1) << i;
     }
-    for (int pass = 0; pass < 4; ++pass) {
-      int const half = pass / 2;
-      Kind const kind = pass % 2 ? Kind::rim : Kind::whole;
-      int n = 0;
-      for (int i = 0; i < count; ++i) {
-        if (kinds[i] == kind && (half ? entries[i].lower : entries[i].upper)) list[n++] = i;
-      }
-      if (n == 0) continue;
-      if (kind == Kind::rim) render_rows<T, true>(entries, lanes, list, n, half, depth, tile);
-      else render_rows<T, false>(entries, lanes, list, n, half, depth, tile);
+    for (int half = 0; half < 2; ++half) {
+      render_rows<T, false>(batch, bits[0][half], reaching, half, tile);
+      render_rows<T, true>(batch, bits[1][half], reaching, half, tile);
     }
   }
-  for (int i = 0; i < count; ++i) {
-    if (entries[i].kind == Kind::needle) render_needle(entries[i], T(call.support), strip);
+  for (int i = 0; i < batch->count; ++i) {
+    if (batch->entries[i].kind == Kind::needle) render_needle(batch->entries[i], support, strip);
   }
+  batch->count = 0;
 }
 
 // What one thread works with.
 template <class T>
 struct Scratch {
-  Entry<T>* entries;
-  Lanes<T>* lanes;
+  Batch<T>* batch;
   T* buffer;  // a strip
-  explicit Scratch(const VoxelizeCall& call)
-      : entries(allocate<Entry<T>>(kTogether)), lanes(allocate<Lanes<T>>(kTogether)), buffer(allocate<T>(kSide * kSide * buffer_row(call))) {}
-  ~Scratch() { free(entries), free(lanes), free(buffer); }
-  bool complete() const { return entries != nullptr && lanes != nullptr && buffer != nullptr; }
+  explicit Scratch(const VoxelizeCall& call) : batch(allocate<Batch<T>>(1)), buffer(allocate<T>(kSide * kSide * buffer_row(call))) {
+    if (batch != nullptr) batch->count = 0;
+  }
+  ~Scratch() { free(batch), free(buffer); }
+  bool complete() const { return batch != nullptr && buffer != nullptr; }
 };
 
 template <class T>
@@ -145,16 +155,16 @@ void render_strip(const VoxelizeCall& call, const VoxelGaussian<double>* gaussia
   int64_t const row = buffer_row(call);
   Values<T> const values = {scratch->buffer, kSide * row, row};
   memset(values.first, 0, size_t(kSide * kSide * row) * sizeof(T));
-  int n = 0, depth = place.strip.extent[0];
+  Batch<T>& batch = *scratch->batch;
   for (int64_t i = 0; i < call.count; ++i) {
-    for_entries(call, gaussians[place.sample * call.count + i], place.strip, &scratch->entries[n], [&](Entry<T>*) {
-      if (++n == kTogether) render_entries(call, scratch->entries, scratch->lanes, n, depth, values), n = 0;
-      return &scratch->entries[n];
+    for_entries(call, gaussians[place.sample * call.count + i], place.strip, &batch.entries[batch.count], [&](Entry<T>*) {
+      if (++batch.count == kTogether) render_batch(call, &batch, values);
+      return &batch.entries[batch.count];
     });
   }
-  render_entries(call, scratch->entries, scratch->lanes, n, depth, values);
+  render_batch(call, &batch, values);
   T* const out = static_cast<T*>(call.out) + place.patch * patch_voxels(call);
-  for (int z = 0; z < depth; ++z) {
+  for (int z = 0; z < place.strip.extent[0]; ++z) {
     for (int y = 0; y < place.strip.extent[1]; ++y) {
       int64_t const to = (int64_t(place.plane + z) * call.patch[1] + place.row + y) * call.patch[2];
       memcpy(out + to, values.at(z, y, 0), size_t(call.patch[2]) * sizeof(T));
@@ -249,8 +259,8 @@ void block_gradient(const VoxelizeCall& call, const VoxelGaussian<double>* gauss
   }
   for (int64_t i = start; i < end; ++i) {
     const VoxelGaussian<double>& g = gaussians[sample * call.count + i];
-    if (g.bad) finish_bad_gradient<T>(call, sample * call.count + i);
-    else if (g.active) finish_gradient<T>(call, sample * call.count + i, moments[i - start]);
+    if (g.bad) nan_gradients<T>(call, sample * call.count + i);
+    else if (g.active) parameter_gradients<T>(call, sample * call.count + i, moments[i - start]);
   }
 }
 

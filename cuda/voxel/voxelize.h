@@ -194,7 +194,7 @@ MEDGMAE_HD void add_moments(const VoxelizeCall& call, const VoxelGaussian<L>& g,
 // The chain rule from the moments of g w (w without the density) to the gradients of one Gaussian:
 // dL/dmu = a P M1, dL/dP = -1/2 a M2, P = R diag(1 / s^2) R', then through the normalised quaternion.
 template <class T>
-MEDGMAE_HD void finish_gradient(const VoxelizeCall& call, int64_t i, const double* m) {
+MEDGMAE_HD void parameter_gradients(const VoxelizeCall& call, int64_t i, const double* m) {
   const T* scale = static_cast<const T*>(call.scales) + 3 * i;
   double q[4], r[9], inverse[3], p[6], rotation_grad[9], unit_grad[4];
   double const length = normalize_quaternion(static_cast<const T*>(call.quats) + 4 * i, q);
@@ -229,7 +229,7 @@ MEDGMAE_HD void finish_gradient(const VoxelizeCall& call, int64_t i, const doubl
 
 // The gradients of a Gaussian that cannot be rendered: NaN.
 template <class T>
-MEDGMAE_HD void finish_bad_gradient(const VoxelizeCall& call, int64_t i) {
+MEDGMAE_HD void nan_gradients(const VoxelizeCall& call, int64_t i) {
   T* const rows[4] = {static_cast<T*>(call.grad_means) + 3 * i, static_cast<T*>(call.grad_scales) + 3 * i,
                       static_cast<T*>(call.grad_quats) + 4 * i, static_cast<T*>(call.grad_densities) + i};
   int const widths[4] = {3, 3, 4, 1};
