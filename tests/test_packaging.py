@@ -28,7 +28,7 @@ import medgmae
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["cuda", "medgmae", "weights", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"]
-SOURCES += ["CHANGELOG.md", "Makefile", "constraints.txt"]
+SOURCES += ["CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "constraints.txt"]
 PROBE = """
 import json, sys
 from importlib.metadata import entry_points, version

@@ -90,3 +90,8 @@ def test_names_of_models_have_types() -> None:
         for name in group:
             prefix = {"Encoder": "vi", "MaskedAutoencoder": "mae_", "GaussianMAE": "gmae_"}[kind]
             assert name.startswith(prefix)
+
+
+def test_completion_shows_public_names_only() -> None:
+    assert set(dir(medgmae)) == {*medgmae.__all__, *medgmae._MODULES}
+    assert all(hasattr(medgmae, name) for name in dir(medgmae))
