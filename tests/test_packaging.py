@@ -70,7 +70,7 @@ esac
 """
 
 
-def run(*command: str | Path, cwd: Path, timeout: float = 300, **environment: str) -> str:
+def run(*command: str | Path, cwd: Path, timeout: float = 900, **environment: str) -> str:
     """Run a command that must succeed; return what it wrote."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MEDGMAE_", "PYTHONPATH"))}
     done = subprocess.run(
@@ -164,7 +164,7 @@ def fake_build(tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
         command = [sys.executable, "setup.py", "-q", "build_ext", "-b", tmp_path / "out", "-t", tmp_path / "temp"]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("MEDGMAE_")}
         environment = clean | compilers | {"LOG": str(log), "CUDA_HOME": str(toolkit)} | environment
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
         return done.returncode, done.stderr, log.read_text()
 
     return build
@@ -347,7 +347,7 @@ def test_failing_build_says_what_to_do(
 ) -> None:
     tree = shutil.copytree(unpacked, tmp_path / "tree")
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", "out"]
-    done = subprocess.run(command, cwd=tree, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tree, env=os.environ | environment, capture_output=True, text=True, timeout=900)
     assert done.returncode != 0
     assert message in done.stderr
 
