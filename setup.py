@@ -47,7 +47,7 @@ def say(text: str) -> None:
 def idle_time(seconds: int) -> str:
     """Say how long this takes here."""
     cores = os.cpu_count() or 1
-    return f"about {max(10, round(seconds / cores, -1))} s if {cores} cores are idle"
+    return f"about {max(1, round(seconds / cores / 10)) * 10} s if {cores} cores are idle"
 
 
 def switch(name: str) -> bool | None:
