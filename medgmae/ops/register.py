@@ -213,13 +213,22 @@ def _looped(name: str) -> Callable[..., Any]:
     operator = _overload(name)
 
     def run(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        def sample(value: Any, dim: int | None, i: int) -> Any:
+            if dim is None:
+                return value
+            if info.batch_size:
+                return value.select(dim, i)
+            samples = value.movedim(dim, 0)  # none: one of zeros says the shapes, and autograd sees where it came from
+            return torch.cat([samples, samples.new_zeros(1, *samples.shape[1:])])[0]
+
         results = [
-            operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
-            for i in range(info.batch_size)
+            operator(*(sample(value, dim, i) for value, dim in zip(arguments, in_dims, strict=True)))
+            for i in range(max(info.batch_size, 1))
         ]
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+            return torch.stack(results)[: info.batch_size], 0
+        stacked = [torch.stack(parts)[: info.batch_size] for parts in zip(*results, strict=True)]
+        return tuple(stacked), (0,) * len(stacked)
 
     return run
 
@@ -229,13 +238,14 @@ def _joined(name: str, tensors: int) -> Callable[..., Any]:
     operator = _overload(name)
 
     def run(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        joined = []
-        for value, dim in zip(arguments[:tensors], in_dims, strict=False):
-            value = value.movedim(dim, 0) if dim is not None else value.expand(info.batch_size, *value.shape)
-            joined.append(value.flatten(0, 1))
-        out = operator(*joined, *arguments[tensors:])
+        mapped = [
+            value.movedim(dim, 0) if dim is not None else value.expand(info.batch_size, *value.shape)
+            for value, dim in zip(arguments[:tensors], in_dims, strict=False)
+        ]
+        lead = mapped[0].shape[:2]
+        out = operator(*(value.flatten(0, 1) for value in mapped), *arguments[tensors:])
         if isinstance(out, Tensor):
-            return out.reshape(info.batch_size, -1, *out.shape[1:]), 0
-        return tuple(t.reshape(info.batch_size, -1, *t.shape[1:]) for t in out), (0,) * len(out)
+            return out.reshape(*lead, *out.shape[1:]), 0
+        return tuple(t.reshape(*lead, *t.shape[1:]) for t in out), (0,) * len(out)
 
     return run
