@@ -15,8 +15,8 @@ lognormal of 0.3, random rotations.
 
 Dense torch renderers cost the same for every Gaussian: they are timed with a few and the time is scaled up, which the
 results say ("gaussians_timed"). torch.compile takes half a minute to compile, which is not timed; --compile asks for
-it. With MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 in the environment glibc keeps freed
-memory; without them a call that follows a rival with large arrays waits up to 2 ms for fresh pages.
+it. The committed results were measured with MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 in the
+environment, so that glibc keeps freed memory.
 """
 
 from __future__ import annotations
