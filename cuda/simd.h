@@ -111,8 +111,9 @@ inline Vec<float> between_lanes(Vec<float> x, float low, float high) {
 #endif
 }
 
-// exp(x) for x <= 88, to about 1 ulp; exp(-87) below -87.
+// exp(x) for x <= 88, to about 1 ulp; 0 below -87 and for NaN.
 inline Vec<float> exp_lanes(Vec<float> x) {
+  Mask<float> const seen = x >= -87.0f;
   x = between_lanes(x, -87.0f, 88.0f);
   Vec<float> const magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
   Vec<float> const shifted = x * 1.44269504088896341f + magic, n = shifted - magic;
@@ -129,12 +130,13 @@ inline Vec<float> exp_lanes(Vec<float> x) {
   memcpy(&exponent, &shifted, sizeof(exponent));
   memcpy(&bits, &p, sizeof(bits));
   bits += exponent << 23;
+  bits &= seen;
   memcpy(&p, &bits, sizeof(p));
   return p;
 }
 
 inline Vec<double> exp_lanes(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = exp(x[i] < 700 ? x[i] : 700.0);
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = x[i] >= -708 ? exp(x[i] < 700 ? x[i] : 700.0) : 0.0;
   return x;
 }
 

@@ -236,6 +236,28 @@ def test_a_bad_gaussian_spoils_its_sample_and_its_own_gradients(
 
 @every_path
 @every_support
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_least_scale(path: Path, support: Any, dtype: torch.dtype, axis: int) -> None:
+    """A Gaussian is bad from where 1 / s² is not finite in its dtype, however it is turned."""
+    for factor in (1 + 1e-5, 1 - 1e-5, 1e-3):
+        parameters = make(count=4, dtype=dtype)
+        parameters[0][0, 1] = 0.5  # on a voxel
+        parameters[1][0, 1, axis] = factor * torch.finfo(dtype).max ** -0.5
+        volume, gradients = path.gradients(parameters, torch.ones(2, 1, 5, 9, 7, dtype=dtype), (5, 9, 7), support)
+        assert volume[1].isfinite().all()
+        assert volume[0].isfinite().all() if factor > 1 else volume[0].isnan().all()
+        for gradient in gradients:
+            flat = gradient.flatten(0, 1).reshape(8, -1)
+            assert flat[torch.arange(8) != 1].isfinite().all()
+            assert flat[1].isfinite().all() if factor > 1 else flat[1].isnan().all()
+        if factor > 1:  # only its density is felt: what is left of it a voxel away is not multiplied by 1 / s³
+            for gradient, expected in zip(gradients, (0.0, 0.0, 0.0, 1.0), strict=True):
+                torch.testing.assert_close(gradient[0, 1], torch.full_like(gradient[0, 1], expected))
+
+
+@every_path
+@every_support
 @pytest.mark.parametrize("scale", [1e-12, 1e-4, 0.004, 30.0, 1e6])
 def test_tiny_and_huge_scales(path: Path, support: Any, scale: float) -> None:
     """Smaller than a voxel: only what sits on one is seen. Huge: a constant."""

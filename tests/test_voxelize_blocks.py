@@ -175,6 +175,24 @@ def test_bad_gaussians(support: Any, index: int, value: float) -> None:
 
 
 @every_support
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_least_scale(support: Any, dtype: torch.dtype) -> None:
+    """As in test_voxelize.py."""
+    for factor in (1 + 1e-5, 1 - 1e-5):
+        parameters, size = make(count=4, dtype=dtype), (5, 9, 7)
+        parameters[0][0, 1] = 0.5  # on a voxel
+        parameters[1][0, 1, 2] = factor * torch.finfo(dtype).max ** -0.5
+        volume, gradients = BLOCKS.gradients(parameters, torch.ones(2, 1, *size, dtype=dtype), size, support)
+        assert volume[1].isfinite().all()
+        assert volume[0].isfinite().all() if factor > 1 else volume[0].isnan().all()
+        for gradient in gradients:
+            assert gradient[0, 1].isfinite().all() if factor > 1 else gradient[0, 1].isnan().all()
+        if factor > 1:
+            for gradient, expected in zip(gradients, (0.0, 0.0, 0.0, 1.0), strict=True):
+                torch.testing.assert_close(gradient[0, 1], torch.full_like(gradient[0, 1], expected))
+
+
+@every_support
 def test_a_patch_that_is_not_there_is_nan(support: Any) -> None:
     parameters, size, patch = make(), (8, 4, 12), (4, 4, 4)
     patches = torch.tensor([[0, 6, 5], [-1, 2, 2**40]])

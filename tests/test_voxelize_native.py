@@ -143,6 +143,19 @@ def test_patches_equal_the_volume(path: Path, support: Any, patch: tuple[int, ..
     assert peak_error(rendered, expected) <= FORWARD_BOUND
 
 
+@every_path
+@pytest.mark.parametrize("scale", [0.02, 0.1])
+def test_what_lies_outside_of_a_gaussian_does_not_reach_its_gradient(path: Path, scale: float) -> None:
+    """Not even NaN does, although vectors read beyond the Gaussian's box."""
+    size, parameters = (33, 40, 70), make(1, 1, torch.float32, scale=scale, margin=-0.3)
+    inside = path.render((*parameters[:3], torch.ones(1, 1)), size, "box") != 0
+    cotangent = torch.randn(1, 1, *size)
+    expected = path.gradients(parameters, cotangent, size, "box")[1]
+    spoiled = cotangent.masked_fill(~inside, math.nan)
+    for got, wanted in zip(path.gradients(parameters, spoiled, size, "box")[1], expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 def flush(x: torch.Tensor) -> float:
     return float(x.mul(0.5).sum())
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gaussians import REFERENCE, SUPPORTS, cut, leaves, make
 
-from medgmae.ops import voxelize
+from medgmae.ops import causal_conv1d, voxelize
 from medgmae.ops.voxel import reference
 from medgmae.ops.voxel.inputs import VoxelInputs
 from medgmae.ops.voxel.operator import support_code
@@ -123,6 +123,52 @@ def test_gradients_through_vmap_and_of_many_cotangents(layout: str) -> None:
     for i, cotangent in enumerate(cotangents):
         for got, one in zip(many, torch.autograd.grad(plain, alone, cotangent, retain_graph=True), strict=True):
             torch.testing.assert_close(got[i], one, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("empty", ["patches", "batch", "mapped", "Gaussians"])
+def test_vmap_over_nothing(empty: str) -> None:
+    lead = {"mapped": (0, 2), "batch": (3, 0)}.get(empty, (3, 2))
+    count = 0 if empty == "Gaussians" else 5
+    shapes = (*lead, count, 3), (*lead, count, 3), (*lead, count, 4), (*lead, count)
+    inputs = leaves([torch.rand(shape, dtype=torch.float64) for shape in shapes])
+    patches = torch.zeros(*lead, 0 if empty == "patches" else 4, dtype=torch.int64)
+
+    def run(*values: Any) -> Any:
+        return voxelize(*values[:4], SIZE, patches=values[4], patch_size=(3, 2, 3))
+
+    rendered = torch.vmap(run)(*inputs, patches)
+    assert rendered.shape == (*patches.shape, 18)
+    for gradient, shape in zip(torch.autograd.grad(rendered.sum(), inputs), shapes, strict=True):
+        assert gradient.shape == shape
+        assert (gradient == 0).all()
+
+
+def test_a_loop_of_vmap_over_nothing() -> None:
+    """Of an operator whose inputs have not all a batch axis."""
+    x, weights, bias = torch.rand(2, 3, 6), torch.rand(0, 3, 4, requires_grad=True), torch.rand(3)
+    out = torch.vmap(lambda w: causal_conv1d(x, w, bias, "silu"))(weights)
+    assert out.shape == (0, 2, 3, 6)
+    assert torch.autograd.grad(out.sum(), weights)[0].shape == (0, 3, 4)
+
+
+def test_gradients_of_every_sample() -> None:
+    """What torch.func.grad would do; it is refused, with the way that the message names."""
+    parameters = [p.unflatten(0, (3, 2)) for p in make(batch=6)]
+    inputs = leaves(parameters)
+
+    def loss(*values: Any) -> Any:
+        return voxelize(*values, SIZE).square().sum()
+
+    found = torch.autograd.grad(torch.vmap(loss)(*inputs).sum(), inputs)
+    for i in range(3):
+        alone = leaves([p[i] for p in parameters])
+        for got, wanted in zip(found, torch.autograd.grad(loss(*alone), alone), strict=True):
+            torch.testing.assert_close(got[i], wanted, rtol=1e-9, atol=1e-11)
+    sample = [p[0] for p in parameters]
+    with pytest.raises(NotImplementedError, match=r"use torch\.autograd\.grad: of the sum of a torch\.vmap"):
+        torch.func.grad(loss)(*sample)
+    with pytest.raises(NotImplementedError, match=r"use torch\.autograd\.grad: of the sum of a torch\.vmap"):
+        torch.vmap(torch.func.grad(loss))(*parameters)
 
 
 def test_second_order_gradient_is_refused() -> None:
@@ -254,6 +300,9 @@ GOOD = dict(zip(("means", "scales", "quats", "densities"), make(dtype=torch.floa
         ({"densities": torch.ones(2, 5).long()}, TypeError, r"densities is torch.int64"),
         ({"size": (4, 5)}, ValueError, r"size must be one or three positive .*got \(4, 5\)"),
         ({"size": (4, 0, 5)}, ValueError, r"size must be one or three positive .*got \(4, 0, 5\)"),
+        ({"size": (2**31, 1, 1)}, ValueError, r"size \(2147483648, 1, 1\) is too large: .* 2\*\*30 voxels along"),
+        ({"size": (2**21, 2**21, 2**21)}, ValueError, r"size .* is too large: .* less than 2\*\*63 in all"),
+        ({"patches": PATCHES, "patch_size": 2**40}, ValueError, r"patch_size .* is too large"),
         ({"support": "ellipsoid"}, ValueError, r"support must be 'box', a number .*got 'ellipsoid'"),
         ({"support": 0.0}, ValueError, r"support must be .*got 0.0"),
         ({"support": -1}, ValueError, r"support must be .*got -1"),

@@ -200,7 +200,7 @@ inline Kind kind_in(const Entry<T>& e, T support, int x, int width) {
 // The lanes from x on that belong to the part.
 template <class T>
 inline Mask<T> lanes_inside(const Entry<T>& e, int x) {
-  return between<T>(ramp(T(x)), T(e.part.low[2]), T(e.part.high[2]));
+  return between<T>(ramp(T(0)), T(e.part.low[2] - x), T(e.part.high[2] - x));
 }
 
 // The factors of the lanes from x on, from this row on. Those outside are zero: a factor could overflow there.
@@ -216,7 +216,7 @@ inline void make_lanes(const Entry<T>& e, int x, int row, Lanes<T>* l) {
   l->deep = keep<T>(inside, exp_lanes(-n * f.curve[4]));
 }
 
-// Exponents of row (z, y) at the lanes from c, -infinity outside the support; false if the whole row is negligible.
+// Weights of row (z, y) at the lanes from c; false if the whole row is negligible.
 template <class T>
 inline bool needle_row(const Entry<T>& e, T support, int z, int y, int c, Vec<T>* weights) {
   const VoxelFrame<T>& f = e.frame;
@@ -228,7 +228,7 @@ inline bool needle_row(const Entry<T>& e, T support, int z, int y, int c, Vec<T>
   Vec<T> const exponent = constant - x * (slope + half * x);
   Mask<T> inside = lanes_inside(e, c);
   if (support > 0) inside &= exponent >= -T(0.5) * support * support;
-  *weights = keep<T>(inside, exp_lanes(exponent < T(0) ? exponent : Vec<T>{}));
+  *weights = keep<T>(inside, exp_lanes(exponent > T(0) ? Vec<T>{} : exponent));  // NaN gives 0
   return true;
 }
 

@@ -30,7 +30,7 @@ struct VoxelGaussian {
   L density;
   int first[3], last[3];  // voxels that it may reach, inclusive; none if first > last
   bool active;            // takes part in this call
-  bool bad;               // a parameter is not finite, or a scale is zero
+  bool bad;               // a parameter or 1 / scale^2 is not finite in the type of the arrays
 };
 
 // What a Gaussian is near voxel `at`: its exponent n voxels away is start - slope n - 1/2 n' curve n.
@@ -111,6 +111,13 @@ MEDGMAE_HD bool all_finite(const L* values, int n) {
   return finite;
 }
 
+// 1 / s^2; the square of a small scale would be subnormal, which counts as 0 in the kernels.
+template <class L>
+MEDGMAE_HD L inverse_square(L s) {
+  L const inverse = 1 / s;
+  return inverse * inverse;
+}
+
 // The i-th Gaussian of all samples. T is the type of the arrays.
 template <class T, class L>
 MEDGMAE_HD VoxelGaussian<L> prepare_gaussian(const VoxelizeCall& call, int64_t i) {
@@ -120,12 +127,13 @@ MEDGMAE_HD VoxelGaussian<L> prepare_gaussian(const VoxelizeCall& call, int64_t i
   normalize_quaternion(static_cast<const T*>(call.quats) + 4 * i, q);
   rotation_matrix(q, r);
   for (int k = 0; k < 3; ++k) {
-    g.mean[k] = mean[k], square[k] = L(scale[k]) * L(scale[k]), inverse[k] = 1 / square[k];
+    g.mean[k] = mean[k], square[k] = L(scale[k]) * L(scale[k]), inverse[k] = inverse_square(L(scale[k]));
   }
   turn_diagonal(r, inverse, g.precision);
   turn_diagonal(r, square, covariance);
   g.density = static_cast<const T*>(call.densities)[i];
-  g.bad = !(all_finite<T>(g.mean, 3) && all_finite<T>(scale, 3) && all_finite<T>(g.precision, 6) && all_finite<T>(&g.density, 1));
+  bool const finite = all_finite<T>(g.mean, 3) && all_finite<T>(scale, 3) && all_finite<T>(&g.density, 1);
+  g.bad = !(finite && all_finite<T>(inverse, 3) && all_finite<T>(g.precision, 6));
   L width = L(INFINITY);  // the least standard deviation along an axis with the other coordinates held, in voxels
   L const k = isinf(call.support) ? sqrt(-2 * L(lowest_exponent<T>())) : L(call.support);
   for (int a = 0; a < 3; ++a) {
@@ -200,7 +208,7 @@ MEDGMAE_HD void parameter_gradients(const VoxelizeCall& call, int64_t i, const d
   double const length = normalize_quaternion(static_cast<const T*>(call.quats) + 4 * i, q);
   double const density = static_cast<const T*>(call.densities)[i];
   rotation_matrix(q, r);
-  for (int k = 0; k < 3; ++k) inverse[k] = 1 / (double(scale[k]) * double(scale[k]));
+  for (int k = 0; k < 3; ++k) inverse[k] = inverse_square(double(scale[k]));
   turn_diagonal(r, inverse, p);
   T* mean_grad = static_cast<T*>(call.grad_means) + 3 * i;
   mean_grad[0] = T(density * (p[0] * m[1] + p[3] * m[2] + p[4] * m[3]));

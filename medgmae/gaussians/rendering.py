@@ -221,7 +221,8 @@ class GaussianRenderer(nn.Module):
             patch_size: voxels of a patch, with ``patches``.
 
         Returns:
-            (B, 1, D, H, W), or (B, n, prod(patch_size)) for the patches.
+            (B, 1, D, H, W), or (B, n, prod(patch_size)) for the patches. NaN in a sample with a parameter that is NaN
+            or infinite, or with a scale s whose 1 / s² is not finite (0, or below 5.4e-20 in float32).
         """
         means, scales, quats, densities = gaussians.tensors()
         size = (int(size),) * 3 if isinstance(size, Integral) else size

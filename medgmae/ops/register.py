@@ -242,13 +242,14 @@ def _joined(name: str, tensors: int) -> Callable[..., Any]:
     operator = _overload(name)
 
     def run(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        joined = []
-        for value, dim in zip(arguments[:tensors], in_dims, strict=False):
-            value = value.movedim(dim, 0) if dim is not None else value.expand(info.batch_size, *value.shape)
-            joined.append(value.flatten(0, 1))
-        out = operator(*joined, *arguments[tensors:])
+        mapped = [
+            value.movedim(dim, 0) if dim is not None else value.expand(info.batch_size, *value.shape)
+            for value, dim in zip(arguments[:tensors], in_dims, strict=False)
+        ]
+        lead = mapped[0].shape[:2]
+        out = operator(*(value.flatten(0, 1) for value in mapped), *arguments[tensors:])
         if isinstance(out, Tensor):
-            return out.reshape(info.batch_size, -1, *out.shape[1:]), 0
-        return tuple(t.reshape(info.batch_size, -1, *t.shape[1:]) for t in out), (0,) * len(out)
+            return out.reshape(*lead, *out.shape[1:]), 0
+        return tuple(t.reshape(*lead, *t.shape[1:]) for t in out), (0,) * len(out)
 
     return run

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ def _fake(inputs: VoxelInputs) -> Tensor:
 
 
 _OP = register(Operator("voxelize", VoxelInputs, _fake, joins_batch=True), reference, native, cuda)
+# The kernels count voxels of an axis in 32 bits, those of a volume in 64.
+MOST_VOXELS_ALONG_AN_AXIS, MOST_VOXELS = 2**30, 2**63 - 1
 
 
 def voxelize(
@@ -58,11 +60,14 @@ def voxelize(
 
     Returns:
         (B, 1, D, H, W), or (B, n, prod(patch_size)) for the patches. A sample in which a parameter is NaN or infinite,
-        or a scale is 0, is NaN throughout, and so are the gradients of that Gaussian.
+        or a scale s is so small that 1 / s² is not finite in the dtype of the computation (s of 0, or below 5.4e-20 in
+        float32 and 7.5e-155 in float64), is NaN throughout, and so are the gradients of that Gaussian.
 
     Raises:
-        ValueError: shapes, size, support or patches do not fit.
+        ValueError: shapes, size, support or patches do not fit, or there are more than 2**30 voxels along an axis.
         TypeError: dtypes or devices are mixed, or are not floating point.
+        NotImplementedError: the call is inside of torch.func.grad, vjp or jacrev, or a second-order gradient is asked
+            for.
     """
     parameters = _check_parameters(means, scales, quats, densities)
     size = _triple(size, "size")
@@ -71,11 +76,24 @@ def voxelize(
         if patch_size is not None:
             raise ValueError("patch_size came without patches; pass patches (B, n), or leave both out")
         whole = torch.zeros(means.shape[0], 1, dtype=torch.int64, device=means.device)
-        volume: Tensor = _OP(*parameters, whole, size, size, code)
+        volume = _run(*parameters, whole, size, size, code)
         return volume.reshape(means.shape[0], 1, *size)
     patch_size = _check_patches(patches, patch_size, size, means)
-    rendered: Tensor = _OP(*parameters, patches, size, patch_size, code)
-    return rendered
+    return _run(*parameters, patches, size, patch_size, code)
+
+
+def _run(*arguments: Any) -> Tensor:
+    try:
+        out: Tensor = _OP(*arguments)
+    except RuntimeError as error:
+        if "setup_context" not in str(error):
+            raise
+        raise NotImplementedError(
+            "torch.func.grad, vjp and jacrev do not take operators that are registered from Python, as voxelize is; "
+            "use torch.autograd.grad: of the sum of a torch.vmap for the gradient of every sample, with "
+            "is_grads_batched=True for many cotangents"
+        ) from error
+    return out
 
 
 def _check_parameters(means: Tensor, scales: Tensor, quats: Tensor, densities: Tensor) -> list[Tensor]:
@@ -101,6 +119,11 @@ def _triple(size: int | Sequence[int], what: str) -> list[int]:
     values = [size] * 3 if isinstance(size, int) else [int(s) for s in size]
     if len(values) != 3 or any(s < 1 for s in values):
         raise ValueError(f"{what} must be one or three positive numbers of voxels (d, h, w), got {tuple(values)}")
+    if max(values) > MOST_VOXELS_ALONG_AN_AXIS or math.prod(values) > MOST_VOXELS:
+        raise ValueError(
+            f"{what} {tuple(values)} is too large: expected at most 2**30 voxels along an axis and less than 2**63 in "
+            "all; render a part of the volume, with the means and scales in its units"
+        )
     return values
 
 

@@ -68,8 +68,9 @@ def blocks(patches: Tensor, size: Sequence[int], patch_size: Sequence[int]) -> B
 
 
 def is_bad(means: Tensor, scales: Tensor, precision: Tensor, densities: Tensor) -> Tensor:
-    """Gaussians (B, N) that cannot be rendered: a parameter is NaN or infinite, or a scale is (as good as) zero."""
+    """Gaussians (B, N) that cannot be rendered: a parameter is NaN or infinite, or 1 / s² of a scale is."""
     finite = means.isfinite().all(-1) & scales.isfinite().all(-1) & densities.isfinite()
+    finite &= scales.square().reciprocal().isfinite().all(-1)
     return ~(finite & precision.flatten(-2).isfinite().all(-1))
 
 
@@ -153,7 +154,7 @@ def _through_precision(grad: Tensor, scales: Tensor, quats: Tensor) -> tuple[Ten
     """
     rotation = rotation_matrix(quats)
     turned = grad @ rotation
-    grad_scales = -2 * (rotation * turned).sum(-2) / scales**3
+    grad_scales = -2 * (rotation * turned).sum(-2) / scales.square() / scales  # a cube could be 0
     d = 2 * turned / scales.unsqueeze(-2).square()
     length = quats.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     unit = quats / length
