@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from medgmae._version import __version__
 from medgmae.checkpoints.cards import WeightsError
 from medgmae.checkpoints.download import writing
+from medgmae.checkpoints.hub import HUB_PREFIX
+from medgmae.checkpoints.refusals import hub_errors
 from medgmae.checkpoints.settings import encoder_of
-from medgmae.checkpoints.sources import CONFIG_FILE, HUB_PREFIX, SUFFIXES, WEIGHTS_FILE, hub_errors
+from medgmae.checkpoints.sources import CONFIG_FILE, SUFFIXES, WEIGHTS_FILE
 from medgmae.models.parts import unwrap
 from medgmae.models.registry import model_builder
 
