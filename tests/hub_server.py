@@ -35,8 +35,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 import medgmae
 
+WEIGHTS = hashlib.shake_256(b"weights").digest(300_000)
+CONFIG = {"architecture": "vit_nano_patch8_32", "model_args": {}}
+FILES = {"model.safetensors": WEIGHTS, "config.json": json.dumps(CONFIG).encode()}
+FILE = "/lab/net/resolve/main/model.safetensors"
 TOKEN = "hf_test_token"  # the one token that may write, and read what is private
 
 # Start of every client: `out` is what it prints as JSON at its end; `attempt` gives an error's text, not the error.
@@ -339,6 +346,12 @@ def finish_client(process: subprocess.Popen[str]) -> dict[str, Any]:
 def run_client(code: str, hub: HubServer, home: Path, **env: str) -> dict[str, Any]:
     """Start a client and wait for it."""
     return finish_client(start_client(code, hub, home, **env))
+
+
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Let this process take an address for the hub."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 def etag(name: str, content: bytes) -> str:

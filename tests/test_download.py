@@ -65,8 +65,8 @@ def test_goes_on_where_the_connection_ended(hub: HubServer, tmp_path: Path) -> N
 
 def test_goes_on_in_the_next_call(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "ATTEMPTS", 1)
-    hub.cut["/big.pth"] = 70_000
-    with pytest.raises(WeightsError, match=r"ended at byte 70000 of 300000.*70000 bytes are kept in .*call again"):
+    hub.resets["/big.pth"] = [70_000, 0]
+    with pytest.raises(WeightsError, match=r"gave up after 1 attempt. 70000 bytes are kept in .*call again"):
         get(hub, tmp_path)
     assert get(hub, tmp_path).read_bytes() == CONTENT
     assert hub.log[-1][2] == "bytes=70000-"

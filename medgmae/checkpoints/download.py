@@ -240,11 +240,14 @@ def _stream(item: Item, bar: Any, attempts: Attempts) -> None:
 def _append(item: Item, response: Any, have: int, bar: Any) -> None:
     part = item.unfinished
     start = have if response.status_code == 206 else 0  # a server that ignores ranges sends everything
-    if start and not re.match(rf"bytes {start}-", response.headers.get("Content-Range", "")):
-        part.unlink()
-        raise Interrupted("the server continues at another place than it was asked to")
     length = response.headers.get("Content-Length", "")
     end = start + int(length) if length else item.size
+    if start:
+        place = re.match(rf"bytes {start}-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if place is None:
+            part.unlink()
+            raise Interrupted("the server continues at another place than it was asked to")
+        end = int(place[1]) if place[1] != "*" else end
     if item.size is not None and end != item.size:
         raise WeightsError(f"{item.url}: the server sends {end} bytes of a file of {item.size}; call again later")
     bar.total, bar.n = end, start

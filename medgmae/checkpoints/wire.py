@@ -65,7 +65,7 @@ class Attempts:
         Raises:
             WeightsError: there should be none.
         """
-        self.failures = 1 if failure.progress else self.failures + 1
+        self.failures = 0 if failure.progress else self.failures + 1
         pause = BACKOFF / 10 if failure.progress else BACKOFF * 2 ** (self.failures - 1)
         if failure.wait is not None:
             pause = failure.wait
