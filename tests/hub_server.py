@@ -101,6 +101,8 @@ class HubServer:
         self.headers: dict[str, dict[str, str]] = {}
         self.status: dict[str, list[Any]] = {}
         self.corrupt: set[str] = set()
+        self.lfs_error: dict[str, Any] = {}
+        self.lfs_status = 200  # answer to what is uploaded
         self.ignore_ranges = False
         self.on_request: Callable[[str, Any], object] = lambda path, headers: None
         self.delay = 0.0  # seconds before a body, so that two clients overlap
@@ -289,6 +291,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"files": [{"path": p, "uploadMode": mode(p), "shouldIgnore": False} for p in paths]})
 
     def lfs_batch(self, method: str, match: re.Match[str], body: bytes) -> None:
+        if self.hub.lfs_error:
+            objects = [
+                {"oid": o["oid"], "size": o["size"], "error": self.hub.lfs_error} for o in json.loads(body)["objects"]
+            ]
+            return self._json({"transfer": "basic", "objects": objects})
         objects = [
             {**{k: o[k] for k in ("oid", "size")}, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}}
             for o in json.loads(body)["objects"]
@@ -309,6 +316,8 @@ class _Handler(BaseHTTPRequestHandler):
     def lfs_put(self, method: str, match: re.Match[str], body: bytes) -> None:
         if hashlib.sha256(body).hexdigest() != match["oid"]:
             return self._send(400)
+        if self.hub.lfs_status != 200:
+            return self._send(self.hub.lfs_status)
         self.hub.lfs[match["oid"]] = body
         self._send(200)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import socket
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
-from hub_server import FILE, FILES, TOKEN, WEIGHTS, HubServer, use_endpoint
+from hub_server import FILE, FILES, TOKEN, WEIGHTS, HubServer, run_client, use_endpoint
 from huggingface_hub import constants
 
 from medgmae.checkpoints.cards import WeightCard, WeightsError
@@ -77,6 +80,42 @@ def test_redirects_that_are_not_followed(hub: HubServer, how: Fetching, target: 
     for source in (card, "hf-hub:lab/net"):
         with pytest.raises(WeightsError, match=r"the server redirects from http to .*, which is not followed"):
             fetch(source, how)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+def test_redirects_from_https_to_http(tmp_path: Path) -> None:
+    certificate = tmp_path / "certificate.pem"
+    asked = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(certificate)]
+    subprocess.run(
+        ["openssl", "req", *asked, *files, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True
+    )
+    both = tmp_path / "both.pem"
+    both.write_text(certificate.read_text() + (tmp_path / "key.pem").read_text())
+    with HubServer() as plain, HubServer(both) as hub:
+        plain.files["/big.pth"] = hub.files["/safe.pth"] = WEIGHTS
+        commit = hub.add("lab/net", FILES)
+        hub.add("lab/store", FILES)
+        hub.status["/big.pth"] = [(302, {"Location": f"{plain.url}/big.pth"})]
+        hub.status["/lab/net/resolve/main/model.safetensors"] = [(307, {"Location": f"{plain.url}/big.pth"})]
+        headers = {"X-Repo-Commit": commit, "X-Linked-Etag": f'"{hashlib.sha256(WEIGHTS).hexdigest()}"'}
+        store = (302, {**headers, "X-Linked-Size": "300000", "Location": f"{plain.url}/big.pth"})
+        hub.status["/lab/store/resolve/main/model.safetensors"] = [store, store]
+        code = f"""
+md5 = "{hashlib.md5(WEIGHTS).hexdigest()}"
+how = Fetching("{tmp_path}/cache", progress=False)
+for name in ("safe", "big"):
+    out[name] = attempt(fetch, WeightCard("vit_x.y", url=f"{hub.url}/{{name}}.pth", md5=md5), how)
+for repo in ("lab/net", "lab/store"):
+    out[repo] = attempt(fetch, f"hf-hub:{{repo}}", how)
+"""
+        out = run_client(code, hub, tmp_path / "home", SSL_CERT_FILE=str(certificate))
+        assert plain.log == []
+    assert out.pop("safe").startswith("FetchedFile")
+    assert set(out) == {"big", "lab/net", "lab/store"}
+    for message in out.values():
+        assert "the server redirects from https to http" in message
+        assert "which is not followed" in message
 
 
 def test_redirects_without_end(hub: HubServer, how: Fetching) -> None:

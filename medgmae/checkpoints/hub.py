@@ -19,7 +19,7 @@ from medgmae.checkpoints.cards import HUB_ORG, WeightsError
 from medgmae.checkpoints.download import Item, download, verify_or_discard, writing
 from medgmae.checkpoints.hashes import Digests, announced_digests, cache_root, remembered
 from medgmae.checkpoints.json_files import read_json, refuse_folder
-from medgmae.checkpoints.refusals import first_line, hub_errors
+from medgmae.checkpoints.refusals import check_names, first_line, hub_errors
 from medgmae.checkpoints.wire import Attempts, Interrupted, answer
 
 HUB_PREFIX = "hf-hub:"
@@ -129,7 +129,7 @@ def fetch_hub_file(wanted: HubFile, how: Fetching, digests: Digests | None = Non
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-    _check_names(wanted, how)
+    check_names(str(wanted), wanted.repo, {"revision": wanted.revision, "file": wanted.file}, how.token)
     with hub_errors(str(wanted)):
         commit = wanted.commit(how)
         path = None if how.force_download else wanted.cached(how, commit)
@@ -170,20 +170,6 @@ def fetch_hub_json(wanted: HubFile, how: Fetching) -> dict[str, Any] | None:
         _log.info("%s", error)
         return None
     return read_json(path, "; if the download was damaged, force_download=True fetches it again")
-
-
-def _check_names(wanted: HubFile, how: Fetching) -> None:
-    """Refuse names that lead out of a folder, before anything is made of them."""
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    with hub_errors(str(wanted)):
-        validate_repo_id(wanted.repo)
-    for what, name in (("revision", wanted.revision), ("file", wanted.file)):
-        parts = name.split("/")
-        if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or "\\" in name:
-            raise WeightsError(f"{wanted}: {name!r} is not the name of a {what} in a repository")
-    if isinstance(how.token, str) and not (how.token.isascii() and how.token.isprintable()):
-        raise WeightsError(f"{wanted}: token= holds characters that no hub token has; copy it again")
 
 
 def _known_digests(path: Path, root: Path) -> Digests:

@@ -123,6 +123,21 @@ def answer(method: str, url: str, headers: Mapping[str, str], attempts: Attempts
     raise WeightsError(f"{url}: more than {_REDIRECTS} redirects, one after the other")
 
 
+def check_reachable(url: str, what: str) -> None:
+    """Raise a WeightsError unless a host answers, whatever it says: for a client that would wait for minutes."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    attempts = Attempts(1)
+    try:
+        with answer("HEAD", url, {}, attempts):
+            return
+    except HfHubHTTPError:
+        return
+    except Interrupted as failure:
+        if not attempts.answered:
+            raise WeightsError(f"{what}: {url}: {failure}; check the connection and call again") from failure
+
+
 def _client() -> Any:
     """The hub client's tools: its session, which knows proxies and certificates, and the HTTP library under it."""
     from huggingface_hub import utils
