@@ -13,6 +13,7 @@ import pytest
 from hub_server import FILE, FILES, TOKEN, WEIGHTS, HubServer, run_client, use_endpoint
 from huggingface_hub import constants
 
+from medgmae.checkpoints import wire
 from medgmae.checkpoints.cards import WeightCard, WeightsError
 from medgmae.checkpoints.hub import Fetching
 from medgmae.checkpoints.sources import fetch
@@ -181,6 +182,14 @@ def test_hosts_that_do_not_answer(how: Fetching, monkeypatch: pytest.MonkeyPatch
         assert time.monotonic() - began < (9.5 if kind == "silent" else 5)
     for client in (listener, *waiting):
         client.close()
+
+
+def test_more_patience_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = wire.Attempts().timeout()
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 60)
+    after = wire.Attempts().timeout()
+    assert (before.connect, before.read) == (4, 8)
+    assert (after.connect, after.read) == (24, 48)
 
 
 def test_the_cache_serves_where_the_hub_cannot_be_asked(

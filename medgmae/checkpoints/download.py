@@ -239,6 +239,8 @@ def _stream(item: Item, bar: Any, attempts: Attempts) -> None:
 
 def _append(item: Item, response: Any, have: int, bar: Any) -> None:
     part = item.unfinished
+    if response.status_code not in (200, 206):
+        raise WeightsError(f"{item.url}: the server answers {response.status_code} {response.reason_phrase}, no file")
     start = have if response.status_code == 206 else 0  # a server that ignores ranges sends everything
     length = response.headers.get("Content-Length", "")
     end = start + int(length) if length else item.size

@@ -52,6 +52,7 @@ def file_hashes(path: Path, names: Iterable[str]) -> dict[str, str]:
 
 def announced_digests(etag: str) -> Digests:
     """The digest that the hub's name of a content is: sha256 of a large file, git's hash of a small one, or none."""
+    etag = etag.lower()
     if re.fullmatch("[0-9a-f]{64}", etag):
         return {"sha256": etag}
     return {"git": etag} if re.fullmatch("[0-9a-f]{40}", etag) else {}

@@ -106,6 +106,8 @@ def check_names(what: str, repo: str, names: Mapping[str, str], token: str | boo
     client: Any = utils
     with hub_errors(what):
         client.validate_repo_id(repo)
+    if not repo.isascii():  # some versions of the client let other letters pass
+        raise WeightsError(f"{what}: not the name of a repository; expected org/name in plain letters")
     for kind, name in names.items():
         parts = name.split("/")
         if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or "\\" in name:

@@ -15,7 +15,8 @@ from urllib.parse import urljoin, urlsplit
 
 from medgmae.checkpoints.cards import WeightsError
 
-CONNECT = 4.0  # seconds until a host that never answered is given up
+CONNECT = 4.0  # seconds for a connection
+SOON = 2.0  # seconds in which a host that never answered is tried again
 ANSWER = 8.0  # seconds that a host which takes connections has for its first answer
 TIMEOUT = 30.0  # seconds without a byte from a host that has answered before
 ATTEMPTS = 5  # without progress
@@ -71,7 +72,7 @@ class Attempts:
             pause = failure.wait
         if pause > LONGEST_WAIT:
             raise WeightsError(f"{failure}; the server asks to wait for {pause:.0f} seconds, call again then")
-        late = not self.answered and time.monotonic() - self._began + pause > CONNECT * _scale()
+        late = not self.answered and time.monotonic() - self._began + pause > SOON * _scale()
         if self.failures >= self.most or late:
             plural = "s" if self.failures > 1 else ""
             raise WeightsError(f"{failure}; gave up after {self.failures} attempt{plural}") from failure
@@ -164,7 +165,7 @@ def _check_redirect(url: str, target: str) -> None:
 def _check_name(url: str) -> None:
     """Bound the look-up of a host's name, for which the system has no time limit; behind a proxy there is none."""
     host = urlsplit(url).hostname
-    if not host or urllib.request.getproxies():
+    if not host or {"http", "https", "all"} & set(urllib.request.getproxies()):
         return
     # Whatever goes wrong here goes wrong in the request again, which says it better.
     thread = threading.Thread(target=_look_up, args=(host,), daemon=True)
