@@ -346,7 +346,7 @@ def start_client(code: str, hub: HubServer, home: Path, **env: str) -> subproces
 
 def finish_client(process: subprocess.Popen[str]) -> dict[str, Any]:
     """What the process put into ``out``; its error output fails the test if it failed."""
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
     out: dict[str, Any] = json.loads(stdout.splitlines()[-1])
     return out

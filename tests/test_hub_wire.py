@@ -153,7 +153,10 @@ def test_an_answer_from_another_place_is_not_appended(hub: HubServer, how: Fetch
     assert fetch("hf-hub:lab/net", how).path.read_bytes() == WEIGHTS
 
 
-@pytest.mark.parametrize("kind", ["refused", "blackhole", "silent", "unknown name", "slow name"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("blackhole", "silent", "slow name")]
+
+
+@pytest.mark.parametrize("kind", ["refused", "unknown name", *SLOW])
 def test_hosts_that_do_not_answer(how: Fetching, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
