@@ -179,7 +179,8 @@ def _from_saved(
     config = opened.config or {}
     if "architecture" not in config:
         raise WeightsError(f"{name}: has no config.json with an 'architecture'; save it with medgmae.save_pretrained")
-    card = WeightCard.from_json(config["pretrained_cfg"], name) if config.get("pretrained_cfg") else None
+    saved_card = config.get("pretrained_cfg")
+    card = WeightCard.from_saved(saved_card, name, config.get("library_version")) if saved_card else None
     model_args = {**config.get("model_args", {}), **overrides}
     model = _build(config["architecture"], model_args, card, None if pretrained is False else opened, loading)
     report = getattr(model, "load_report", None)

@@ -19,6 +19,10 @@ for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"):
 
 import pytest
 import torch
+from hub_server import HubServer, use_endpoint
+
+from medgmae.checkpoints import wire
+from medgmae.checkpoints.hub import Fetching
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,3 +66,19 @@ def seed() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A server that this process takes for the hub."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(wire, "BACKOFF", 0.01)
+    with HubServer() as server:
+        use_endpoint(monkeypatch, server.url)
+        yield server
+
+
+@pytest.fixture
+def how(tmp_path: Path) -> Fetching:
+    """Into a cache of the test's own."""
+    return Fetching(tmp_path / "cache", progress=False)

@@ -6,9 +6,11 @@
         ... run a client with HF_ENDPOINT=hub.url ...
         hub.log                               # [("HEAD", "/org/name/resolve/main/model.safetensors", None), ...]
 
-Faults are asked for by path: ``hub.cut[path] = 1000`` ends the next body after 1000 bytes, ``hub.status[path] = [503]``
-answers the next request so, ``hub.announce[path]`` is a length that is not true, ``hub.corrupt`` has the paths whose
-bodies are changed at equal length.
+Faults are asked for by path: ``hub.cut[path] = 1000`` ends the next body after 1000 bytes, ``hub.resets[path] = [1000,
+0]`` resets the connection after as many bytes of the next bodies, ``hub.status[path] = [503]`` answers the next request
+so (or with headers and a body: ``[(429, {"Retry-After": "1"}, b"...")]``), ``hub.headers[path]`` replaces headers,
+``hub.announce[path]`` is a length that is not true, ``hub.corrupt`` has the paths whose bodies are changed at equal
+length.
 """
 
 from __future__ import annotations
@@ -19,18 +21,29 @@ import itertools
 import json
 import os
 import re
+import socket
+import ssl
+import struct
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 import medgmae
 
+WEIGHTS = hashlib.shake_256(b"weights").digest(300_000)
+CONFIG = {"architecture": "vit_nano_patch8_32", "model_args": {}}
+FILES = {"model.safetensors": WEIGHTS, "config.json": json.dumps(CONFIG).encode()}
+FILE = "/lab/net/resolve/main/model.safetensors"
 TOKEN = "hf_test_token"  # the one token that may write, and read what is private
 
 # Start of every client: `out` is what it prints as JSON at its end; `attempt` gives an error's text, not the error.
@@ -76,23 +89,34 @@ class Repo:
 class HubServer:
     """The server, running in threads of its own between ``__enter__`` and ``__exit__``."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Path | None = None) -> None:
+        self.certificate = certificate  # with its key: the server then speaks https
         self.repos: dict[str, Repo] = {}
         self.files: dict[str, bytes] = {}
         self.lfs: dict[str, bytes] = {}
         self.log: list[tuple[str, str, str | None]] = []
         self.cut: dict[str, int] = {}
         self.announce: dict[str, int] = {}
-        self.status: dict[str, list[int]] = {}
+        self.resets: dict[str, list[int]] = {}
+        self.headers: dict[str, dict[str, str]] = {}
+        self.status: dict[str, list[Any]] = {}
         self.corrupt: set[str] = set()
+        self.lfs_error: dict[str, Any] = {}
+        self.lfs_status = 200  # answer to what is uploaded
         self.ignore_ranges = False
+        self.on_request: Callable[[str, Any], object] = lambda path, headers: None
         self.delay = 0.0  # seconds before a body, so that two clients overlap
         self._commits = (hashlib.sha1(str(i).encode()).hexdigest() for i in itertools.count())
 
     def __enter__(self) -> HubServer:
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        scheme = "https" if self.certificate else "http"
+        if self.certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"{scheme}://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
         return self
@@ -139,9 +163,12 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.log.append((method, path, self.headers.get("Range")))
+        self.hub.on_request(path, self.headers)
         planned = self.hub.status.get(path)
         if planned:
-            return self._send(planned.pop(0))
+            plan = planned.pop(0)
+            status, headers, content = (*plan, {}, b"")[:3] if isinstance(plan, tuple) else (plan, {}, b"")
+            return self._send(status, content, headers)
         if path in self.hub.files:
             return self._content(method, path, self.hub.files[path], {"ETag": '"file"'})
         for verb, pattern, action in _ROUTES:
@@ -180,15 +207,26 @@ class _Handler(BaseHTTPRequestHandler):
         if path in self.hub.corrupt:
             body = bytes([body[0] ^ 1]) + body[1:]
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in {**headers, **self.hub.headers.get(path, {})}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(self.hub.announce.get(path, len(body))))
         self.end_headers()
         if method == "GET":
+            if self.hub.resets.get(path):
+                return self._reset(body[: self.hub.resets[path].pop(0)])
             time.sleep(self.hub.delay)
             end = self.hub.cut.pop(path, len(body))
             self.wfile.write(body[:end])
             self.close_connection = self.close_connection or end < len(body)
+
+    def _reset(self, body: bytes) -> None:
+        """Send a part, and when the client has it, a reset instead of an end."""
+        self.wfile.write(body)
+        self.wfile.flush()
+        time.sleep(0.1)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
 
     def _repo(self, name: str) -> Repo | None:
         """The repository, or None after the answer that the hub gives when it is not there or not readable."""
@@ -253,6 +291,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"files": [{"path": p, "uploadMode": mode(p), "shouldIgnore": False} for p in paths]})
 
     def lfs_batch(self, method: str, match: re.Match[str], body: bytes) -> None:
+        if self.hub.lfs_error:
+            objects = [
+                {"oid": o["oid"], "size": o["size"], "error": self.hub.lfs_error} for o in json.loads(body)["objects"]
+            ]
+            return self._json({"transfer": "basic", "objects": objects})
         objects = [
             {**{k: o[k] for k in ("oid", "size")}, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}}
             for o in json.loads(body)["objects"]
@@ -273,6 +316,8 @@ class _Handler(BaseHTTPRequestHandler):
     def lfs_put(self, method: str, match: re.Match[str], body: bytes) -> None:
         if hashlib.sha256(body).hexdigest() != match["oid"]:
             return self._send(400)
+        if self.hub.lfs_status != 200:
+            return self._send(self.hub.lfs_status)
         self.hub.lfs[match["oid"]] = body
         self._send(200)
 
@@ -301,7 +346,7 @@ def start_client(code: str, hub: HubServer, home: Path, **env: str) -> subproces
 
 def finish_client(process: subprocess.Popen[str]) -> dict[str, Any]:
     """What the process put into ``out``; its error output fails the test if it failed."""
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
     out: dict[str, Any] = json.loads(stdout.splitlines()[-1])
     return out
@@ -310,6 +355,12 @@ def finish_client(process: subprocess.Popen[str]) -> dict[str, Any]:
 def run_client(code: str, hub: HubServer, home: Path, **env: str) -> dict[str, Any]:
     """Start a client and wait for it."""
     return finish_client(start_client(code, hub, home, **env))
+
+
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Let this process take an address for the hub."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 def etag(name: str, content: bytes) -> str:

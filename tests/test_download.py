@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, finish_client, run_client, start_client
 
-from medgmae.checkpoints import download as transfer
+from medgmae.checkpoints import wire
 from medgmae.checkpoints.cards import WeightCard, WeightsError
 from medgmae.checkpoints.hashes import HashMismatchError
 from medgmae.checkpoints.sources import Fetching, fetch, read_folder, resolve
@@ -23,7 +23,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(transfer, "BACKOFF", 0.01)
+    monkeypatch.setattr(wire, "BACKOFF", 0.01)
     with HubServer() as server:
         server.files["/big.pth"] = CONTENT
         yield server
@@ -64,9 +64,9 @@ def test_goes_on_where_the_connection_ended(hub: HubServer, tmp_path: Path) -> N
 
 
 def test_goes_on_in_the_next_call(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "ATTEMPTS", 1)
-    hub.cut["/big.pth"] = 70_000
-    with pytest.raises(WeightsError, match=r"ended at byte 70000 of 300000.*70000 bytes are kept in .*call again"):
+    monkeypatch.setattr(wire, "ATTEMPTS", 1)
+    hub.resets["/big.pth"] = [70_000, 0]
+    with pytest.raises(WeightsError, match=r"gave up after 1 attempt. 70000 bytes are kept in .*call again"):
         get(hub, tmp_path)
     assert get(hub, tmp_path).read_bytes() == CONTENT
     assert hub.log[-1][2] == "bytes=70000-"
@@ -132,8 +132,9 @@ def test_attempts_are_bounded(hub: HubServer, tmp_path: Path) -> None:
 
 
 def test_server_that_falls_silent(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "TIMEOUT", 0.05)
-    monkeypatch.setattr(transfer, "ATTEMPTS", 2)
+    monkeypatch.setattr(wire, "ANSWER", 0.05)
+    monkeypatch.setattr(wire, "TIMEOUT", 0.05)
+    monkeypatch.setattr(wire, "ATTEMPTS", 2)
     hub.delay = 0.3
     with pytest.raises(WeightsError, match=r"timed out.*gave up after 2 attempts"):
         get(hub, tmp_path)

@@ -10,18 +10,21 @@ import difflib
 import functools
 import importlib.resources
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from medgmae._version import __version__
 from medgmae.checkpoints.report import html_table
 from medgmae.models.registry import matching
 
 HUB_ORG = "medgmae"
 """Organisation of our own copies on the Hugging Face hub: a card's ``hub.repo`` without a slash belongs to it."""
 
+_log = logging.getLogger("medgmae")
 _TAG = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+")
 _HUB_FIELDS = {"repo", "revision", "file"}
 _OPTIONAL = {"page_file"}
@@ -132,6 +135,31 @@ class WeightCard:
     def url_hashes(self) -> tuple[str | None, str | None]:
         """``(md5, sha256)`` of the file behind ``url``; ``sha256`` is about our own copy where there is one."""
         return self.md5, None if self.hub or self.file else self.sha256
+
+    @classmethod
+    def from_saved(cls, data: Mapping[str, Any], source: str, version: object) -> WeightCard:
+        """Card from the JSON object in a saved model, which another version of the library may have written.
+
+        Fields that this version does not know are left out, with a warning that names ``version``, the writer's; those
+        that it misses are ``null``.
+
+        Raises:
+            WeightsError: see :meth:`from_json`.
+        """
+        if not _is_object(data):
+            return cls.from_json(data, source)
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            _log.warning(
+                "%s: its card was written by medgmae %s; fields %s, unknown to this version, %s, are ignored",
+                source,
+                str(version or "(version unknown)")[:40],
+                str(unknown)[:200],
+                __version__,
+            )
+        blank = dict.fromkeys(known - {"model_args"}) | {"model_args": {}}
+        return cls.from_json({**blank, **{name: value for name, value in data.items() if name in known}}, source)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], source: str = "weight card") -> WeightCard:

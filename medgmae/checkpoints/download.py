@@ -1,90 +1,97 @@
-"""Download of one file from a plain address: resumed, checked, moved into place whole, by one process at a time."""
+"""Download of one file: resumed, checked, moved into place whole, by one process at a time."""
 
 from __future__ import annotations
 
 import errno
-import http.client
 import io
 import logging
 import os
+import re
 import shutil
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from medgmae.checkpoints.cards import WeightsError
-from medgmae.checkpoints.hashes import HashMismatchError, check_hashes, discard, remember, verify
+from medgmae.checkpoints.hashes import Digests, HashMismatchError, check_hashes, discard, remember, verify
+from medgmae.checkpoints.json_files import refuse_folder
+from medgmae.checkpoints.wire import Attempts, Interrupted, answer
 
-TIMEOUT = 30.0  # seconds without a byte from the server
-ATTEMPTS = 5
-BACKOFF = 1.0  # seconds before the second attempt; doubles with each one after it
-_CHUNK = 1 << 18
-_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _MOVE = "set HF_HOME, or pass cache_dir=, to a folder with room that you may write to"
 
 _log = logging.getLogger("medgmae")
 
 
-class _Interrupted(Exception):
-    """The connection ended before the file did."""
+@dataclass(frozen=True)
+class Item:
+    """One file to be fetched.
+
+    Attributes:
+        url: its address.
+        target: where it goes.
+        digests: what it is compared with; may be empty.
+        size: in bytes, if known.
+        headers: of the requests, a token for instance.
+        part: where the bytes gather; ``<target>.part`` by default.
+        lock: file that keeps two processes apart; ``<target>.lock`` by default.
+        answered: whether the server is known to answer, see :class:`~medgmae.checkpoints.wire.Attempts`.
+    """
+
+    url: str
+    target: Path
+    digests: Digests
+    size: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    part: Path | None = None
+    lock: Path | None = None
+    answered: bool = False
+
+    @property
+    def unfinished(self) -> Path:
+        """Where the bytes gather."""
+        return self.part or self.target.with_name(f"{self.target.name}.part")
 
 
-def download(
-    url: str,
-    target: Path,
-    *,
-    root: Path,
-    md5: str | None,
-    sha256: str | None,
-    size: int | None,
-    progress: bool,
-    again: bool = False,
-) -> Path:
-    """Fetch ``url`` to ``target`` unless a checked copy is there already.
+def download(item: Item, root: Path, *, progress: bool, again: bool = False) -> Path:
+    """Fetch a file unless a checked copy is there already.
 
-    The bytes gather in ``<target>.part``, which survives an interruption and is continued by the next call.
+    The bytes gather in a file of their own, which survives an interruption and is continued by the next call.
 
     Args:
-        url: address of the file.
-        target: where the file goes.
+        item: what to fetch.
         root: our cache folder, see :func:`medgmae.checkpoints.hashes.verify`.
-        md5: expected digest or ``None``.
-        sha256: expected digest or ``None``.
-        size: size in bytes, if known.
         progress: show a progress bar.
         again: fetch even if a copy is there, which stays until the new one is whole.
 
     Raises:
-        WeightsError: offline, no connection, refused, disk full, cache not writable, wrong content.
+        WeightsError: offline, no connection, disk full, cache not writable, wrong content.
+        HfHubHTTPError: the server refuses.
     """
-    if not again and _is_there(target, root, md5, sha256):
+    target = item.target
+    if not again and _is_there(item, root):
         return target
-    _refuse_offline(url, target)
+    _refuse_offline(item)
     from filelock import FileLock
 
+    lock_path = item.lock or target.with_name(f"{target.name}.lock")
     with writing(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{target}.lock")
+        for path in (target, item.unfinished, lock_path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(lock_path)
         lock.acquire()
     try:
         if again:
-            _part(target).unlink(missing_ok=True)
-        if again or not _is_there(target, root, md5, sha256):  # another process may have fetched it while we waited
-            _fetch(url, target, md5, sha256, size, progress)
-            remember(target, root=root, md5=md5, sha256=sha256)
+            with writing(target.parent):
+                item.unfinished.unlink(missing_ok=True)
+        if again or not _is_there(item, root):  # another process may have fetched it while we waited
+            _fetch(item, progress)
+            remember(target, item.digests, root)
     finally:
         lock.release()
     return target
-
-
-def _part(target: Path) -> Path:
-    """Where the bytes of an unfinished download gather."""
-    return target.with_name(target.name + ".part")
 
 
 @contextmanager
@@ -102,14 +109,27 @@ def disk_message(folder: Path, error: OSError, remedy: str = _MOVE) -> str:
     return f"{folder}: {problem}; {remedy}"
 
 
-def _is_there(target: Path, root: Path, md5: str | None, sha256: str | None) -> bool:
-    if not target.exists():
+def _is_there(item: Item, root: Path) -> bool:
+    if not item.target.exists():
         return False
-    try:
-        verify(target, root=root, md5=md5, sha256=sha256)
-    except HashMismatchError as error:
-        raise HashMismatchError(f"{error}; {after_discard(target)}") from None
+    verify_or_discard(item.target, item.digests, root)
     return True
+
+
+def verify_or_discard(path: Path, digests: Digests, root: Path) -> None:
+    """:func:`~medgmae.checkpoints.hashes.verify` a file of a cache; one that fails is removed.
+
+    Raises:
+        HashMismatchError: a digest differs; the message says what became of the file.
+        WeightsError: it cannot be read.
+    """
+    refuse_folder(path)
+    try:
+        verify(path, digests, root)
+    except HashMismatchError as error:
+        raise HashMismatchError(f"{error}; {after_discard(path)}") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def after_discard(path: Path) -> str:
@@ -119,89 +139,133 @@ def after_discard(path: Path) -> str:
     return "the file could not be removed (read-only cache): delete it, or set HF_HOME to another folder"
 
 
-def _refuse_offline(url: str, target: Path) -> None:
+def _refuse_offline(item: Item) -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise WeightsError(
-            f"{target} should be fetched from {url}, but HF_HUB_OFFLINE is set; unset it once, or copy the file there "
-            "from a machine that has it"
+            f"{item.url}: not on this machine, but HF_HUB_OFFLINE is set; unset it once, {_by_hand(item)}"
         )
 
 
-def _fetch(url: str, target: Path, md5: str | None, sha256: str | None, size: int | None, progress: bool) -> None:
-    part = _part(target)
-    resumed = part.exists()
-    _stream_all(url, part, target.name, size, progress)
+def _by_hand(item: Item) -> str:
+    """What helps without a connection; opens the folder for it."""
+    name = item.target.name
     try:
-        check_hashes(part, md5=md5, sha256=sha256)
+        item.target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return f'or copy the file from a machine that has it and load it by its path: pretrained="/path/to/{name}"'
+    return (
+        f"or copy the file from a machine that has it to {item.target}, where it is found and checked (from anywhere "
+        f'else it is loaded by its path: pretrained="/path/to/{name}")'
+    )
+
+
+def _fetch(item: Item, progress: bool) -> None:
+    part = item.unfinished
+    refuse_folder(part)
+    resumed = part.exists()
+    _stream_all(item, progress)
+    try:
+        check_hashes(part, item.digests)
     except HashMismatchError as error:
         part.unlink()
         if not resumed:
-            raise HashMismatchError(f"{error}, from {url}; nothing was kept") from None
-        _log.warning("%s does not continue what an earlier download left behind; starting over", url)
-        _fetch(url, target, md5, sha256, size, progress)
+            remedy = "nothing was kept: the file was removed, call again to fetch it anew"
+            raise HashMismatchError(f"{error}, from {item.url}; {remedy}") from None
+        _log.warning("%s does not continue what an earlier download left behind; starting over", item.url)
+        _fetch(item, progress)
         return
-    with writing(target.parent):
-        os.replace(part, target)
+    with writing(item.target.parent):
+        os.replace(part, item.target)
 
 
-def _stream_all(url: str, part: Path, name: str, size: int | None, progress: bool) -> None:
+def _stream_all(item: Item, progress: bool) -> None:
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled
     from tqdm.auto import tqdm
 
-    hidden = not progress or are_progress_bars_disabled()
-    with tqdm(desc=name, total=size, unit="B", unit_scale=True, unit_divisor=1024, disable=hidden) as bar:
-        for attempt in range(ATTEMPTS):
-            time.sleep(BACKOFF * 2 ** (attempt - 1) if attempt else 0)
+    part, hidden = item.unfinished, not progress or are_progress_bars_disabled()
+    attempts = Attempts(answered=item.answered)
+    most = _length(part)  # a server that starts over each time brings something only beyond this
+    name = item.target.name
+    with tqdm(desc=name, total=item.size, unit="B", unit_scale=True, unit_divisor=1024, disable=hidden) as bar:
+        while True:
             try:
-                return _stream(url, part, bar)
-            except urllib.error.HTTPError as error:
-                error.close()
-                if error.code not in _AGAIN:
-                    raise WeightsError(f"{url}: the server answers {error.code} {error.reason}") from error
-                failure: Exception = error
-            except (_Interrupted, http.client.HTTPException, OSError) as error:
-                failure = error
-            _log.info("%s: %s (attempt %d of %d)", url, failure, attempt + 1, ATTEMPTS)
-    kept = part.stat().st_size if part.exists() else 0
-    raise WeightsError(
-        f"{url}: {failure}; gave up after {ATTEMPTS} attempts. {kept} bytes are kept in {part}; call again to go on"
-    ) from failure
+                return _stream(item, bar, attempts)
+            except Interrupted as failure:
+                kept = _length(part)
+                progressed, most = kept > most, max(kept, most)
+                try:
+                    attempts.failed(Interrupted(str(failure), progress=progressed, wait=failure.wait))
+                except WeightsError as error:
+                    raise WeightsError(_gave_up(item, error, kept, attempts.answered)) from failure
 
 
-def _stream(url: str, part: Path, bar: Any) -> None:
-    """One request: append what the server sends to ``part``."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "medgmae"})
-    if have:
-        request.add_header("Range", f"bytes={have}-")
+def _gave_up(item: Item, error: WeightsError, kept: int, answered: bool) -> str:
+    if not answered and not kept:
+        return f"{item.url}: {error}. Check the connection and call again, {_by_hand(item)}"
+    return f"{item.url}: {error}. {kept} bytes are kept in {item.unfinished}; call again to go on"
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _stream(item: Item, bar: Any, attempts: Attempts) -> None:
+    """One request: append what the server sends."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    part = item.unfinished
+    have = _length(part)
+    if have and have == item.size:
+        return
+    wanted = {"Range": f"bytes={have}-"} if have else {}
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # asked for what lies behind the end
-            error.close()
-            if error.headers.get("Content-Range") == f"bytes */{have}":
-                return
-            part.unlink()
-            raise _Interrupted("what an earlier download left behind is longer than the file") from error
+        with answer("GET", item.url, {**item.headers, **wanted}, attempts) as response:
+            _append(item, response, have, bar)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 416 or not have:  # asked for what lies behind the end
+            raise
+        if item.size is None and error.response.headers.get("Content-Range") == f"bytes */{have}":
+            return
+        part.unlink()
+        raise Interrupted("what an earlier download left behind is longer than the file") from error
+    except Interrupted as failure:
+        if _length(part) > have:
+            end = f" of {bar.total}" if bar.total else ""
+            raise Interrupted(f"the connection ended at byte {_length(part)}{end}", wait=failure.wait) from failure
         raise
-    with response:
-        if response.status != 206:
-            have = 0  # the server ignores ranges and sends everything
-        length = response.headers.get("Content-Length")
-        end = have + int(length) if length else None
-        bar.total, bar.n = end or bar.total, have
-        _check_space(part.parent, end - have if end else 0)
-        with _opened(part, "ab" if have else "wb") as stream:
-            while chunk := response.read1(_CHUNK):
-                with writing(part.parent):
-                    _write(stream, chunk)
-                bar.update(len(chunk))
+
+
+def _append(item: Item, response: Any, have: int, bar: Any) -> None:
+    part = item.unfinished
+    if response.status_code not in (200, 206):
+        raise WeightsError(f"{item.url}: the server answers {response.status_code} {response.reason_phrase}, no file")
+    start = have if response.status_code == 206 else 0  # a server that ignores ranges sends everything
+    length = response.headers.get("Content-Length", "")
+    end = start + int(length) if length else item.size
+    if start:
+        place = re.match(rf"bytes {start}-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if place is None:
+            part.unlink()
+            raise Interrupted("the server continues at another place than it was asked to")
+        end = int(place[1]) if place[1] != "*" else end
+    if item.size is not None and end != item.size:
+        raise WeightsError(f"{item.url}: the server sends {end} bytes of a file of {item.size}; call again later")
+    bar.total, bar.n = end, start
+    _check_space(part.parent, end - start if end else 0)
+    with _opened(part, "ab" if start else "wb") as stream:
+        for chunk in response.iter_raw():
             with writing(part.parent):
-                os.fsync(stream.fileno())
-    if end and part.stat().st_size < end:
-        raise _Interrupted(f"the connection ended at byte {part.stat().st_size} of {end}")
+                _write(stream, chunk)
+            bar.update(len(chunk))
+            if end is not None and bar.n > end:
+                part.unlink()
+                raise WeightsError(f"{item.url}: the server sends more than the {end} bytes that it announced")
+        with writing(part.parent):
+            os.fsync(stream.fileno())
+    if end is not None and _length(part) < end:
+        raise Interrupted(f"the connection ended at byte {_length(part)} of {end}")
 
 
 def _check_space(folder: Path, needed: int) -> None:

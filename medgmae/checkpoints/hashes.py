@@ -6,12 +6,18 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from medgmae.checkpoints.cards import WeightsError
 
+Digests = Mapping[str, str]
+"""Hexadecimal digests by name: ``"md5"``, ``"sha256"``, ``"git"``."""
+
+_NAMES = ("md5", "sha256", "git")
 _CHUNK = 1 << 22
 
 
@@ -28,9 +34,14 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return Path(constants.HF_HOME) / "medgmae"
 
 
-def file_hashes(path: Path, names: tuple[str, ...]) -> dict[str, str]:
-    """Hexadecimal digests of a file, read once for all of ``names`` (``"md5"``, ``"sha256"``)."""
-    digests = {name: hashlib.new(name, usedforsecurity=False) for name in names}
+def file_hashes(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """Hexadecimal digests of a file, read once for all of ``names``.
+
+    ``"md5"`` and ``"sha256"`` are as usual; ``"git"`` is the hash that git, and so the hub, gives to a small file.
+    """
+    digests = {name: hashlib.new("sha1" if name == "git" else name, usedforsecurity=False) for name in names}
+    if "git" in digests:
+        digests["git"].update(b"blob %d\0" % path.stat().st_size)
     buffer = memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
@@ -39,47 +50,61 @@ def file_hashes(path: Path, names: tuple[str, ...]) -> dict[str, str]:
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def check_hashes(path: Path, *, md5: str | None = None, sha256: str | None = None) -> None:
-    """Compare a file with the digests it should have; those given as ``None`` are not looked at.
+def announced_digests(etag: str) -> Digests:
+    """The digest that the hub's name of a content is: sha256 of a large file, git's hash of a small one, or none."""
+    etag = etag.lower()
+    if re.fullmatch("[0-9a-f]{64}", etag):
+        return {"sha256": etag}
+    return {"git": etag} if re.fullmatch("[0-9a-f]{40}", etag) else {}
+
+
+def check_hashes(path: Path, expected: Digests) -> None:
+    """Compare a file with the digests it should have.
 
     Raises:
         HashMismatchError: one differs.
     """
-    expected = {name: digest for name, digest in (("md5", md5), ("sha256", sha256)) if digest}
-    digests = file_hashes(path, tuple(expected))
+    digests = file_hashes(path, expected)
     for name, digest in expected.items():
         if digests[name] != digest:
             raise HashMismatchError(f"{path}: wrong content: expected {name} {digest}, found {digests[name]}")
 
 
-def verify(path: Path, *, root: Path, md5: str | None = None, sha256: str | None = None) -> None:
+def verify(path: Path, expected: Digests, root: Path) -> None:
     """:func:`check_hashes`, skipped for a file that passed before and has kept its size and time.
 
     Args:
         path: the file.
+        expected: digests by name; none are no check.
         root: our cache folder, where passes are remembered; if it cannot be written, the next call checks again.
-        md5: expected digest or ``None``.
-        sha256: expected digest or ``None``.
 
     Raises:
         HashMismatchError: a digest differs.
     """
-    if not (md5 or sha256):
+    if not expected:
         return
-    if _recall(_memo_path(path, root)) != _state(path, md5, sha256):
-        check_hashes(path, md5=md5, sha256=sha256)
-        remember(path, root=root, md5=md5, sha256=sha256)
+    memo = _recall(_memo_path(path, root))
+    passed = memo is not None and memo == _state(path, memo["digests"])
+    if not (passed and expected.items() <= remembered(path, root).items()):
+        check_hashes(path, expected)
+        remember(path, expected, root)
 
 
-def remember(path: Path, *, root: Path, md5: str | None = None, sha256: str | None = None) -> None:
+def remember(path: Path, digests: Digests, root: Path) -> None:
     """Note that a file has these digests, for :func:`verify`; a cache that cannot be written is left alone."""
     memo = _memo_path(path, root)
     with contextlib.suppress(OSError):
         memo.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=memo.parent, suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(_state(path, md5, sha256), stream)
+            json.dump(_state(path, digests), stream)
         os.replace(name, memo)
+
+
+def remembered(path: Path, root: Path) -> Digests:
+    """The digests that a file had when it was last checked, whether it still has them or not."""
+    memo = _recall(_memo_path(path, root))
+    return {name: digest for name, digest in memo["digests"].items() if name in _NAMES} if memo else {}
 
 
 def discard(path: Path) -> bool:
@@ -104,14 +129,15 @@ def _memo_path(path: Path, root: Path) -> Path:
     return root / "verified" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.json"
 
 
-def _state(path: Path, md5: str | None, sha256: str | None) -> dict[str, Any]:
+def _state(path: Path, digests: Digests) -> dict[str, Any]:
     real = path.resolve()
     status = real.stat()
-    return {"path": str(real), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "md5": md5, "sha256": sha256}
+    return {"path": str(real), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "digests": dict(digests)}
 
 
-def _recall(memo: Path) -> Any:
+def _recall(memo: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(memo.read_text(encoding="utf-8"))
+        state = json.loads(memo.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return state if isinstance(state, dict) and isinstance(state.get("digests"), dict) else None

@@ -20,7 +20,8 @@ from medgmae.checkpoints.dialects.entries import Converted, Target
 from medgmae.checkpoints.dialects.recognise import convert
 from medgmae.checkpoints.report import html_table
 from medgmae.checkpoints.settings import encoder_of, model_settings
-from medgmae.checkpoints.sources import WEIGHTS_FILE
+from medgmae.checkpoints.sharded import weight_bytes
+from medgmae.checkpoints.sources import read_folder
 from medgmae.layers.patches import Shape
 from medgmae.models.encoder import Setting
 from medgmae.models.registry import model_builder, model_names
@@ -129,7 +130,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | Non
     tensors = opened.checkpoint.state.values()
     facts = {
         "path": str(path),
-        "bytes": (path / WEIGHTS_FILE if path.is_dir() else path).stat().st_size,
+        "bytes": weight_bytes(read_folder(path).path if path.is_dir() else path),
         "container": opened.checkpoint.container,
         "source": converted.source,
         "tensors": len(tensors),

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medgmae.checkpoints.cards import HUB_ORG, WeightCard, WeightsError
-from medgmae.checkpoints.reading import Checkpoint, find_state, read_checkpoint
+from medgmae.checkpoints.hub import Fetching
+from medgmae.checkpoints.reading import Checkpoint, find_state
 from medgmae.checkpoints.settings import saved_settings
-from medgmae.checkpoints.sources import Fetching, resolve
+from medgmae.checkpoints.sharded import read_weights
+from medgmae.checkpoints.sources import resolve
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def open_source(
         source: a tag ("vit_large_patch16_256.tangerine"), a card, "hf-hub:org/repo[@revision]", "timm/MODEL" (2D
             weights through timm), a file, a folder (also as "local-dir:/path") or a state dictionary.
         architecture: completes a tag that is given without it ("tangerine").
-        cache_dir: see :class:`~medgmae.checkpoints.sources.Fetching`.
+        cache_dir: see :class:`~medgmae.checkpoints.hub.Fetching`.
         hub_org: likewise.
         token: likewise.
         force_download: likewise.
@@ -61,7 +63,13 @@ def open_source(
     if isinstance(source, str) and source.startswith("timm/"):
         return _open_timm(source)
     resolved = resolve(source, architecture, Fetching(cache_dir, hub_org, token, force_download, progress))
-    checkpoint = read_checkpoint(resolved.path)
+    try:
+        checkpoint = read_weights(resolved.path)
+    except WeightsError as error:
+        if not resolved.fetched:
+            raise
+        remedy = "if the download was damaged, force_download=True fetches it again"
+        raise type(error)(f"{resolved.name}: {error}; {remedy}") from error
     config = resolved.config or checkpoint.config
     return OpenSource(resolved.name, checkpoint, config, saved_settings(config, resolved.name))
 

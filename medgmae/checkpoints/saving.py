@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from medgmae._version import __version__
 from medgmae.checkpoints.cards import WeightsError
 from medgmae.checkpoints.download import writing
+from medgmae.checkpoints.hub import HUB_PREFIX
+from medgmae.checkpoints.refusals import check_names, push_errors
 from medgmae.checkpoints.settings import encoder_of
-from medgmae.checkpoints.sources import CONFIG_FILE, HUB_PREFIX, SUFFIXES, WEIGHTS_FILE, hub_errors
+from medgmae.checkpoints.sources import CONFIG_FILE, SUFFIXES, WEIGHTS_FILE
+from medgmae.checkpoints.wire import check_reachable
 from medgmae.models.parts import unwrap
 from medgmae.models.registry import model_builder
 
@@ -87,14 +90,18 @@ def push_to_hub(
         Address of the uploaded commit. Its last part is the revision to pin in ``"hf-hub:org/name@revision"``.
 
     Raises:
-        WeightsError: the model cannot be saved, or the hub refuses.
+        WeightsError: the model cannot be saved, or the hub cannot be reached or refuses: no right to write, a quota, a
+            model card that it does not accept. The message says what to do.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="medgmae", library_version=__version__)
+    what = f"{HUB_PREFIX}{repo_id}"
+    check_names(what, repo_id, {} if revision is None else {"branch": revision}, token)
     with tempfile.TemporaryDirectory() as name:
         folder = save_pretrained(model, Path(name))
-        with hub_errors(f"{HUB_PREFIX}{repo_id}"):
+        with push_errors(what, api.endpoint):
+            check_reachable(api.endpoint, what)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -234,9 +241,12 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else f"`{json.dumps(value)}`"
 
 
-def _origin(card: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The card without where to fetch it: hashes and addresses are those of another file."""
-    return {name: None if name in _SOURCES else value for name, value in card.items()} if card else None
+def _origin(card: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The card without where to fetch it: hashes and addresses are those of another file.
+
+    Without a card an empty object and not null: timm then says that it does not know the architecture.
+    """
+    return {name: None if name in _SOURCES else value for name, value in (card or {}).items()}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -41,6 +41,12 @@ def saved_settings(config: Mapping[str, Any] | None, origin: str) -> dict[str, A
         raise WeightsError(
             f"{origin}: its config describes no model of this version of the library ({error})"
         ) from error
+    grid = getattr(encoder_of(model), "grid_size", None)
+    if grid is not None and list(grid) != config["grid"]:
+        raise WeightsError(
+            f"{origin}: its config contradicts itself: its grid is {config['grid']!r}, that of the model it describes "
+            f"is {list(grid)}; save the model again, or pass the weight file alone"
+        )
     return {name: setting.value for name, setting in model_settings(model).items()}
 
 

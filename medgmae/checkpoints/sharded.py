@@ -1,0 +1,66 @@
+"""Weights in several safetensors files, with an index that says which tensor is in which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from medgmae.checkpoints.cards import WeightsError
+from medgmae.checkpoints.json_files import read_json
+from medgmae.checkpoints.reading import Checkpoint, read_checkpoint
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_MOST_SHARDS = 1000
+
+
+def read_weights(path: Path) -> Checkpoint:
+    """:func:`~medgmae.checkpoints.reading.read_checkpoint`, also of an index, whose files lie beside it.
+
+    Raises:
+        WeightsError: as there, or the index and its files do not belong together.
+    """
+    if not path.name.endswith(INDEX_SUFFIX):
+        return read_checkpoint(path)
+    places = _weight_map(path)
+    state: dict[str, Tensor] = {}
+    for name in shard_names(path):
+        shard = read_checkpoint(path.parent / name)
+        due = {tensor for tensor, file in places.items() if file == name}
+        if due != set(shard.state):
+            missing, unknown = sorted(due - set(shard.state)), sorted(set(shard.state) - due)
+            raise WeightsError(
+                f"{path}: does not belong to {name} beside it: missing there {missing[:3]}, not in the index "
+                f"{unknown[:3]}; fetch all files of one edition"
+            )
+        state |= shard.state
+    return Checkpoint(state, "", None)
+
+
+def weight_bytes(path: Path) -> int:
+    """Size of a weight file, or of all files that an index names."""
+    files = [path.parent / name for name in shard_names(path)] if path.name.endswith(INDEX_SUFFIX) else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        WeightsError: the index is damaged, or names something else than files beside it.
+    """
+    names = sorted(set(_weight_map(index).values()))
+    for name in names:
+        if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name or not name.isprintable():
+            raise WeightsError(f"{index}: names {name!r}, expected safetensors files beside the index")
+    if len(names) > _MOST_SHARDS:
+        raise WeightsError(f"{index}: names {len(names)} files, at most {_MOST_SHARDS} are read")
+    return names
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    places: Any = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise WeightsError(f"{index}: expected a 'weight_map' of tensors to files")
+    return places

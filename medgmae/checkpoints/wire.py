@@ -1,0 +1,203 @@
+"""Requests over bad and hostile connections: how long to wait, when to try again, which redirects to follow."""
+
+from __future__ import annotations
+
+import email.utils
+import logging
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from medgmae.checkpoints.cards import WeightsError
+
+CONNECT = 4.0  # seconds for a connection
+SOON = 2.0  # seconds in which a host that never answered is tried again
+ANSWER = 8.0  # seconds that a host which takes connections has for its first answer
+TIMEOUT = 30.0  # seconds without a byte from a host that has answered before
+ATTEMPTS = 5  # without progress
+BACKOFF = 1.0  # seconds before the second attempt; doubles with each one after it
+LONGEST_WAIT = 120.0  # seconds of a Retry-After that are waited for
+_REDIRECTS = 10
+_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+
+_log = logging.getLogger("medgmae")
+
+
+class Interrupted(Exception):
+    """The connection failed or ended before the answer did; another attempt may help.
+
+    progress: whether the attempt brought something. wait: seconds that the server asks to wait.
+    """
+
+    def __init__(self, message: str, *, progress: bool = False, wait: float | None = None) -> None:
+        super().__init__(message)
+        self.progress = progress
+        self.wait = wait
+
+
+class Attempts:
+    """Counts the attempts at one thing and waits between them; any progress starts the count again.
+
+    Args:
+        most: attempts without progress.
+        answered: whether the host is known to answer, which buys it more time.
+    """
+
+    def __init__(self, most: int | None = None, *, answered: bool = False) -> None:
+        self.most = ATTEMPTS if most is None else most
+        self.answered = answered
+        self.failures = 0
+        self._began = time.monotonic()
+
+    def timeout(self) -> Any:
+        """Time limits of the next request, as the hub's client takes them."""
+        scale = _scale()
+        read = max(TIMEOUT, ANSWER * scale) if self.answered else ANSWER * scale
+        return _client().httpx.Timeout(read, connect=CONNECT * scale)
+
+    def failed(self, failure: Interrupted) -> None:
+        """Wait for the next attempt.
+
+        Raises:
+            WeightsError: there should be none.
+        """
+        self.failures = 0 if failure.progress else self.failures + 1
+        pause = BACKOFF / 10 if failure.progress else BACKOFF * 2 ** (self.failures - 1)
+        if failure.wait is not None:
+            pause = failure.wait
+        if pause > LONGEST_WAIT:
+            raise WeightsError(f"{failure}; the server asks to wait for {pause:.0f} seconds, call again then")
+        late = not self.answered and time.monotonic() - self._began + pause > SOON * _scale()
+        if self.failures >= self.most or late:
+            plural = "s" if self.failures > 1 else ""
+            raise WeightsError(f"{failure}; gave up after {self.failures} attempt{plural}") from failure
+        _log.info("%s (attempt %d of %d)", failure, self.failures, self.most)
+        time.sleep(pause)
+
+
+@contextmanager
+def answer(method: str, url: str, headers: Mapping[str, str], attempts: Attempts) -> Iterator[Any]:
+    """The answer to one request, to be read inside the block.
+
+    Redirects are followed, except from https to anything else, and a token stays with the host it is meant for. The
+    hub's own redirects to its store end a HEAD: they carry what it asks for.
+
+    Raises:
+        Interrupted: no answer, or one that asks to come back later, or an end before the answer's.
+        WeightsError: a redirect that is not followed, an address that is none.
+        HfHubHTTPError: the server refuses.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    client = _client()
+    httpx = client.httpx
+    headers = {**headers, "Accept-Encoding": "identity"}  # compressed bytes have another hash
+    for _ in range(_REDIRECTS):
+        try:
+            _check_name(url)
+            options: dict[str, Any] = {"headers": headers, "timeout": attempts.timeout(), "follow_redirects": False}
+            with client.get_session().stream(method, url, **options) as response:
+                attempts.answered = True
+                if response.status_code in _AGAIN:
+                    status = f"{response.status_code} {response.reason_phrase}"
+                    raise Interrupted(f"the server answers {status}", wait=_retry_after(response))
+                if not response.has_redirect_location or (method == "HEAD" and "X-Linked-Etag" in response.headers):
+                    client.hf_raise_for_status(response)
+                    yield response
+                    return
+                target = urljoin(url, response.headers["Location"])
+        except HfHubHTTPError:  # some of them are ValueErrors too
+            raise
+        except (httpx.TransportError, httpx.StreamError) as error:
+            raise Interrupted(_network_message(error)) from error
+        except (httpx.InvalidURL, ValueError) as error:
+            raise WeightsError(f"{url}: cannot be asked for ({error})") from error
+        _check_redirect(url, target)
+        if urlsplit(url)[:2] != urlsplit(target)[:2]:
+            headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+        url = target
+    raise WeightsError(f"{url}: more than {_REDIRECTS} redirects, one after the other")
+
+
+def check_reachable(url: str, what: str) -> None:
+    """Raise a WeightsError unless a host answers, whatever it says: for a client that would wait for minutes."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    attempts = Attempts(1)
+    try:
+        with answer("HEAD", url, {}, attempts):
+            return
+    except HfHubHTTPError:
+        return
+    except Interrupted as failure:
+        if not attempts.answered:
+            raise WeightsError(f"{what}: {url}: {failure}; check the connection and call again") from failure
+
+
+def _client() -> Any:
+    """The hub client's tools: its session, which knows proxies and certificates, and the HTTP library under it."""
+    from huggingface_hub import utils
+
+    return utils
+
+
+def _scale() -> float:
+    """How much more patience the user asks for: the hub client's HF_HUB_ETAG_TIMEOUT against its default."""
+    from huggingface_hub import constants
+
+    return max(1.0, constants.HF_HUB_ETAG_TIMEOUT / constants.DEFAULT_ETAG_TIMEOUT)
+
+
+def _check_redirect(url: str, target: str) -> None:
+    before, after = urlsplit(url).scheme, urlsplit(target).scheme
+    if after not in ("http", "https") or (before == "https" and after == "http"):
+        raise WeightsError(
+            f"{url}: the server redirects from {before} to {after} ({target}), which is not followed; "
+            "fetch the file by hand if you trust it, and load it by its path"
+        )
+
+
+def _check_name(url: str) -> None:
+    """Bound the look-up of a host's name, for which the system has no time limit; behind a proxy there is none."""
+    host = urlsplit(url).hostname
+    if not host or {"http", "https", "all"} & set(urllib.request.getproxies()):
+        return
+    # Whatever goes wrong here goes wrong in the request again, which says it better.
+    thread = threading.Thread(target=_look_up, args=(host,), daemon=True)
+    thread.start()
+    thread.join(CONNECT * _scale())
+    if thread.is_alive():
+        raise Interrupted(f"the name {host} could not be looked up within {CONNECT * _scale():.0f} seconds")
+
+
+def _look_up(host: str) -> None:
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        return
+
+
+def _network_message(error: Exception) -> str:
+    name = type(error).__name__
+    if name == "ConnectTimeout":
+        return f"no connection within {CONNECT * _scale():.0f} seconds"
+    if "Timeout" in name:
+        return "the server fell silent (timed out)"
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"the connection failed ({text or name})"
+
+
+def _retry_after(response: Any) -> float | None:
+    """Seconds that the server asks to wait, from a number or a date."""
+    text = response.headers.get("Retry-After", "").strip()
+    if text.isdecimal() and text.isascii():
+        return float(text[:12])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None
