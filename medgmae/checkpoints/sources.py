@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from medgmae.checkpoints.cards import HUB_ORG, WeightCard, WeightsError, weight_card, weights_folder
+from medgmae.checkpoints.configs import parse_config
 from medgmae.checkpoints.download import after_discard, disk_message, download
 from medgmae.checkpoints.hashes import HashMismatchError, cache_root, verify
 
@@ -337,14 +337,8 @@ def read_folder(folder: Path) -> FetchedFile:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return _parse(path.read_text(encoding="utf-8"), path)
-
-
-def _parse(text: str, path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise WeightsError(f"{path}: the configuration is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path}: the configuration should be a JSON object, got {type(config).__name__}")
-    return config
+        content = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    return parse_config(content, str(path))
