@@ -209,7 +209,7 @@ def _build(
     }
     if source is not None:
         model.load_report = load_pretrained(model, source, **loading)
-        materialize(model)
+        materialize(model, model.load_report.loaded)
         device = torch.get_default_device()
         if device.type not in ("cpu", "meta"):
             model.to(device)

@@ -102,10 +102,10 @@ def _check_numbers(model_args: Mapping[str, Any], state: Mapping[str, Tensor], o
         size, limit, what = float("inf"), float(max(widest, 1024)), f"tensors of {widest} along their longest axis"
         if isinstance(value, list | dict):
             size, limit, what = len(value), MAX_LIST, "entries"
-        elif math.isfinite(value):
+        elif isinstance(value, int) or math.isfinite(value):
             size = abs(value)
         if "depth" in name or "ratios" in name:
-            modules += size
+            modules += min(size, MAX_LIST * MAX_MODULES)  # a whole number may be too large to add to
             size, limit, what = modules, min(len(state), MAX_MODULES), f"a file of {len(state)} tensors"
         elif "img_size" in name:  # an axis of patches: at most the table's rows, each a patch long
             limit *= limit

@@ -89,16 +89,19 @@ def load_pretrained(
     outcome = rehearse(
         model, opened, strict=strict, source_grid=source_grid, inflate=inflate, allow_nonfinite=allow_nonfinite
     )
-    slots = _slots(model, outcome.tensors)
-    _fill(model, slots, _apart(outcome.tensors, slots, opened.borrowed))
+    _fill(model, outcome.slots, _apart(outcome.tensors, outcome.slots, opened.borrowed))
     log.info("%s", outcome.report)
     return outcome.report
 
 
 class Outcome(NamedTuple):
-    """What loading will do: parameter to tensor, and the report."""
+    """What loading will do.
+
+    tensors: by the name of the parameter or buffer that they go into; likewise ``slots``, these themselves.
+    """
 
     tensors: dict[str, Tensor]
+    slots: dict[str, Tensor]
     report: LoadReport
 
 
@@ -124,11 +127,12 @@ def rehearse(
     origin = f"{opened.origin} ({converted.source})"
     if plan.errors:
         raise WeightsError(_refusal(origin, plan.errors))
+    slots = _slots(model, plan.tensors)
     if not allow_nonfinite:
-        _check_finite(plan.tensors, _slots(model, plan.tensors), origin)
+        _check_finite(plan.tensors, slots, origin)
     notes = [*_sets_note(opened), *converted.notes]
     report = LoadReport(origin, list(plan.tensors), plan.resized, plan.adapted, plan.unused, plan.missing, notes)
-    return Outcome(plan.tensors, report)
+    return Outcome(plan.tensors, slots, report)
 
 
 def _target(model: nn.Module) -> Target:
@@ -215,8 +219,21 @@ def _fill(model: nn.Module, slots: dict[str, Tensor], tensors: dict[str, Tensor]
             setattr(model.get_submodule(owner_name), leaf, tensor.to(slot.dtype))
 
 
-def materialize(model: nn.Module) -> None:
-    """Give storage and a random start to whatever the file did not fill (a new head, say)."""
+def materialize(model: nn.Module, loaded: Iterable[str]) -> None:
+    """Give storage and a random start to whatever the file did not fill (a new head, say).
+
+    Args:
+        model: on the meta device, but for what was filled.
+        loaded: names of what was filled.
+
+    Raises:
+        WeightsError: tensors without values were put in: random ones in their place would look like weights.
+    """
+    hollow = [name for name, slot in _slots(model, loaded).items() if slot.is_meta]
+    if hollow:
+        raise WeightsError(
+            f"{listed(hollow)}: without values in the state dictionary, which is on the meta device; gather it first"
+        )
     for module in model.modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if any(tensor.is_meta for _, tensor in own):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -89,8 +90,8 @@ def not_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
     if dtype.is_floating_point and torch.finfo(tensor.dtype).max > torch.finfo(dtype).max:
         tensor = tensor.to(dtype)
     # One pass without a copy; what is finite may add up to infinity, so that only then every value is looked at.
-    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    return not total.isfinite() and not bool(tensor.isfinite().all())
+    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32).item()
+    return not math.isfinite(total) and not bool(tensor.isfinite().all())
 
 
 class Spans:
