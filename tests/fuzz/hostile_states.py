@@ -1,4 +1,4 @@
-"""Sound files with tensors and configs that mean harm: odd memory, odd types, values that are no numbers, lying configs."""
+"""Tensors and configs that mean harm: odd memory, odd types, values that are no numbers, sizes that lie."""
 
 from __future__ import annotations
 
