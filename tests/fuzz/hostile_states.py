@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -118,7 +119,7 @@ def hostile_config(config: dict[str, Any], rng: random.Random) -> bytes:
             "class",
             "x",
         ]
-        place[rng.choice(names)] = rng.choice(NUMBERS)
+        place[rng.choice(names)] = copy.deepcopy(rng.choice(NUMBERS))
     text = json.dumps(config)
     raw = rng.random()
     if raw < 0.85:
