@@ -11,6 +11,7 @@ import torch
 
 from medgmae.checkpoints.adapt import Inflate
 from medgmae.checkpoints.cards import HUB_ORG, WeightCard, WeightsError, list_weights, weight_card
+from medgmae.checkpoints.configs import described_model
 from medgmae.checkpoints.loading import load_pretrained, materialize
 from medgmae.checkpoints.opening import OpenSource, Source, open_source
 from medgmae.data.geometry import VolumeError
@@ -66,6 +67,7 @@ def create_model(
     force_download: bool = False,
     hub_org: str = HUB_ORG,
     progress: bool = True,
+    allow_nonfinite: bool = False,
     **overrides: Any,
 ) -> Model:
     """Build a model by name.
@@ -81,15 +83,17 @@ def create_model(
         checkpoint_path: a file or folder of weights, timm's word for ``pretrained=path``. A tag in ``name`` then says
             what they are: its card's options and preprocessing apply.
         strict: see :func:`~medgmae.load_pretrained`; likewise ``source_grid`` and ``inflate``.
-        cache_dir: see :func:`~medgmae.load_pretrained`; likewise ``token``, ``force_download``, ``hub_org`` and
-            ``progress``.
+        cache_dir: see :func:`~medgmae.load_pretrained`; likewise ``token``, ``force_download``, ``hub_org``,
+            ``progress`` and ``allow_nonfinite``.
         **overrides: options of the architecture: img_size, in_chans, num_classes, global_pool, drop_path_rate ...
 
     Returns:
         The model in training mode, on torch's default device, with ``config`` (architecture, model_args),
         ``pretrained_cfg`` (the weight card, or an empty dictionary) and, where weights were loaded, ``load_report``. On
         the CPU the parameters are then mapped from the file, which is quick and takes its size in memory once: do not
-        write over that file in place while the model lives. :func:`~medgmae.save_pretrained` replaces files safely.
+        write over that file in place, nor cut it, while the model lives. A file that is cut after it was opened ends
+        the process (SIGBUS) when the lost part is used; ``load_pretrained`` into a model that exists copies instead.
+        :func:`~medgmae.save_pretrained` replaces files safely.
 
     Raises:
         ValueError: unknown name.
@@ -99,6 +103,7 @@ def create_model(
     fetching: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "hub_org": hub_org, "progress": progress}
     fetching["force_download"] = force_download
     loading = {"strict": strict, "source_grid": source_grid, "inflate": inflate, **fetching}
+    loading["allow_nonfinite"] = allow_nonfinite
     if isinstance(name, os.PathLike):
         name = f"local-dir:{os.fspath(name)}"
     if not isinstance(name, str):
@@ -179,6 +184,7 @@ def _from_saved(
     config = opened.config or {}
     if "architecture" not in config:
         raise WeightsError(f"{name}: has no config.json with an 'architecture'; save it with medgmae.save_pretrained")
+    described_model(config, opened.checkpoint.state, name)  # raises before anything is built from a stranger's numbers
     saved_card = config.get("pretrained_cfg")
     card = WeightCard.from_saved(saved_card, name, config.get("library_version")) if saved_card else None
     model_args = {**config.get("model_args", {}), **overrides}
@@ -204,7 +210,7 @@ def _build(
     }
     if source is not None:
         model.load_report = load_pretrained(model, source, **loading)
-        materialize(model)
+        materialize(model, model.load_report.loaded)
         device = torch.get_default_device()
         if device.type not in ("cpu", "meta"):
             model.to(device)

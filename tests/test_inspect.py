@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def save_shapes(shapes: dict[str, list[int]], path: Path) -> Path:
-    """A checkpoint of full-size tensors in a small file: each is one number, expanded."""
-    torch.save({"model": {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}}, path)
+    """A checkpoint of full-size tensors in a smaller file: they share the memory of the largest."""
+    pool = torch.zeros(max(math.prod(shape) for shape in shapes.values()))
+    torch.save({"model": {name: pool[: math.prod(shape)].view(shape) for name, shape in shapes.items()}}, path)
     return path
 
 

@@ -139,7 +139,7 @@ def test_truncated_files_are_refused(tmp_path: Path, kind: str, share: float) ->
         (torch.ones(3), "expected a dictionary of weights, found Tensor"),
         ({}, "no weights found.*found nothing"),
         ({"epoch": 3, "lr": 0.1}, "found 'epoch', 'lr'"),
-        ({"teacher": STATE, "epoch": 3}, "teacher alone are not loaded"),
+        ({"teacher": STATE, "epoch": 3}, "not taken without being asked for: pass .*none.pth::teacher"),
         ({"model": {}, "optimizer": {}}, "no weights found"),
         ({"model": {"model": {"model": {"model": {"model": {"model": STATE}}}}}}, "no weights found"),
     ],
@@ -160,17 +160,15 @@ def test_things_that_are_no_files(tmp_path: Path) -> None:
 def test_tensors_without_values_are_refused(tmp_path: Path) -> None:
     state = {**STATE, "norm.weight": torch.empty(48, device="meta")}
     path = saved(tmp_path / "hollow.pth", state)
-    refused(path, "'norm.weight' for one")
-    with pytest.raises(WeightsError, match="no values"):
+    refused(path, "'norm.weight' is without values")
+    with pytest.raises(WeightsError, match="without values"):
         medgmae.create_model(ENCODER, pretrained=str(path))
     refused(state, "norm.weight: no values in the file")
 
 
-@pytest.mark.parametrize(
-    "value", [torch.ones(48, dtype=torch.int32), torch.ones(48).to_sparse(), torch.ones(48, dtype=torch.complex64)]
-)
-def test_tensors_of_another_kind_are_refused(value: torch.Tensor) -> None:
-    refused({**STATE, "norm.weight": value}, r"norm.weight: torch\.\w+")
+def test_whole_numbers_are_not_weights() -> None:
+    refused({**STATE, "norm.weight": torch.ones(48, dtype=torch.int32)}, r"norm.weight: torch\.int32")
+    refused({**STATE, "cls_token": STATE["cls_token"].long()}, "'cls_token' is of torch.int64")
 
 
 def test_a_head_for_other_classes_is_dropped_and_said() -> None:
@@ -306,7 +304,7 @@ def test_a_header_that_lies_is_refused(tmp_path: Path) -> None:
     ):
         path.write_bytes(original)
         rewrite_header(path, change)
-        refused(path, "norm.weight|not a readable safetensors file|should be a JSON object")
+        refused(path, "norm.weight|not a readable safetensors file|should be a JSON object|not valid JSON")
 
 
 def test_the_fuzzer_finds_nothing_in_a_short_run() -> None:

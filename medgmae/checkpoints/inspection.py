@@ -34,6 +34,7 @@ class Inspection(dict[str, Any]):
     """What :func:`inspect_checkpoint` finds: a dictionary, ready for JSON, that shows itself in a few lines.
 
     - path, bytes: the file. container: entry that held the weights, "" for none. source: the dialect.
+    - other_sets: entries with further weights; "FILE::ENTRY" reads those.
     - tensors, parameters, dtypes: their number, the number of their values, their kinds.
     - sizes: embed_dim, depth, grid and so on, by the names of the options of the file's family; "unknown" for an option
       that changes what the weights mean and that the file does not show, such as the number of attention heads.
@@ -42,7 +43,7 @@ class Inspection(dict[str, Any]):
     - architecture, model_args: what to give ``create_model``; None when no registered architecture fits.
     - encoder_architecture: the same for the encoder alone, when the file is a masked autoencoder.
     - renamed: the file's name to ours. unused: the file's name to the reason why it would be left out.
-    - missing: parameters that would keep a random start. resized, adapted: see :class:`~medgmae.LoadReport`.
+    - missing: parameters that would keep a random start. resized, adapted, notes: see :class:`~medgmae.LoadReport`.
     - problem: why the file would not load, or None.
     """
 
@@ -104,7 +105,8 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | Non
     """Report what a weight file is and what would be loaded from it.
 
     Args:
-        path: a weight file, or a folder that :func:`~medgmae.save_pretrained` wrote.
+        path: a weight file, or a folder that :func:`~medgmae.save_pretrained` wrote; "FILE::teacher" for one of several
+            sets of weights in a file.
         source_grid: patch grid (d, h, w) of the file's table of positions, where the file leaves it open.
 
     Returns:
@@ -115,6 +117,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | Non
     """
     path = Path(path).expanduser()
     opened = opening.open_source(path)
+    path = Path(opening.split_set(path)[0])
     config = opened.config if opened.config and "architecture" in opened.config else None
     converted, chosen = _recognise(opened, source_grid)
     reading = _read(converted)
@@ -132,6 +135,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | Non
         "path": str(path),
         "bytes": weight_bytes(read_folder(path).path if path.is_dir() else path),
         "container": opened.checkpoint.container,
+        "other_sets": list(opened.checkpoint.others),
         "source": converted.source,
         "tensors": len(tensors),
         "parameters": sum(tensor.numel() for tensor in tensors),
@@ -285,7 +289,7 @@ def _rehearse(
     try:
         with torch.device("meta"):
             model = model_builder(chosen.architecture)(**chosen.model_args)
-        report = loading.load_pretrained(model, opened, source_grid=source_grid)
+        report = loading.rehearse(model, opened, source_grid=source_grid).report
     except (WeightsError, ValueError, TypeError) as error:
         return _problem(converted, str(error))
     return {
@@ -293,9 +297,17 @@ def _rehearse(
         "missing": report.missing,
         "resized": report.resized,
         "adapted": report.adapted,
+        "notes": report.notes,
         "problem": None,
     }
 
 
 def _problem(converted: Converted, problem: str) -> dict[str, Any]:
-    return {"unused": dict(converted.unused), "missing": [], "resized": {}, "adapted": {}, "problem": problem}
+    return {
+        "unused": dict(converted.unused),
+        "missing": [],
+        "resized": {},
+        "adapted": {},
+        "notes": list(converted.notes),
+        "problem": problem,
+    }

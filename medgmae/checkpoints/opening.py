@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from medgmae.checkpoints.cards import HUB_ORG, WeightCard, WeightsError
 from medgmae.checkpoints.hub import Fetching
-from medgmae.checkpoints.reading import Checkpoint, find_state
+from medgmae.checkpoints.reading import SET_MARK, Checkpoint, find_state
 from medgmae.checkpoints.settings import saved_settings
 from medgmae.checkpoints.sharded import read_weights
 from medgmae.checkpoints.sources import resolve
@@ -20,12 +21,14 @@ class OpenSource:
     """A source of weights, opened: its name for messages, its tensors, and the config that travels with it.
 
     expects: settings that a model needs for the weights to mean the same, such as "encoder.num_heads".
+    borrowed: whether the tensors are someone else's, who may change them later.
     """
 
     origin: str
     checkpoint: Checkpoint = field(repr=False)
     config: dict[str, Any] | None
     expects: dict[str, Any] = field(default_factory=dict)
+    borrowed: bool = False
 
 
 Source = str | os.PathLike[str] | WeightCard | Mapping[str, Any] | OpenSource
@@ -45,7 +48,8 @@ def open_source(
 
     Args:
         source: a tag ("vit_large_patch16_256.tangerine"), a card, "hf-hub:org/repo[@revision]", "timm/MODEL" (2D
-            weights through timm), a file, a folder (also as "local-dir:/path") or a state dictionary.
+            weights through timm), a file, a folder (also as "local-dir:/path") or a state dictionary. Of a file with
+            several sets of weights, "FILE::teacher" takes the one under that entry.
         architecture: completes a tag that is given without it ("tangerine").
         cache_dir: see :class:`~medgmae.checkpoints.hub.Fetching`.
         hub_org: likewise.
@@ -59,19 +63,30 @@ def open_source(
     if isinstance(source, OpenSource):
         return source
     if isinstance(source, Mapping):
-        return OpenSource("state dictionary", find_state(source, "state dictionary"), None)
+        return OpenSource("state dictionary", find_state(source, "state dictionary"), None, borrowed=True)
     if isinstance(source, str) and source.startswith("timm/"):
         return _open_timm(source)
+    wanted = ""
+    if not isinstance(source, WeightCard):
+        source, wanted = split_set(source)
     resolved = resolve(source, architecture, Fetching(cache_dir, hub_org, token, force_download, progress))
     try:
-        checkpoint = read_weights(resolved.path)
+        checkpoint = read_weights(resolved.path, wanted)
     except WeightsError as error:
         if not resolved.fetched:
             raise
         remedy = "if the download was damaged, force_download=True fetches it again"
         raise type(error)(f"{resolved.name}: {error}; {remedy}") from error
     config = resolved.config or checkpoint.config
-    return OpenSource(resolved.name, checkpoint, config, saved_settings(config, resolved.name))
+    return OpenSource(resolved.name, checkpoint, config, saved_settings(config, checkpoint.state, resolved.name))
+
+
+def split_set(source: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], str]:
+    """A source and the set of weights in it that is asked for: "last.ckpt::teacher" as ("last.ckpt", "teacher")."""
+    name, mark, wanted = os.fspath(source).partition(SET_MARK)
+    if not mark or os.path.exists(source):  # a file may have the mark in its name
+        return source, ""
+    return (Path(name) if isinstance(source, os.PathLike) else name), wanted
 
 
 def _open_timm(source: str) -> OpenSource:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medgmae.checkpoints.adapt import Inflate, adapt_stem, adapt_table
-from medgmae.checkpoints.dialects.entries import Converted
+from medgmae.checkpoints.dialects.entries import ENCODER, Converted
 from medgmae.checkpoints.settings import compare_settings, encoder_of, model_settings
 from medgmae.layers.patches import Shape
 
@@ -22,9 +22,6 @@ HEAD = ("head.", "fc_norm.")
 # What can be fitted to another model, in either part.
 TABLE = "pos_embed"
 STEM = "patch_embed.proj.weight"
-
-# What an encoder's other names begin with; where such a tensor finds no place, the features would be others.
-ENCODER = ("blocks.", "patch_embed.", "pos_embed", "norm_pre.", "cls_token")
 
 
 class Rules(NamedTuple):

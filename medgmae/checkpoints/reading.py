@@ -1,31 +1,32 @@
-"""Reading checkpoint files safely: tensors, plain containers, ``argparse.Namespace``, numpy scalars, nothing else."""
+"""Reading checkpoint files safely: which sets of weights they hold, and the tensors of one of them."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-import struct
-import zipfile
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from medgmae.checkpoints.cards import WeightsError
+from medgmae.checkpoints.json_files import parse_json
+from medgmae.checkpoints.meanings import Described, Inert
+from medgmae.checkpoints.tensors import MAX_NAME, check_names, check_tensors, listed
+from medgmae.checkpoints.torch_files import read_torch_file
 
 # Where training code puts the weights, in the order in which they are looked for. GL-MAE's student comes before all.
-CONTAINER_KEYS = ("student", "state_dict", "model", "model_state", "model_state_dict")
-
-# Entries under which files hold weights that are not the ones to load.
-OTHER_WEIGHTS = ("teacher", "optimizer", "ema")
+CONTAINER_KEYS = (
+    *("student", "state_dict", "model", "model_state", "model_state_dict"),
+    *("module", "network_weights", "network", "net", "weights", "params"),
+)
 
 # Name of the metadata entry of our own safetensors files: the model's config as JSON.
 CONFIG_KEY = "medgmae"
+
+# What stands between a file and the set of weights in it that is asked for: "last.ckpt::teacher".
+SET_MARK = "::"
+
+MAX_DEPTH = 5
 
 
 class Checkpoint(NamedTuple):
@@ -34,15 +35,21 @@ class Checkpoint(NamedTuple):
     state: name to tensor, as the file spells them.
     container: entry that held them, "" for a bare dictionary.
     config: the model's config when the file is one of ours, else None.
+    others: entries with further sets of weights, which were not read.
     """
 
     state: dict[str, Tensor]
     container: str
     config: dict[str, Any] | None
+    others: tuple[str, ...] = ()
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, wanted: str = "") -> Checkpoint:
     """Read a .safetensors file or anything that ``torch.save`` wrote; tensors are mapped from disk where possible.
+
+    Args:
+        path: the file.
+        wanted: which set of weights to read where there are several, by the name of its entry.
 
     Raises:
         WeightsError: not a checkpoint, damaged, holds objects other than the allowed ones, or no weights.
@@ -50,136 +57,142 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
-    with path.open("rb") as file:
-        head = file.read(16)
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     if path.suffix == ".safetensors" or head[8:10] == b'{"':
-        return _read_safetensors(path)
-    checkpoint = find_state(_torch_load(path, zipped=head.startswith(b"PK\x03\x04")), str(path))
-    hollow = [name for name, tensor in checkpoint.state.items() if tensor.is_meta]
-    if hollow:
-        raise WeightsError(
-            f"{path}: {len(hollow)} tensors have a shape but no values, {hollow[0]!r} for one. Save the state "
-            "dictionary again when every tensor is in memory (gathered from all processes, not on the meta device)"
-        )
-    return checkpoint
+        return _read_safetensors(path, wanted)
+    held = read_torch_file(path)
+    return find_state(held.content, str(path), wanted, held.tensor)
 
 
-def _read_safetensors(path: Path) -> Checkpoint:
+def _read_safetensors(path: Path, wanted: str) -> Checkpoint:
     from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-        config = json.loads(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
+            metadata, names = file.metadata() or {}, list(file.keys())
+            check_names(names, str(path))
+            state = {name: file.get_tensor(name) for name in names}
+    except WeightsError:
+        raise
     except Exception as error:  # safetensors raises several kinds for damaged files
         raise WeightsError(f"{path}: not a readable safetensors file ({error}); fetch it again") from error
-    if not isinstance(config, dict | None):
-        raise WeightsError(f"{path}: its {CONFIG_KEY!r} entry should be a JSON object, got {type(config).__name__}")
     if not state:
         raise WeightsError(f"{path}: the file holds no tensors")
-    return Checkpoint(state, "", config)
+    config = None
+    if CONFIG_KEY in metadata:
+        config = parse_json(metadata[CONFIG_KEY], f"{path}, its {CONFIG_KEY!r} entry")
+    return find_state(state, str(path), wanted)._replace(config=config)
 
 
-def _allowed() -> list[Any]:
-    """Objects besides tensors and plain containers that training code puts into its files."""
-    scalar = np.float64(0).__reduce__()[0]  # what a pickle names; in numpy 1.26 numpy._core exists and lacks it
-    kinds = [np.float16, np.float32, np.float64, np.int8, np.int16, np.int32, np.int64, np.uint8, np.bool_]
-    dtypes: list[Any] = [type(np.dtype(kind)) for kind in kinds]
-    # numpy 1 and 2 spell the module differently, and files name either.
-    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    return [argparse.Namespace, np.dtype, *dtypes, *((scalar, name) for name in names)]
-
-
-def _safe_globals() -> AbstractContextManager[Any]:
-    return torch.serialization.safe_globals(_allowed())  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
-
-
-def _torch_load(path: Path, zipped: bool) -> Any:
-    try:
-        if zipped:
-            _check_archive(path)
-        with _safe_globals():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # torch raises over ten kinds for damaged files
-        names = _forbidden_names(path) if zipped else re.findall(r"GLOBAL ([\w.]+)", str(error))
-        if names:
-            raise WeightsError(
-                f"{path}: refused, because it holds objects that run code when they are read: {', '.join(names)}. "
-                "Only tensors, plain containers, argparse.Namespace and numpy scalars are read. If you trust the "
-                "file, open it yourself, keep the state dictionary and save that with torch.save"
-            ) from error
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "weights_only" in first:  # torch advises to load without safety: not a thing to pass on
-            first = "it is not a file of torch.save, or it is damaged"
-        raise WeightsError(f"{path}: cannot be read as a PyTorch checkpoint ({first}); fetch it again") from error
-
-
-def _check_archive(path: Path) -> None:
-    """Raise BadZipFile for damage anywhere but in the bytes of tensors: a file that is mapped has no other check.
-
-    Tensors are left out because to sum them is to read them all, which takes longer than loading.
-    """
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile(f"{entry.filename} is compressed, which torch.save never does")
-            file.seek(entry.header_offset)
-            header = file.read(30)
-            name, extra = struct.unpack("<HH", header[26:])
-            sound = header.startswith(b"PK\x03\x04") and file.read(name) == entry.orig_filename.encode()
-            file.seek(entry.header_offset + 30 + name + extra + entry.file_size)
-            if not sound or file.read(2) != b"PK":  # what follows an entry is its sum, the next one or the directory
-                raise zipfile.BadZipFile(f"{entry.filename} is not where the directory says")
-            if "/data/" not in entry.filename:
-                archive.read(entry)  # compares the checksum
-
-
-def _forbidden_names(path: Path) -> list[str]:
-    """Globals that the pickle in a zip checkpoint names and that are not allowed; found without running it."""
-    try:
-        with _safe_globals():
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except Exception:  # a damaged pickle has no such list; the caller reports the damage
-        return []
-
-
-def find_state(content: Any, origin: str) -> Checkpoint:
+def find_state(
+    content: Any, origin: str, wanted: str = "", tensor_of: Callable[[Described], Tensor | str] | None = None
+) -> Checkpoint:
     """The state dictionary inside what a file held.
 
     Args:
-        content: the unpickled object.
+        content: the object in the file.
         origin: the file's name, for messages.
+        wanted: see :func:`read_checkpoint`.
+        tensor_of: from the description of a tensor to the tensor, or the reason why there is none.
 
     Raises:
-        WeightsError: no dictionary of tensors under any known entry.
+        WeightsError: no dictionary of tensors under any known entry, or not the one that is wanted.
     """
     if not isinstance(content, Mapping):
-        raise WeightsError(f"{origin}: expected a dictionary of weights, found {type(content).__name__}")
-    container: list[str] = []
-    while not _is_state(content):
-        entry = next((k for k in CONTAINER_KEYS if isinstance(content.get(k), Mapping)), None)
-        if entry is None or len(container) > 3:
-            entries = [repr(key) if isinstance(key, str) else type(key).__name__ for key in list(content)[:8]]
-            spare = [k for k in OTHER_WEIGHTS if k in content]
-            hint = f" ({' and '.join(spare)} alone are not loaded)" if spare else ""
+        raise WeightsError(f"{origin}: expected a dictionary of weights, found {_kind(content)}")
+    sets = weight_sets(content)
+    chosen, prefix = _wanted_set(sets, content, origin, wanted) if wanted else (_usual_set(content, sets, origin), "")
+    found = {name: value for name, value in _at(content, chosen).items() if _is_tensor(value) or not _is_text(name)}
+    check_names(found, origin)
+    state = {
+        name.removeprefix(prefix): tensor_of(value) if isinstance(value, Described) and tensor_of else value
+        for name, value in found.items()
+        if name.startswith(prefix)
+    }
+    others = tuple(_path(other) for other in sets if other != chosen)
+    return Checkpoint(check_tensors(state, origin), _path((*chosen, prefix[:-1])), None, others)
+
+
+def _kind(value: Any) -> str:
+    return value.kind if isinstance(value, Inert) else "Tensor" if _is_tensor(value) else type(value).__name__
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, (Tensor, Described))
+
+
+def _path(entries: tuple[str, ...]) -> str:
+    return ".".join(entry for entry in entries if entry)
+
+
+def _at(content: Mapping[Any, Any], entries: tuple[str, ...]) -> Mapping[Any, Any]:
+    for entry in entries:
+        content = content[entry]
+    return content
+
+
+def weight_sets(content: Mapping[Any, Any]) -> list[tuple[str, ...]]:
+    """Where in a file there are weights of modules: dictionaries with tensors under dotted names, as paths to them."""
+    sets: list[tuple[str, ...]] = []
+    seen = {id(content)}
+    level: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
+    for _ in range(MAX_DEPTH):
+        below = []
+        for path, here in level:
+            if any(_is_text(name) and "." in name and _is_tensor(value) for name, value in here.items()):
+                sets.append(path)
+            for name, value in here.items():
+                if _is_text(name) and len(name) <= MAX_NAME and isinstance(value, Mapping) and id(value) not in seen:
+                    seen.add(id(value))
+                    below.append(((*path, name), value))
+        level = below
+    return sets
+
+
+def _wanted_set(
+    sets: list[tuple[str, ...]], content: Mapping[Any, Any], origin: str, wanted: str
+) -> tuple[tuple[str, ...], str]:
+    """The set that is asked for: an entry of the file, or the names of the usual set that begin so."""
+    choices = [path for path in sets if _path(path) == wanted] or [path for path in sets if path[-1:] == (wanted,)]
+    if len(choices) == 1:
+        return choices[0], ""
+    prefix = wanted.removesuffix(".") + "."
+    within = [path for path in sets if any(_is_text(n) and n.startswith(prefix) for n in _at(content, path))]
+    if len(within) == 1:
+        return within[0], prefix
+    names = listed(repr(_path(path)) for path in (choices or within or sets) if path)
+    raise WeightsError(f"{origin}: has no single set of weights {wanted!r}; there are {names or 'no named ones'}")
+
+
+def _usual_set(content: Mapping[Any, Any], sets: list[tuple[str, ...]], origin: str) -> tuple[str, ...]:
+    """The set under the entries where training code puts the weights to use."""
+    path: tuple[str, ...] = ()
+    here = content
+    while not _is_state(here):
+        entry = next((k for k in CONTAINER_KEYS if isinstance(here.get(k), Mapping)), None)
+        if entry is None or len(path) > MAX_DEPTH - 2:
+            entries = [repr(key)[:100] if _is_text(key) else _kind(key) for key in list(here)[:8]]
+            spare = [_path(other) for other in sets if other]
+            hint = f". There are weights under {listed(map(repr, spare))}, which are not taken without being asked for"
+            hint += f": pass '{origin}{SET_MARK}{spare[0]}'" if spare else ""
             raise WeightsError(
                 f"{origin}: no weights found. Expected tensors by name, or such a dictionary under one of "
-                f"{', '.join(CONTAINER_KEYS)}; found {', '.join(entries) or 'nothing'}{hint}"
+                f"{', '.join(CONTAINER_KEYS)}; found {', '.join(entries) or 'nothing'}{hint if spare else ''}"
             )
-        container.append(entry)
-        content = content[entry]
-    odd = next((key for key in content if not isinstance(key, str)), None)
-    if odd is not None:
-        raise WeightsError(
-            f"{origin}: the name of a weight is of type {type(odd).__name__}, expected text; fetch the file again"
-        )
-    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    return Checkpoint(state, ".".join(container), None)
+        path, here = (*path, entry), here[entry]
+    return path
 
 
 def _is_state(content: Mapping[Any, Any]) -> bool:
     """Whether a mapping is names to tensors; a container has its tensors one level down."""
     if any(isinstance(content.get(k), Mapping) for k in CONTAINER_KEYS):
         return False
-    return any(isinstance(v, Tensor) for v in content.values())
+    return any(_is_tensor(value) for value in content.values())

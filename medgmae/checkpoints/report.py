@@ -19,6 +19,8 @@ class LoadReport:
     adapted: other tensor to what was done to fit it; setting to what the file's model has and this one has.
     unused: name in the file to the reason why it was left out.
     missing: parameters that are missing from the file and keep their random start.
+    notes: what else to know: which of several sets of weights was read and which not, a prefix that was taken off the
+        names, a table without a row for the class token.
     """
 
     source: str
@@ -27,6 +29,7 @@ class LoadReport:
     adapted: dict[str, str] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         counts = {name: len(getattr(self, name)) for name in ("loaded", "resized", "adapted", "unused", "missing")}
@@ -35,6 +38,7 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
         lines += [f"  {name}: {what}" for name, what in {**self.resized, **self.adapted}.items()]
+        lines += [f"  note: {note}" for note in self.notes]
         if self.missing:
             lines.append(f"  not in the file, randomly initialised: {', '.join(self.missing)}")
         lines += [f"  unused ({why}): {count} tensors" for why, count in self._reasons().items()]
@@ -44,6 +48,7 @@ class LoadReport:
         rows = [("source", self.source), ("loaded", f"{len(self.loaded)} tensors")]
         rows += [(f"resized: {name}", what) for name, what in self.resized.items()]
         rows += [(f"adapted: {name}", what) for name, what in self.adapted.items()]
+        rows += [("note", note) for note in self.notes]
         rows += [(f"unused: {count} tensors", why) for why, count in self._reasons().items()]
         if self.missing:
             rows.append((f"missing: {len(self.missing)} tensors, randomly initialised", ", ".join(self.missing)))

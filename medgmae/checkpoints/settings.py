@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from medgmae.checkpoints.cards import WeightsError
+from medgmae.checkpoints.configs import described_model
 from medgmae.models.encoder import Setting
-from medgmae.models.registry import model_builder
 
 
 def encoder_of(model: nn.Module) -> Any:
@@ -26,27 +24,15 @@ def model_settings(model: nn.Module) -> dict[str, Setting]:
     return {f"{prefix}{name}": setting for name, setting in settings.items()}
 
 
-def saved_settings(config: Mapping[str, Any] | None, origin: str) -> dict[str, Any]:
+def saved_settings(config: Mapping[str, Any] | None, state: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
     """The settings of the model that a config of ours describes; none for other configs.
 
     Raises:
-        WeightsError: the config describes no model of this version.
+        WeightsError: the config describes no model of this version, or not one that the tensors can be of.
     """
     if not config or not config.get("grid"):
         return {}
-    try:
-        with torch.device("meta"):
-            model = model_builder(config["architecture"])(**config["model_args"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(
-            f"{origin}: its config describes no model of this version of the library ({error})"
-        ) from error
-    grid = getattr(encoder_of(model), "grid_size", None)
-    if grid is not None and list(grid) != config["grid"]:
-        raise WeightsError(
-            f"{origin}: its config contradicts itself: its grid is {config['grid']!r}, that of the model it describes "
-            f"is {list(grid)}; save the model again, or pass the weight file alone"
-        )
+    model = described_model(config, state, origin)
     return {name: setting.value for name, setting in model_settings(model).items()}
 
 

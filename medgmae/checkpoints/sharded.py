@@ -13,16 +13,19 @@ from medgmae.checkpoints.reading import Checkpoint, read_checkpoint
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _MOST_SHARDS = 1000
+_LONGEST = 100_000_000  # bytes of an index
 
 
-def read_weights(path: Path) -> Checkpoint:
+def read_weights(path: Path, wanted: str = "") -> Checkpoint:
     """:func:`~medgmae.checkpoints.reading.read_checkpoint`, also of an index, whose files lie beside it.
 
     Raises:
         WeightsError: as there, or the index and its files do not belong together.
     """
     if not path.name.endswith(INDEX_SUFFIX):
-        return read_checkpoint(path)
+        return read_checkpoint(path, wanted)
+    if wanted:
+        raise WeightsError(f"{path}: an index has one set of weights, not several; leave out {wanted!r}")
     places = _weight_map(path)
     state: dict[str, Tensor] = {}
     for name in shard_names(path):
@@ -60,7 +63,7 @@ def shard_names(index: Path) -> list[str]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    places: Any = read_json(index).get("weight_map")
+    places: Any = read_json(index, longest=_LONGEST).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise WeightsError(f"{index}: expected a 'weight_map' of tensors to files")
     return places

@@ -31,7 +31,8 @@ from typing import Any
 
 from checkpoint_damage import RAW, STRUCTURED, inject_code, payload
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # this checkout, whatever is installed
 
 MEMORY = 2 << 30  # bytes of address space that the worker may take beyond its imports
 GROWTH = 512 << 20  # bytes of memory that all loads together may leave it with at its peak

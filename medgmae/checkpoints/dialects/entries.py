@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -18,7 +19,13 @@ from medgmae.layers.positions import sincos_grid
 # Wrappers put these in front of every name; they are removed as often as they stand there.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
+# What wrappers of single parts put into the middle of names.
+_INNER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
 STEM = "patch_embed.proj.weight"
+
+# What an encoder's names begin with; where such a tensor finds no place, the features would be others.
+ENCODER = ("blocks.", "patch_embed.", "pos_embed", "norm_pre.", "cls_token")
 
 Part = Literal["encoder", "decoder"]
 
@@ -50,6 +57,7 @@ class Converted:
     unknown: the file's names that belong to neither part.
     expects: settings that the model must have for the weights to mean the same, such as "decoder.sigmoid".
     assumed: settings that the file leaves open and that were taken for granted on conversion.
+    notes: what else a user should know, see :class:`~medgmae.LoadReport`.
     """
 
     source: str
@@ -61,6 +69,7 @@ class Converted:
     unknown: tuple[str, ...] = ()
     expects: Mapping[str, Any] = field(default_factory=dict)
     assumed: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def file_names(self, part: Part) -> dict[str, str]:
         """A part's name to the file's; what conversion added has none."""
@@ -92,6 +101,7 @@ class File:
         self._parts: dict[Part, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
         self._renamed: dict[str, str] = {}
         self._unused: dict[str, str] = {}
+        self.notes: list[str] = []
         for full, tensor in state.items():
             name = strip_prefixes(full)
             if name in self._rest:
@@ -117,9 +127,16 @@ class File:
             raise WeightsError(f"{self.origin}: has no {name!r}; the file is incomplete, fetch or export it again")
         return self._rest[name][1]
 
+    def numbers(self, name: str) -> Tensor:
+        """The tensor of an entry, to compute with; WeightsError where it has none with a fraction."""
+        tensor = self.tensor(name)
+        if not tensor.is_floating_point():
+            raise WeightsError(f"{self.origin}: {name!r} is of {tensor.dtype}, expected floating-point numbers")
+        return tensor
+
     def table(self, name: str) -> Tensor:
         """A table of positions or a token, (1, N, E); WeightsError where the entry is none or of another shape."""
-        tensor = self.tensor(name)
+        tensor = self.numbers(name)
         if tensor.dim() != 3 or len(tensor) != 1:
             raise WeightsError(f"{self.origin}: {name!r} has shape {tuple(tensor.shape)}, expected (1, rows, width)")
         return tensor
@@ -132,19 +149,22 @@ class File:
         """Give an entry another tensor."""
         self._rest[name] = (self._rest[name][0], tensor)
 
-    def shorten(self, prefix: str) -> None:
-        """Take a beginning off the names that have it.
+    def enter(self, prefix: str) -> None:
+        """Go on with the entries that begin so, without that beginning; the others are left out.
 
         Raises:
-            WeightsError: a name then stands for two entries.
+            WeightsError: an encoder's entry is among the others: what it belongs to cannot be known.
         """
-        rest: dict[str, tuple[str, Tensor]] = {}
-        for name, entry in self._rest.items():
-            short = name.removeprefix(prefix)
-            if short in rest:
-                raise WeightsError(f"{self.origin}: {entry[0]!r} and {rest[short][0]!r} are both {short!r}")
-            rest[short] = entry
-        self._rest = rest
+        for name in self.names:
+            if not name.startswith(prefix):
+                if name.startswith(ENCODER):
+                    raise WeightsError(
+                        f"{self.origin}: {self.full_name(name)!r} lies beside an encoder under {prefix!r}; save the "
+                        "state dictionary of that part alone"
+                    )
+                self.drop(name, f"beside {prefix!r}")
+        self._rest = {name.removeprefix(prefix): entry for name, entry in self._rest.items()}
+        self.notes.append(f"the weights are those under {prefix!r}")
 
     def take(self, name: str, place: str, tensor: Tensor | None = None) -> None:
         """Move an entry to its place ("encoder.norm.weight"), with another tensor if one is given.
@@ -203,6 +223,7 @@ class File:
             unknown=tuple(full for full, _ in self._rest.values()),
             expects=expects or {},
             assumed=assumed or {},
+            notes=tuple(self.notes),
         )
 
 
@@ -217,7 +238,8 @@ def split_place(place: str) -> tuple[Part, str]:
 
 
 def strip_prefixes(name: str) -> str:
-    """Remove the wrappers' prefixes in front of a name, however often they stand there."""
+    """Remove the wrappers' prefixes in front of a name, however often they stand there, and those of its parts."""
+    name = _INNER.sub("", name)
     while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
         name = name.removeprefix(prefix)
     return name

@@ -1,4 +1,4 @@
-"""The dialects with timm's ViT names: plain encoders and masked autoencoders, GL-MAE, the UNETR of SelfMedMAE."""
+"""The dialect with timm's ViT names: plain encoders and masked autoencoders, TANGERINE's and GL-MAE's among them."""
 
 from __future__ import annotations
 
@@ -23,32 +23,8 @@ _DECODER_NAMES = (
 )
 
 
-@register_dialect("GL-MAE", order=20, matches=lambda file: file.has_any("backbone."))
-def convert_glmae(file: File) -> Converted:
-    """A student under ``backbone.``, other parts of the pre-training beside it."""
-    for name in file.names:
-        if not name.startswith("backbone."):
-            file.drop(name, "beside the backbone (projector or decoder of the pre-training)")
-    file.shorten("backbone.")
-    if not file.has(STEM):
-        raise WeightsError(f"{file.origin}: has no 'backbone.{STEM}'; known with a backbone are the files of GL-MAE")
-    return _convert(file, "GL-MAE")
-
-
 @register_dialect(
-    "the UNETR of SelfMedMAE",
-    order=50,
-    matches=lambda file: file.has("encoder.pos_embed") and file.has(f"encoder.{STEM}"),
-)
-def convert_unetr(file: File) -> Converted:
-    """An encoder under ``encoder.`` and a convolutional decoder, of which the encoder is taken."""
-    file.drop_all("decoder.", "decoder of a UNETR")
-    file.shorten("encoder.")
-    return _convert(file, "UNETR encoder of SelfMedMAE")
-
-
-@register_dialect(
-    "ViTs and masked autoencoders with timm's names (TANGERINE among them)",
+    "ViTs and masked autoencoders with timm's names (those of TANGERINE and GL-MAE among them)",
     order=60,
     matches=lambda file: file.has(STEM) and file.has("blocks.0.norm1.weight"),
 )
@@ -79,6 +55,8 @@ def _convert(file: File, source: str) -> Converted:
     _fold_layer_scale(file)
     table = file.table("pos_embed")
     grid, class_row = table_grid(file, table, stem_dims(file, STEM), class_row=file.has("cls_token"))
+    if not class_row and file.has("cls_token"):
+        file.notes.append(f"the table of positions has no row for the class token: {table.shape[1]} rows, all patches'")
     _take_table(file, class_row)
     if not file.has("patch_embed.proj.bias") and file.has_any("norm_pre."):  # CLIP's encoders have none
         file.add("encoder.patch_embed.proj.bias", torch.zeros(file.tensor(STEM).shape[0]))
@@ -120,9 +98,9 @@ def _fold_layer_scale(file: File) -> None:
     for name in [n for n in file.names if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", n)]:
         block, branch = name.rsplit(".", 2)[:2]
         linear = f"{block}.{'attn.proj' if branch == 'ls1' else 'mlp.fc2'}"
-        gamma = file.tensor(name)
+        gamma = file.numbers(name)
         for part, factor in ((f"{linear}.weight", gamma[:, None]), (f"{linear}.bias", gamma)):
-            tensor = file.tensor(part)
+            tensor = file.numbers(part)
             if gamma.shape != tensor.shape[:1]:
                 raise WeightsError(f"{file.origin}: {name!r} of shape {tuple(gamma.shape)} does not fit {part!r}")
             file.replace(part, tensor * factor)
