@@ -55,7 +55,7 @@ def prefer_large_pages(address: int, bytes: int) -> None: ...
 def selective_scan(
     dtype: int,
     sizes: dict[str, int],
-    streams: dict[str, tuple[int, int, int]],
+    streams: dict[str, tuple[int, int, int, int]],
     matrices: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, int],
     stream_type: int,
@@ -65,7 +65,7 @@ def selective_scan(
 def causal_conv1d(
     dtype: int,
     sizes: dict[str, int],
-    streams: dict[str, tuple[int, int, int]],
+    streams: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, int],
     stream_type: int,
     threads: int,
@@ -74,14 +74,14 @@ def causal_conv1d(
 def selective_scan_cuda_workspace(
     dtype: int,
     sizes: dict[str, int],
-    streams: dict[str, tuple[int, int, int]],
+    streams: dict[str, tuple[int, int, int, int]],
     matrices: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, int],
 ) -> int: ...
 def selective_scan_cuda(
     dtype: int,
     sizes: dict[str, int],
-    streams: dict[str, tuple[int, int, int]],
+    streams: dict[str, tuple[int, int, int, int]],
     matrices: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, int],
     stream_type: int,
@@ -92,7 +92,7 @@ def selective_scan_cuda(
 def causal_conv1d_cuda(
     dtype: int,
     sizes: dict[str, int],
-    streams: dict[str, tuple[int, int, int]],
+    streams: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, int],
     stream_type: int,
     stream: int,
