@@ -1,23 +1,28 @@
 """The Gaussian renderer: time, share of the machine's peak, accuracy and memory, against renderers in plain torch.
 
-    python benchmarks/renderer.py [--rounds 5] [--threads 1 2] [--compile] [--quick]
+    python benchmarks/renderer.py [--variant avx2 avx512] [--rounds 5] [--threads 1 2] [--compile] [--quick]
     python benchmarks/renderer.py --device cuda
 
+The CPU kernels are those of the processor's best instruction set, or of each that --variant names, which is held
+against its own bound; what torch itself uses stays. The results of each are kept under its name.
+
 A pair is a (voxel, Gaussian) with the voxel in the Gaussian's box, counted exactly. The bound is the fp32 peak of the
-machine, measured in the same run, over what one pair needs: 2 fused multiply-adds forward (the recurrence and the sum),
-4 backward, 6 both; a fused multiply-add is 2 of the peak's FLOP, so peak / 4, / 8 and / 12. Times are through the
-public function, autograd and the chain rule to scales and quaternions included. All ways take turns within a round;
-medians over rounds, ratios within each. Parameters: centres uniform, scales s times a lognormal of 0.3, random
-rotations.
+machine with that instruction set, measured in the same run, over what one pair needs: 2 fused multiply-adds forward
+(the recurrence and the sum), 4 backward, 6 both; a fused multiply-add is 2 of the peak's FLOP, so peak / 4, / 8 and
+/ 12. Times are through the public function, autograd and the chain rule to scales and quaternions included. All ways
+take turns within a round; medians over rounds, ratios within each. Parameters: centres uniform, scales s times a
+lognormal of 0.3, random rotations.
 
 Dense torch renderers cost the same for every Gaussian: they are timed with a few and the time is scaled up, which the
 results say ("gaussians_timed"). torch.compile takes half a minute to compile, which is not timed; --compile asks for
-it.
+it. The committed results were measured with MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 in the
+environment, so that glibc keeps freed memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -27,7 +32,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,7 +44,7 @@ from torch import Tensor
 
 from medgmae.ops import native_info, voxelize
 from medgmae.ops.voxel import levels as _voxelize_levels
-from medgmae.ops.voxel import reference
+from medgmae.ops.voxel import native, reference
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results/renderer.json"
@@ -52,12 +57,33 @@ def pairs(parameters: Sequence[Tensor], size: Sequence[int]) -> int:
     return int((last - first + 1).clamp(min=0).prod(-1).sum())
 
 
-def fma_peak(threads: int) -> float:
-    """Fp32 GFLOP/s of so many threads at once, each doing nothing but fused multiply-adds."""
+# As setup.py compiles the kernels.
+FLAGS = {"generic": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mfma"]}
+
+
+def best_variant() -> str:
+    """The instruction set that the kernels choose here."""
+    return native_info().get("cpu_variant") or "generic"
+
+
+def fma_peak(threads: int, variant: str = "") -> float:
+    """Fp32 GFLOP/s of so many threads at once, each doing nothing but fused multiply-adds.
+
+    They are those of an instruction set, "" for the best. One that has none multiplies and adds, which counts the same.
+    """
     with tempfile.TemporaryDirectory() as folder:
         library = str(Path(folder) / "fma_peak.so")
         compiler = os.environ.get("CC", "cc")
-        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", library, str(HERE / "fma_peak.c")]
+        command = [
+            compiler,
+            "-O3",
+            *FLAGS[variant or best_variant()],
+            "-shared",
+            "-fPIC",
+            "-o",
+            library,
+            str(HERE / "fma_peak.c"),
+        ]
         subprocess.run(command, check=True)
         run = ctypes.CDLL(library).fma_peak
     run.restype, run.argtypes = ctypes.c_double, (ctypes.c_long, ctypes.c_int, ctypes.c_void_p)
@@ -228,29 +254,45 @@ def cpu_name() -> str:
     return next(names, platform.processor())
 
 
-def machine() -> dict[str, Any]:
+@contextlib.contextmanager
+def forced(variant: str) -> Iterator[None]:
+    """The CPU kernels of one instruction set, in the public functions too."""
+
+    def fixed(run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: run(*arguments[:-1], variant)
+
+    module = native._C
+    names = {"voxelize": fixed(module.voxelize), "banded": fixed(module.banded)}
+    with contextlib.ExitStack() as stack:
+        for name, run in names.items():
+            stack.enter_context(mock.patch.object(module, name, run))
+        yield
+
+
+def machine(variant: str = "") -> dict[str, Any]:
     """Where this runs, and with what."""
     info = native_info()
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
-        "variant": info.get("cpu_variant"),
+        "variant": variant or info.get("cpu_variant"),
         "compiler": info.get("compiler"),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
 
 
-def on_cpu(options: argparse.Namespace) -> dict[str, Any]:
-    """All tables."""
-    report: dict[str, Any] = {"machine": machine(), "rounds": options.rounds, "fma_peak_gflops": {}, "rivals": []}
+def on_cpu(variant: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All tables, with the kernels of one instruction set."""
+    report: dict[str, Any] = {"machine": machine(variant), "rounds": options.rounds}
+    report |= {"fma_peak_gflops": {}, "rivals": []}
     report |= {"grid": [], "supports": [], "accuracy": accuracy()}
     for threads in options.threads:
         torch.set_num_threads(threads)
-        peak = fma_peak(threads)
+        peak = fma_peak(threads, variant)
         report["fma_peak_gflops"][threads] = peak
-        print(f"{threads} thread(s), fp32 peak {peak:.0f} GFLOP/s", flush=True)
+        print(f"{variant}, {threads} thread(s), fp32 peak {peak:.0f} GFLOP/s", flush=True)
         for scale in SCALES:
             row = against_rivals(scale, threads, peak, options)
             report["rivals"].append(row)
@@ -258,7 +300,8 @@ def on_cpu(options: argparse.Namespace) -> dict[str, Any]:
         if not options.quick:
             report["grid"] += grid(threads, peak, options)
             report["supports"] += supports(threads, options)
-    report["memory"] = [memory(n, s, 1) for n in (512, 4096) for s in ("box", None)]
+    if variant == best_variant():  # a fresh process is not forced to another
+        report["memory"] = [memory(n, s, 1) for n in (512, 4096) for s in ("box", None)]
     return report | {"goals": goals(report)}
 
 
@@ -299,24 +342,27 @@ def goals(report: dict[str, Any]) -> dict[str, Any]:
 
 def table(path: Path) -> None:
     """The results as Markdown, for docs/renderer.md."""
-    report = json.loads(path.read_text())["cpu"]
-    names = list(report["rivals"][0]["rivals_both"])
-    print("| s | threads | pairs | forward, ms | both, ms | % of the FMA bound | " + " | ".join(names) + " |")
-    print("|---|" + "---|" * (len(names) + 5))
-    for row in report["rivals"]:
-        own = [row["scale"], row["threads"], f"{row['pairs'] / 1e6:.1f} M", f"{row['forward']['ms']:.2f}"]
-        own += [f"{row['both']['ms']:.2f}", f"{row['both']['percent_of_fma_bound']:.0f}"]
-        slower = [f"{rival['times_slower']:.0f} ×" for rival in row["rivals_both"].values()]
-        print("| " + " | ".join(map(str, own + slower)) + " |")
-    for row in report["supports"]:
-        times = ", ".join(f"{name}: {ms:.2f}" for name, ms in row["ms"].items() if name.endswith("both"))
-        print(f"\ns = {row['scale']}, {row['threads']} thread(s), ms: {times}")
+    reports = json.loads(path.read_text())["cpu"]
+    names = list(next(iter(reports.values()))["rivals"][0]["rivals_both"])
+    print("| | s | threads | pairs | forward, ms | both, ms | % of the FMA bound | " + " | ".join(names) + " |")
+    print("|---|" + "---|" * (len(names) + 6))
+    for variant, report in reports.items():
+        for row in report["rivals"]:
+            own = [variant, row["scale"], row["threads"], f"{row['pairs'] / 1e6:.1f} M"]
+            own += [f"{row['forward']['ms']:.2f}", f"{row['both']['ms']:.2f}"]
+            own += [f"{row['both']['percent_of_fma_bound']:.0f}"]
+            slower = [f"{row['rivals_both'][name]['times_slower']:.0f} ×" for name in names]
+            print("| " + " | ".join(map(str, own + slower)) + " |")
+        for row in report["supports"]:
+            times = ", ".join(f"{name}: {ms:.2f}" for name, ms in row["ms"].items() if name.endswith("both"))
+            print(f"\n{variant}, s = {row['scale']}, {row['threads']} thread(s), ms: {times}")
 
 
 def main() -> None:
     """Measure, print, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--variant", nargs="+", choices=FLAGS, help="instruction sets; the best one if not given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--counts", type=int, nargs="+", default=[128, 512, 4096])
@@ -328,17 +374,23 @@ def main() -> None:
     options = parser.parse_args()
     if options.table:
         return table(options.out)
+    kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
     if options.device == "cuda":
         from renderer_cuda import on_cuda
 
-        report = on_cuda(options.rounds, HERE)
+        reports = {"cuda": on_cuda(options.rounds, HERE)}
+        kept |= reports
     else:
-        report = on_cpu(options)
-    for name, value in report["goals"].items():
-        print(f"{name:70} {value:10.3g}")
-    kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
+        reports = {}
+        for variant in options.variant or [best_variant()]:
+            with forced(variant):
+                reports[variant] = on_cpu(variant, options)
+        kept["cpu"] = kept.get("cpu", {}) | reports
+    for where, report in reports.items():
+        for name, value in report["goals"].items():
+            print(f"{where:7} {name:70} {value:10.3g}")
     options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(kept | {options.device: report}, indent=1) + "\n")
+    options.out.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
