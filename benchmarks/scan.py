@@ -1,6 +1,6 @@
 """The selective scan and the causal convolution: time, share of the machine's floors, accuracy and memory.
 
-    python benchmarks/scan.py [--lengths 1000 16000] [--threads 1 2] [--rounds 5] [--quick]
+    python benchmarks/scan.py [--lengths 1000 16000] [--threads 1 2] [--rounds 5] [--quick] [--variant avx2]
     python benchmarks/scan.py --device cuda [--lengths 1000 16000 64000]
     python benchmarks/scan.py --table
 
@@ -11,7 +11,8 @@ seconds: such a way is run once or twice in all. Medians over rounds; ratios wit
 
 Floors: FLOP over the measured peak of fused multiply-adds, bytes over the measured bandwidth (three tensors read, one
 written). Per step and state a forward has 6 FLOP and an exponential, a backward 21 and an exponential; per step and
-channel 8 more. An exponential counts as EXP_FLOP, what it costs without a table in float32.
+channel 8 more. An exponential counts as EXP_FLOP, what it costs without a table in float32. The peak is that of the
+instruction set in use, which --variant chooses. "channels first" is ours on contiguous (B, D, L) streams.
 """
 
 from __future__ import annotations
@@ -46,10 +47,20 @@ from torch.nn import functional as F
 
 import medgmae
 from medgmae.ops import causal_conv1d
+from medgmae.ops.conv import native as conv_native
+from medgmae.ops.scan import native as scan_native
 
 RESULT = Path(__file__).parent / "results/scan.json"
 EXP_FLOP = 16
+CHANNELS_FIRST = "ours, channels first"
 SLOW = 2.0  # seconds: what takes longer is run once or twice
+
+
+def force(variant: str) -> None:
+    """Have the CPU kernels of an instruction set run from now on."""
+    for module in (scan_native, conv_native):
+        run = module._run
+        module._run = lambda call, _, threads, run=run: run(call, variant, threads)  # type: ignore[misc]
 
 
 def seconds(run: Way, device: str) -> tuple[float, Any]:
@@ -102,12 +113,21 @@ class Agreement:
                 raise SystemExit(f"{name} differs from ours by {error:.1e} of the largest value, tensor {number}")
 
 
+def channels_first(*tensors: Tensor) -> Tensor:
+    """The public function on streams and matrices in mamba-ssm's own layout, contiguous (B, D, L) and (B, N, L)."""
+    u, delta, A, B, C, D, z, bias = tensors
+    out: Tensor = medgmae.ops.selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True)
+    return out
+
+
 def scan_ways(length: int, device: str, both: bool) -> dict[str, Way]:
     """Ours and every rival that can run at this length."""
     tokens = [t.to(device) for t in scan_inputs(length)]
     grad = torch.randn(1, length, CHANNELS, generator=torch.Generator().manual_seed(1)).to(device)
     ways: dict[str, Way] = {}
-    everyone = {"ours": Rival(lambda *tensors: ours(tensors), True), **rivals(device)}
+    everyone = {"ours": Rival(lambda *tensors: ours(tensors), True)}
+    everyone[CHANNELS_FIRST] = Rival(channels_first, False)
+    everyone |= rivals(device)
     for name, rival in everyone.items():
         if both and length > rival.longest_backward:
             continue
@@ -157,7 +177,7 @@ def scans(threads: int | None, peaks: tuple[float, float], options: argparse.Nam
         for both in (False, True):
             ways = scan_ways(length, options.device, both)
             if options.quick:
-                ways = {name: run for name, run in ways.items() if name in ("ours", OWN_REFERENCE)}
+                ways = {name: run for name, run in ways.items() if name in ("ours", CHANNELS_FIRST, OWN_REFERENCE)}
             timing = summary(take_turns(ways, options.rounds, options.device, Agreement()))
             floor = floors(length, both, *peaks)
             row = {"length": length, "kind": "both" if both else "forward", "threads": threads, **timing, **floor}
@@ -279,14 +299,21 @@ def repeatable(options: argparse.Namespace) -> bool:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All tables for one device."""
-    report: dict[str, Any] = {"machine": machine(), "rounds": options.rounds, "channels": CHANNELS, "states": STATES}
+    report: dict[str, Any] = {
+        "machine": machine(options.variant),
+        "rounds": options.rounds,
+        "channels": CHANNELS,
+        "states": STATES,
+    }
     report |= {"peaks": [], "scan": [], "convolution": [], "mixer": []}
     cuda = options.device == "cuda"
+    if options.variant:
+        force(options.variant)
     if cuda:
         report["machine"] |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     for threads in [None] if cuda else options.threads:
         torch.set_num_threads(threads or 1)
-        peaks = (math.inf if cuda else fma_peak(threads or 1), bandwidth(options.device))
+        peaks = (math.inf if cuda else fma_peak(threads or 1, options.variant), bandwidth(options.device))
         report["peaks"].append({"threads": threads, "fma_gflops": None if cuda else peaks[0], "gb_per_s": peaks[1]})
         print(f"{options.device}, {threads} thread(s): {peaks[0]:.0f} GFLOP/s, {peaks[1]:.1f} GB/s", flush=True)
         report["scan"] += scans(threads, peaks, options)
@@ -316,7 +343,8 @@ def goals(report: dict[str, Any]) -> dict[str, Any]:
     for row in report["scan"]:
         where = f"{row['threads']} thread(s)" if row["threads"] else "GPU"
         title = f"L={row['length']}, {row['kind']}, {where}"
-        torch_only = {n: other for n, other in row["others"].items() if n not in (OWN_REFERENCE, MAMBA)}
+        own = (OWN_REFERENCE, MAMBA, CHANNELS_FIRST)
+        torch_only = {n: other for n, other in row["others"].items() if n not in own}
         if torch_only and row["threads"]:
             goal = {"forward": 80, "both": 40}[row["kind"]]
             best = min(other["times_slower"] for other in torch_only.values())
@@ -346,6 +374,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 16000])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--variant", default="", help="CPU instruction set: generic, avx2 or avx512; the best by default"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="no rivals, only the torch reference of this library")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -360,7 +391,9 @@ def main() -> None:
         print(f"{name:80} {value if isinstance(value, bool) else format(value, '10.3g')}")
     kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
     options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(kept | {options.device: report}, indent=1) + "\n")
+    options.out.write_text(
+        json.dumps(kept | {" ".join(filter(None, (options.device, options.variant))): report}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ namespace medgmae {
 namespace {
 
 using CallSizes = std::map<std::string, int64_t>;
-using CallStreams = std::map<std::string, std::array<int64_t, 3>>;   // address, batch, step
+using CallStreams = std::map<std::string, std::array<int64_t, 4>>;   // address, batch, step, apart
 using CallMatrices = std::map<std::string, std::array<int64_t, 4>>;  // address, batch, step, of_group
 using CallArrays = std::map<std::string, std::array<int64_t, 2>>;    // address, numbers; what is absent is left out
 
@@ -33,7 +33,7 @@ Value entry(const std::map<std::string, Value>& from, const char* name) {
 inline Stream stream_of(const CallStreams& streams, const char* name, bool needed) {
   if (!needed && streams.find(name) == streams.end()) return {};
   auto const s = entry(streams, name);
-  return {reinterpret_cast<void*>(s[0]), s[1], s[2]};
+  return {reinterpret_cast<void*>(s[0]), s[1], s[2], s[3]};
 }
 
 inline ScanMatrix matrix_of(const CallMatrices& matrices, const char* name) {

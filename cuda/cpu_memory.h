@@ -21,7 +21,7 @@ struct ThreadMemory {
 
 template <class T>
 inline T* element(const Stream& s, int64_t b, int64_t t, int64_t channel) {
-  return static_cast<T*>(s.at) + b * s.batch + t * s.step + channel;
+  return static_cast<T*>(s.at) + b * s.batch + t * s.step + channel * s.apart;
 }
 
 }  // namespace

@@ -59,9 +59,14 @@ inline Vec<float> power_from_parts(Vec<float> shifted, Vec<float> r) {
 
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
+// Up to this |x| an exponent needs no clamping.
+template <class T>
+constexpr T kLargestExponent = T(125);
+
 // exp(x / kDecayScale), to 2e-7. At 128, and so above it, exactly infinity.
+template <bool kBounded>
 inline Vec<float> decay_lanes(Vec<float> x) {
-  x = at_most_lanes(at_least_lanes(x, -126.0f), 128.0f);
+  if constexpr (!kBounded) x = at_most_lanes(at_least_lanes(x, -126.0f), 128.0f);
   Vec<float> const shifted = x + kRounding;
   return power_from_parts(shifted, x - (shifted - kRounding));
 }
@@ -79,6 +84,7 @@ inline Vec<double> shrink_lanes(Vec<double> x) {
   return x;
 }
 
+template <bool kBounded>
 inline Vec<double> decay_lanes(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = exp(x[i]);
   return x;
@@ -101,18 +107,36 @@ inline Vec<double> log1p_lanes(Vec<double> u) {
   return u;
 }
 
+// -|x|: the sign bit set.
+template <class T>
+inline Vec<T> below_zero(Vec<T> x) {
+  Mask<T> bits;
+  memcpy(&bits, &x, sizeof(x));
+  bits |= decltype(bits[0] + 0)(1) << (8 * sizeof(T) - 1);
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 // log(1 + exp(x)), and x itself above 20, as torch has it.
 template <class T>
 inline Vec<T> softplus_lanes(Vec<T> x) {
   Vec<T> const positive = T(0) > x ? splat(T(0)) : x;
-  return x > T(20) ? x : positive + log1p_lanes(shrink_lanes(-magnitude<T>(x)));
+  return x > T(20) ? x : positive + log1p_lanes(shrink_lanes(below_zero<T>(x)));
 }
 
 // 1 / (1 + exp(-x)).
 template <class T>
 inline Vec<T> sigmoid_lanes(Vec<T> x) {
-  Vec<T> const e = shrink_lanes(-magnitude<T>(x));
+  Vec<T> const e = shrink_lanes(below_zero<T>(x));
   return (T(0) > x ? e : splat(T(1))) / (T(1) + e);
+}
+
+// Whether all lanes of a mask are set.
+template <class T>
+inline bool all_lanes(Mask<T> mask) {
+  decltype(mask[0] + 0) all = -1;
+  for (int i = 0; i < kLanes<T>; ++i) all &= mask[i];
+  return all != 0;
 }
 
 // Lanes of two vectors, mixed: kHalf lanes of `a`, kHalf of `b`, and so on, from the first or the second kHalf of each pair.

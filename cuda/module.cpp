@@ -277,7 +277,7 @@ PYBIND11_MODULE(_C, module) {
   using namespace pybind11::literals;
   module.doc() = "Native kernels of medgmae. Private: medgmae.ops is the interface.";
   // INTERFACE of medgmae/ops/native.py, which takes no other: raise both with every change of what a binding takes or writes.
-  module.attr("interface") = 1;
+  module.attr("interface") = 2;
   module.def("build_info", &medgmae::build_info, "How this module was compiled and what it finds here. Starts the CUDA driver.");
   module.def("voxelize", &medgmae::voxelize, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a, "patch"_a,
              "origin"_a, "step"_a, "support"_a, "widths"_a, "threads"_a, "variant"_a = "",

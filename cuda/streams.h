@@ -6,10 +6,11 @@
 
 namespace medgmae {
 
-// Element (batch b, step t, channel d) is at[b * batch + t * step + d], in elements.
+// Element (batch b, step t, channel d) is at[b * batch + t * step + d * apart], in elements. All kernels take apart = 1; the CPU's
+// scan reads streams of any other too, if the steps of a channel lie side by side (step = 1 or -1).
 struct Stream {
   void* at;
-  int64_t batch, step;
+  int64_t batch, step, apart = 1;
 };
 
 }  // namespace medgmae

@@ -58,7 +58,7 @@ def prefer_large_pages(address: int, bytes: int) -> None: ...
 def selective_scan(
     dtype: int,
     sizes: dict[str, int],
-    streams: dict[str, tuple[int, int, int]],
+    streams: dict[str, tuple[int, int, int, int]],
     matrices: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, tuple[int, int]],
     stream_type: int,
@@ -68,7 +68,7 @@ def selective_scan(
 def causal_conv1d(
     dtype: int,
     sizes: dict[str, int],
-    streams: dict[str, tuple[int, int, int]],
+    streams: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, tuple[int, int]],
     stream_type: int,
     threads: int,
@@ -77,7 +77,7 @@ def causal_conv1d(
 def selective_scan_cuda_workspace(
     dtype: int,
     sizes: dict[str, int],
-    streams: dict[str, tuple[int, int, int]],
+    streams: dict[str, tuple[int, int, int, int]],
     matrices: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, tuple[int, int]],
     stream_type: int,
@@ -85,7 +85,7 @@ def selective_scan_cuda_workspace(
 def selective_scan_cuda(
     dtype: int,
     sizes: dict[str, int],
-    streams: dict[str, tuple[int, int, int]],
+    streams: dict[str, tuple[int, int, int, int]],
     matrices: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, tuple[int, int]],
     stream_type: int,
@@ -96,7 +96,7 @@ def selective_scan_cuda(
 def causal_conv1d_cuda(
     dtype: int,
     sizes: dict[str, int],
-    streams: dict[str, tuple[int, int, int]],
+    streams: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, tuple[int, int]],
     stream_type: int,
     stream: int,

@@ -28,13 +28,13 @@ FLAGS = ["-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
 class Stream(ctypes.Structure):
     """Stream of cuda/streams.h."""
 
-    _fields_ = [("at", ctypes.c_void_p), ("batch", ctypes.c_int64), ("step", ctypes.c_int64)]
+    _fields_ = [("at", ctypes.c_void_p), ("batch", ctypes.c_int64), ("step", ctypes.c_int64), ("apart", ctypes.c_int64)]
 
 
 class Matrix(ctypes.Structure):
     """ScanMatrix of cuda/scan/scan.h."""
 
-    _fields_ = [*Stream._fields_, ("of_group", ctypes.c_int64)]
+    _fields_ = [*Stream._fields_[:3], ("of_group", ctypes.c_int64)]
 
 
 class ScanCall(ctypes.Structure):

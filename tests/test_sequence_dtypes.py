@@ -123,6 +123,17 @@ def test_the_kernels_refuse_streams_of_another_dtype(monkeypatch: pytest.MonkeyP
         native.forward(operands(inputs))
 
 
+def test_what_cuda_cannot_count_is_refused() -> None:
+    call = cuda.Call(operands(make(dtype=torch.float32)), torch.float32, 64)
+    cuda.check_sizes(call)
+    call.streams["u"] = (0, 1, -(2**28), 1)
+    with pytest.raises(ValueError, match=f"tokens of u lie {2**28} numbers apart.*contiguous copy"):
+        cuda.check_sizes(call)
+    call.sizes["length"] = 2**31 - 60
+    with pytest.raises(ValueError, match=f"length is {2**31 - 60}: .* take less than"):
+        cuda.check_sizes(call)
+
+
 @every_pair
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
 def test_a_raw_convolution(one: torch.dtype, rest: torch.dtype, wide: torch.dtype) -> None:

@@ -15,14 +15,16 @@ namespace {
 
 constexpr int kStateGroup = 4;
 
-// One thread's memory for a backward. Packed: [block][step][lane]; per state: [block][state][lane]; the rest of one state group.
+// One thread's memory for a backward. Packed: [block][step][lane], the turned ones for streams that have to be turned round; per
+// state: [block][state][lane]; the rest of one state group of a block: [step][state][lane].
 template <class T>
 struct GradientScratch {
   static constexpr int kWide = kLanes<T>;
   int64_t packed, per_state, per_block, per_group, sums_count;
   ThreadMemory<T> memory;
   ThreadMemory<double> sums;
-  T *s, *x, *dy, *y, *w, *q, *decays, *carry, *part_D, *part_bias, *decay, *state, *sum_B, *sum_C;
+  T *s, *x, *dy, *y, *w, *q, *turned_u, *turned_delta, *turned_z, *turned_grad;
+  T *decay, *state, *sum_B, *sum_C, *part_D, *part_bias, *carry, *decays;
   double *dA, *dD, *dbias;
 
   GradientScratch(const ScanCall& call, int64_t blocks)
@@ -31,28 +33,38 @@ struct GradientScratch {
         per_block(blocks * kWide),
         per_group(call.chunk * kStateGroup * kWide),
         sums_count(per_state + 2 * per_block),
-        memory(6 * packed + 2 * per_state + 2 * per_block + 4 * per_group + kStateGroup * kWide),
+        memory(10 * packed + 4 * per_group + kStateGroup * kWide + 2 * per_block + per_state + ScanPiece<T>::decays(call, blocks)),
         sums(sums_count) {
     T* next = memory.at;
-    T** const by_step[] = {&s, &x, &dy, &y, &w, &q};
-    for (T** one : by_step) *one = next, next += packed;
-    decays = next, carry = decays + per_state, part_D = carry + per_state, part_bias = part_D + per_block;
-    next = part_bias + per_block;
+    T** const by_step[] = {&s, &x, &dy, &y, &w, &q, &turned_u, &turned_delta, &turned_z, &turned_grad};
     T** const by_group[] = {&decay, &state, &sum_B, &sum_C};
+    for (T** one : by_step) *one = next, next += packed;
     for (T** one : by_group) *one = next, next += per_group + (one == &state) * kStateGroup * kWide;  // and the states before
+    part_D = next, part_bias = part_D + per_block, carry = part_bias + per_block, decays = carry + per_state;
     dA = sums.at, dD = dA + per_state, dbias = dD + per_block;
   }
   bool complete() const { return memory.at != nullptr && sums.at != nullptr; }
 };
 
-// Steps [t0, t0 + steps) of a piece, and the states before them (states, channels of the call), null for zeros.
+// Chunk c of a piece: steps [t0, t0 + steps), and the states before them (states, channels of the call), null for zeros.
 template <class T>
 struct GradientChunk {
   const ScanPiece<T>& piece;
-  GradientScratch<T>& my;
+  const GradientScratch<T>& my;
   int64_t t0;
   int steps;
   const T* before;
+  Tile<T> u, delta, z, grad;
+
+  GradientChunk(const ScanPiece<T>& piece, const GradientScratch<T>& my, int64_t c) : piece(piece), my(my), t0(c * piece.call.chunk) {
+    const ScanCall& call = piece.call;
+    int64_t const left = call.length - t0, kept = (piece.b * scan_chunks(call) + c - 1) * call.states * call.channels;
+    steps = int(left < call.chunk ? left : call.chunk);
+    before = c ? static_cast<const T*>(call.kept) + kept : nullptr;
+    u = piece.tile(call.u, t0, steps, my.turned_u), delta = piece.tile(call.delta, t0, steps, my.turned_delta);
+    z = call.z.at ? piece.tile(call.z, t0, steps, my.turned_z) : Tile<T>{};
+    grad = piece.tile(call.grad, t0, steps, my.turned_grad);
+  }
 };
 
 template <class T>
@@ -60,55 +72,66 @@ inline void add_lanes(double* total, Vec<T> v) {
   for (int i = 0; i < kLanes<T>; ++i) total[i] += double(v[i]);
 }
 
-// States [n0, n0 + kGroup) of one block; kFirst: of the first block of its slab, with which the sums begin.
-template <class T, int kGroup, bool kFirst>
-inline void gradient_block(const GradientChunk<T>& at, int block, int64_t n0) {
+// The way there of states [n0, n0 + kGroup) of one block: decays, states and what they add to y.
+template <class T, int kGroup, bool kBounded>
+inline void gradient_there(const GradientChunk<T>& at, int block, int64_t n0, Vec<T>* h) {
   constexpr int kWide = kLanes<T>;
   const GradientScratch<T>& my = at.my;
   const ScanPiece<T>& piece = at.piece;
   const ScanCall& call = piece.call;
-  int64_t const own = (int64_t(block) * call.states + n0) * kWide, here = int64_t(block) * call.chunk * kWide;
-  // Everything that the loops use in variables of their own: a store could change what a reference leads to.
-  int64_t const steps = at.steps, step_B = call.B.step, step_C = call.C.step;
-  const T *const rows_B = piece.row(call.B, at.t0) + n0, *const rows_C = piece.row(call.C, at.t0) + n0;
-  const T *const s = my.s + here, *const x = my.x + here, *const dy = my.dy + here;
-  T *const y = my.y + here, *const w = my.w + here, *const q = my.q + here;
-  T *const decay = my.decay, *const before = my.state, *const after = my.state + kGroup * kWide, *const sum_B = my.sum_B, *const sum_C = my.sum_C;
+  int64_t const here = int64_t(block) * call.chunk * kWide, step_B = call.B.step, step_C = call.C.step;
+  const T *B = piece.row(call.B, at.t0) + n0, *C = piece.row(call.C, at.t0) + n0;
+  const T *const s = my.s + here, *const x = my.x + here;
+  T *const y = my.y + here, *const decay = my.decay, *const after = my.state + kGroup * kWide;
+  int const steps = at.steps;
   bool const more = n0 > 0;
-  Vec<T> A[kGroup], h[kGroup] = {};
+  Vec<T> A[kGroup];
   for (int i = 0; i < kGroup; ++i) {
-    A[i] = load(piece.A + own + i * kWide);
-    if (at.before) h[i] = load_part(at.before + (n0 + i) * call.channels + piece.first + block * kWide, piece.lanes(block));
-    store(before + i * kWide, h[i]);
+    A[i] = load(piece.A + (block * call.states + n0 + i) * kWide);
+    h[i] = at.before ? load_part(at.before + (n0 + i) * call.channels + piece.first + block * kWide, piece.lanes(block)) : Vec<T>{};
+    store(my.state + i * kWide, h[i]);
   }
-  for (int64_t t = 0; t < steps; ++t) {
+  for (int t = 0; t < steps; ++t, B += step_B, C += step_C) {
     Vec<T> const st = load(s + t * kWide), xt = load(x + t * kWide);
     Vec<T> yt = more ? load(y + t * kWide) : Vec<T>{};
 #pragma GCC unroll 4
     for (int i = 0; i < kGroup; ++i) {
-      Vec<T> const B = splat(rows_B[t * step_B + i]), C = splat(rows_C[t * step_C + i]);
-      Vec<T> const a = decay_lanes(st * A[i]);
-      h[i] = a * h[i] + xt * B;
-      yt += h[i] * C;
+      Vec<T> const a = decay_lanes<kBounded>(st * A[i]);
+      h[i] = a * h[i] + xt * splat(B[i]);
+      yt += h[i] * splat(C[i]);
       store(decay + (t * kGroup + i) * kWide, a);
       store(after + (t * kGroup + i) * kWide, h[i]);
     }
     store(y + t * kWide, yt);
   }
-  Vec<T> carry[kGroup], dA[kGroup] = {};
-  for (int i = 0; i < kGroup; ++i) carry[i] = load(my.carry + own + i * kWide);
-  for (int64_t t = steps - 1; t >= 0; --t) {
+}
+
+// The way back, from the states after the last step; kFirst: of the first block of its slab, with which the sums of B and C begin.
+template <class T, int kGroup, bool kFirst>
+inline void gradient_back(const GradientChunk<T>& at, int block, int64_t n0, Vec<T>* h) {
+  constexpr int kWide = kLanes<T>;
+  const GradientScratch<T>& my = at.my;
+  const ScanPiece<T>& piece = at.piece;
+  const ScanCall& call = piece.call;
+  int64_t const own = (block * call.states + n0) * kWide;
+  int64_t const here = int64_t(block) * call.chunk * kWide, step_B = call.B.step, step_C = call.C.step;
+  const T *B = piece.row(call.B, at.t0 + at.steps - 1) + n0, *C = piece.row(call.C, at.t0 + at.steps - 1) + n0;
+  const T *const s = my.s + here, *const x = my.x + here, *const dy = my.dy + here, *const decay = my.decay, *const before = my.state;
+  T *const w = my.w + here, *const q = my.q + here, *const sum_B = my.sum_B, *const sum_C = my.sum_C;
+  bool const more = n0 > 0;
+  Vec<T> A[kGroup], carry[kGroup], dA[kGroup] = {};
+  for (int i = 0; i < kGroup; ++i) A[i] = load(piece.A + own + i * kWide), carry[i] = load(my.carry + own + i * kWide);
+  for (int t = at.steps - 1; t >= 0; --t, B -= step_B, C -= step_C) {
     Vec<T> const st = load(s + t * kWide), xt = load(x + t * kWide), dyt = load(dy + t * kWide);
     Vec<T> wt = more ? load(w + t * kWide) : Vec<T>{}, qt = more ? load(q + t * kWide) : Vec<T>{};
 #pragma GCC unroll 4
     for (int i = 0; i < kGroup; ++i) {
-      Vec<T> const B = splat(rows_B[t * step_B + i]), C = splat(rows_C[t * step_C + i]);
       int64_t const k = (t * kGroup + i) * kWide;
-      Vec<T> const g = carry[i] + C * dyt, to_C = h[i] * dyt;
+      Vec<T> const g = carry[i] + splat(C[i]) * dyt, to_C = h[i] * dyt;
       carry[i] = g * load(decay + k);
       h[i] = load(before + k);  // the state before step t
       Vec<T> const back = carry[i] * h[i];
-      wt += g * B;
+      wt += g * splat(B[i]);
       qt += back * A[i];
       dA[i] += back * st;
       store(sum_B + k, kFirst ? g * xt : load(sum_B + k) + g * xt);
@@ -123,6 +146,17 @@ inline void gradient_block(const GradientChunk<T>& at, int block, int64_t n0) {
   }
 }
 
+template <class T, int kGroup, bool kFirst>
+inline void gradient_block(const GradientChunk<T>& at, int block, int64_t n0) {
+  Vec<T> h[kGroup];
+  if (steps_are_bounded(at.my.s + int64_t(block) * at.piece.call.chunk * kLanes<T>, at.steps, at.piece.limit + block * kLanes<T>)) {
+    gradient_there<T, kGroup, true>(at, block, n0, h);
+  } else {
+    gradient_there<T, kGroup, false>(at, block, n0, h);
+  }
+  gradient_back<T, kGroup, kFirst>(at, block, n0, h);
+}
+
 // Sums over the lanes of vectors [step][state of the group]: to[step * apart + state].
 template <class T, int kGroup>
 inline void gradient_sums(const T* vectors, int steps, T* to, int64_t apart) {
@@ -135,6 +169,16 @@ inline void gradient_sums(const T* vectors, int steps, T* to, int64_t apart) {
     T lanes[kWide];
     store(lanes, v[0]);
     for (int i = 0; i < count; i += kRun) memcpy(to + (first + i) / kGroup * apart + (first + i) % kGroup, lanes + i, kRun * sizeof(T));
+  }
+}
+
+// Has what blocks [begin, end) read of the chunk before this one brought to the caches.
+template <class T>
+inline void gradient_prefetch(const GradientChunk<T>& at, int begin, int end) {
+  const ScanCall& call = at.piece.call;
+  const Stream* const inputs[] = {&call.u, &call.delta, &call.z, &call.grad};
+  for (const Stream* s : inputs) {
+    for (int k = begin; k < end; ++k) at.piece.prefetch(*s, at.t0 - call.chunk, int(call.chunk), k);
   }
 }
 
@@ -155,18 +199,16 @@ template <class T>
 inline void gradient_inputs(const GradientChunk<T>& at) {
   constexpr int kWide = kLanes<T>;
   const ScanPiece<T>& piece = at.piece;
-  const ScanCall& call = piece.call;
-  scan_steps(piece, at.t0, at.steps, call.chunk, at.my.s, at.my.x);
+  scan_steps(piece, at.steps, at.delta, at.u, piece.call.chunk, at.my.s, at.my.x);
   for (int t = 0; t < at.steps; ++t) {
-    const T* const grad = element<T>(call.grad, piece.b, at.t0 + t, piece.first);
-    const T* const z = call.z.at ? element<T>(call.z, piece.b, at.t0 + t, piece.first) : nullptr;
     for (int k = 0; k < piece.blocks; ++k) {
-      Vec<T> v = load_part(grad + k * kWide, piece.lanes(k));
-      if (z) {
-        Vec<T> const gate = load_part(z + k * kWide, piece.lanes(k));
+      int const lanes = piece.lanes(k);
+      Vec<T> v = at.grad.load(k, t, lanes);
+      if (at.z.at) {
+        Vec<T> const gate = at.z.load(k, t, lanes);
         v *= gate * sigmoid_lanes<T>(gate);
       }
-      store(at.my.dy + (int64_t(k) * call.chunk + t) * kWide, v);
+      store(at.my.dy + (int64_t(k) * piece.call.chunk + t) * kWide, v);
     }
   }
 }
@@ -177,34 +219,34 @@ inline void gradient_outputs(const GradientChunk<T>& at) {
   constexpr int kWide = kLanes<T>;
   const ScanPiece<T>& piece = at.piece;
   const ScanCall& call = piece.call;
+  const GradientScratch<T>& my = at.my;
   const T* const D = call.D ? static_cast<const T*>(call.D) + piece.first : nullptr;
   const T* const bias = call.bias ? static_cast<const T*>(call.bias) + piece.first : nullptr;
-  T *const part_D = at.my.part_D, *const part_bias = at.my.part_bias;
-  memset(part_D, 0, size_t(2 * at.my.per_block) * sizeof(T));
+  memset(my.part_D, 0, size_t(2 * my.per_block) * sizeof(T));
   for (int t = 0; t < at.steps; ++t) {
     auto const row = [&](const Stream& stream) { return element<T>(stream, piece.b, at.t0 + t, piece.first); };
     for (int k = 0; k < piece.blocks; ++k) {
       int const lanes = piece.lanes(k);
       int64_t const packed = (int64_t(k) * call.chunk + t) * kWide, c = k * kWide;
-      Vec<T> const u = load_part(row(call.u) + c, lanes), dy = load(at.my.dy + packed), w = load(at.my.w + packed);
+      Vec<T> const u = at.u.load(k, t, lanes), dy = load(my.dy + packed), w = load(my.w + packed);
       Vec<T> const skip = D ? load_part(D + c, lanes) : Vec<T>{};
-      Vec<T> ds = u * w + load(at.my.q + packed) * (T(1) / kDecayScale<T>);
+      Vec<T> ds = u * w + load(my.q + packed) * (T(1) / kDecayScale<T>);
       if (call.softplus) {
-        Vec<T> x = load_part(row(call.delta) + c, lanes);
+        Vec<T> x = at.delta.load(k, t, lanes);
         if (bias) x += load_part(bias + c, lanes);
         ds = x > T(20) ? ds : ds * sigmoid_lanes<T>(x);
       }
-      store_part(row(call.du) + c, skip * dy + load(at.my.s + packed) * w, lanes);
+      store_part(row(call.du) + c, skip * dy + load(my.s + packed) * w, lanes);
       store_part(row(call.ddelta) + c, ds, lanes);
-      store(part_D + c, load(part_D + c) + dy * u);
-      store(part_bias + c, load(part_bias + c) + ds);
-      if (call.z.at) {
-        Vec<T> const z = load_part(row(call.z) + c, lanes), open = sigmoid_lanes<T>(z), grad = load_part(row(call.grad) + c, lanes);
-        store_part(row(call.dz) + c, grad * (load(at.my.y + packed) + skip * u) * open * (T(1) + z * (T(1) - open)), lanes);
+      store(my.part_D + c, load(my.part_D + c) + dy * u);
+      store(my.part_bias + c, load(my.part_bias + c) + ds);
+      if (at.z.at) {
+        Vec<T> const z = at.z.load(k, t, lanes), open = sigmoid_lanes<T>(z), grad = at.grad.load(k, t, lanes);
+        store_part(row(call.dz) + c, grad * (load(my.y + packed) + skip * u) * open * (T(1) + z * (T(1) - open)), lanes);
       }
     }
   }
-  for (int64_t i = 0; i < at.my.per_block; ++i) at.my.dD[i] += double(part_D[i]), at.my.dbias[i] += double(part_bias[i]);
+  for (int64_t i = 0; i < my.per_block; ++i) my.dD[i] += double(my.part_D[i]), my.dbias[i] += double(my.part_bias[i]);
 }
 
 // Writes the sums over time of a piece: (batch, channels, states) and (batch, channels).
@@ -236,29 +278,21 @@ inline void gradient_start(const ScanPiece<T>& piece, T* carry) {
   }
 }
 
-// Chunk c of a piece.
-template <class T>
-inline GradientChunk<T> gradient_chunk(const ScanPiece<T>& piece, GradientScratch<T>& my, int64_t c) {
-  const ScanCall& call = piece.call;
-  int64_t const left = call.length - c * call.chunk, kept = (piece.b * scan_chunks(call) + c - 1) * call.states * call.channels;
-  const T* const before = c ? static_cast<const T*>(call.kept) + kept : nullptr;
-  return {piece, my, c * call.chunk, int(left < call.chunk ? left : call.chunk), before};
-}
-
-// A piece, chunk by chunk from the last, whose first slab has the number `slab` in its group. Takes what comes from behind the
+// A piece, chunk by chunk from the last, whose first slab has the number `number` in its group. Takes what comes from behind the
 // sequence in my.carry, adds its sums over time to my.sums.
 template <class T>
-inline void gradient_piece(const ScanPiece<T>& piece, GradientScratch<T>& my, int64_t slab) {
+inline void gradient_piece(const ScanPiece<T>& piece, const GradientScratch<T>& my, int64_t number) {
   constexpr int kSlabBlocks = kScanSlab / kLanes<T>;
   int64_t const states = piece.call.states;
   for (int64_t c = scan_chunks(piece.call) - 1; c >= 0; --c) {
-    GradientChunk<T> const at = gradient_chunk(piece, my, c);
+    GradientChunk<T> const at(piece, my, c);
     gradient_inputs(at);
     for (int k = 0; k < piece.blocks; k += kSlabBlocks) {
       int const behind = k + kSlabBlocks < piece.blocks ? k + kSlabBlocks : piece.blocks;
       int64_t n = 0;
-      for (; n + kStateGroup <= states; n += kStateGroup) gradient_group<T, kStateGroup>(at, k, behind, slab + k / kSlabBlocks, n);
-      for (; n < states; ++n) gradient_group<T, 1>(at, k, behind, slab + k / kSlabBlocks, n);
+      for (; n + kStateGroup <= states; n += kStateGroup) gradient_group<T, kStateGroup>(at, k, behind, number + k / kSlabBlocks, n);
+      for (; n < states; ++n) gradient_group<T, 1>(at, k, behind, number + k / kSlabBlocks, n);
+      gradient_prefetch(at, k, behind);
     }
     gradient_outputs(at);
   }
@@ -285,14 +319,15 @@ struct ScanSlabs {
 template <class T>
 bool scan_gradient(const ScanCall& call, int threads) {
   ScanSlabs<T> const slabs(call);
-  int64_t const most = kPieceBlocks / ScanSlabs<T>::kBlocks;
+  int64_t const most = kPieceChannels / kScanSlab;
   bool enough_memory = true;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int part = 0; part < threads; ++part) {
     FlushSubnormals flush;
     int64_t const begin = slabs.total * part / threads, end = slabs.total * (part + 1) / threads;
     if (begin == end) continue;
-    GradientScratch<T> my(call, kPieceBlocks < slabs.all.per_group ? kPieceBlocks : slabs.all.per_group);
+    int64_t const blocks = kPieceChannels / kLanes<T>;
+    GradientScratch<T> const my(call, blocks < slabs.all.per_group ? blocks : slabs.all.per_group);
     if (!my.complete()) {
 #pragma omp atomic write
       enough_memory = false;

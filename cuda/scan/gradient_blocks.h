@@ -8,6 +8,20 @@
 // With w = g . B, p[t] = a[t] h[t-1], q = g p:
 //   dC = sum over channels of dy h    dB = sum over channels of g s u    du = D dy + s w
 //   ds = u w + q . A                  dA = sum over time of q s          g[t-1] = C[t-1] dy[t-1] + a[t] g[t]
+//
+// What the lanes of a warp hold (4 lanes share kBackwardWide = 2 channels; a lane has 4 of the 16 states of both):
+//
+//   lane      0      1      2      3   |  4      5      6      7   | ...  31
+//   channels  0, 1 ...................  |  2, 3 ...................  | ...  14, 15 of the warp's 16
+//   states    0-3    4-7    8-11   12-15|  0-3    4-7    8-11   12-15| ...  12-15
+//
+//   A, h, carry, dA [channel][state of the lane]        decayed [step of the tile][channel][state]
+//   sums over states   (y, w, q . A):  folds over lanes that differ in bits 0 and 1
+//   sums over channels (dC, dB):       folds over lanes that differ in bits 2, 3 and 4; halving what each lane has to add,
+//                                      they leave one state in each of the lanes 0-15 (finish_matrices knows which)
+//
+//   time of a span, chunk by chunk from the last:   find_starts      -> -> -> ->     states before every tile
+//                                                   differentiate    <- tile by tile: walk_states -> , then walk_back <-
 #pragma once
 
 #include "gradient_tokens.h"

@@ -1,5 +1,14 @@
 // The backward of the selective scan on CUDA: what belongs to one token and channel alone, done by one thread when a tile is loaded
 // and when it is finished. cuda/scan/gradient_blocks.h has the rest.
+//
+// Threads take the channels of a block side by side, and every so many rows of a tile (GradientShare); in shared memory:
+//
+//   thread          0  1  2  3 ...  kWidth-1 | kWidth ...        kWidth = kBlockChannels channels, kRows = threads / kWidth
+//   channel         0  1  2  3 ...  kWidth-1 | 0  1  2 ...
+//   rows of a tile  0, kRows, 2 kRows ...    | 1, kRows + 1 ...
+//
+//   s, in, dy, y, w, qA [row][channel / 2].v[channel % 2]     a row of the tile: the channels in pairs, as the lanes of walk_* read them
+//   B, C [row][state / 4].v[state % 4]                        the same for all channels
 #pragma once
 
 #include "blocks.h"

@@ -34,18 +34,19 @@ class Streams:
     A stream is (batch, L, channels) with the channels of a token side by side; a reversed one begins at its last token.
 
     Attributes:
+        turns: whether the kernels also read streams in which the steps of a channel lie side by side.
         dtype: of what is a stream.
         wide: dtype of the parameters and of the computation.
         sizes, streams, arrays: what the kernel is given, by its own names.
     """
 
-    def __init__(self, dtype: torch.dtype, wide: torch.dtype, length: int, reverse: bool) -> None:
+    def __init__(self, dtype: torch.dtype, wide: torch.dtype, length: int, reverse: bool, turns: bool = False) -> None:
         if wide not in DTYPE_CODES:
             raise TypeError(f"the parameters are {wide}: expected float32 or float64, in which the kernels compute")
-        self.dtype, self.wide, self.length, self.reverse = dtype, wide, length, reverse
+        self.dtype, self.wide, self.length, self.reverse, self.turns = dtype, wide, length, reverse, turns
         self.held: list[Tensor] = []
         self.sizes: dict[str, int] = {}
-        self.streams: dict[str, tuple[int, int, int]] = {}
+        self.streams: dict[str, tuple[int, int, int, int]] = {}
         self.arrays: dict[str, tuple[int, int]] = {}
 
     @property
@@ -54,10 +55,11 @@ class Streams:
         return self.held[0].device
 
     def stream(self, name: str, tensor: Tensor) -> None:
-        """Add a stream; one that is read is copied where it has another dtype or layout."""
+        """Add a stream; one that is read is copied where it has another dtype or layout than the kernels take."""
         ready = tensor.to(self.dtype)
-        ready = ready if ready.stride(2) == 1 else ready.contiguous()
-        self.streams[name] = (self.start(ready), ready.stride(0), self.step(ready))
+        by_channel = self.turns and ready.stride(1) == 1
+        ready = ready if ready.stride(2) == 1 or by_channel else ready.contiguous()
+        self.streams[name] = (self.start(ready), ready.stride(0), self.step(ready), ready.stride(2))
 
     def array(self, name: str, tensor: Tensor) -> None:
         """Add a tensor, dense and in the dtype of the computation; the kernel refuses another count of numbers."""

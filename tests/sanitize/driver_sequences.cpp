@@ -62,6 +62,15 @@ struct Case {
     return rows(filled(count ? (count - 1) * stride + width : 0, low, high), stride);
   }
 
+  // The same, or with the steps of a channel side by side.
+  Stream read(int64_t width, double low, double high) {
+    if (pick(random, 0, 2)) return input(width, low, high);
+    int64_t const apart = length + (pick(random, 0, 1) ? 0 : pick(random, 1, 40)), count = batch * width;
+    T* at = filled(count ? (count - 1) * apart + length : 0, low, high);
+    if (reverse && length) at += length - 1;
+    return {at, width * apart, reverse ? -1 : 1, apart};
+  }
+
   Stream written() { return rows(output(batch * length * channels, false), channels); }
 
   ScanMatrix matrix(int64_t groups, int64_t states) {
@@ -120,8 +129,8 @@ void run_scan(uint64_t seed) {
   call.states = pick(random, 0, 2) ? 16 : pick(random, 1, 40);
   call.chunk = pick(random, 0, 1) ? 64 : pick(random, 1, 64), call.softplus = pick(random, 0, 1) == 1;
   int64_t const D = call.channels, N = call.states;
-  call.u = c.input(D, -2, 2), call.delta = c.input(D, call.softplus ? -30 : 0, call.softplus ? 2 : 1);
-  if (pick(random, 0, 1)) call.z = c.input(D, -100, 100);
+  call.u = c.read(D, -2, 2), call.delta = c.read(D, call.softplus ? -30 : 0, call.softplus ? 2 : 1);
+  if (pick(random, 0, 1)) call.z = c.read(D, -100, 100);
   call.B = c.matrix(call.groups, N), call.C = c.matrix(call.groups, N);
   call.A = c.filled(D * N, pick(random, 0, 1) ? -1 : -200, 0);
   if (pick(random, 0, 1)) call.D = c.filled(D, -1, 1);
@@ -129,7 +138,7 @@ void run_scan(uint64_t seed) {
   ScanCall back = call;
   call.out = c.written();
   call.kept = back.kept = c.output(c.batch * medgmae::scan_chunks(call) * N * D, false);
-  back.grad = c.input(D, -1, 1);
+  back.grad = c.read(D, -1, 1);
   if (pick(random, 0, 1)) back.grad_state = c.filled(c.batch * N * D, -1, 1);
   back.du = c.written(), back.ddelta = c.written();
   if (call.z.at) back.dz = c.written();

@@ -19,9 +19,9 @@ class Call(Streams):
     gradients of B and C.
     """
 
-    def __init__(self, inputs: ScanInputs, dtype: torch.dtype, slab: int) -> None:
+    def __init__(self, inputs: ScanInputs, dtype: torch.dtype, slab: int, turns: bool = False) -> None:
         u, delta, A, B, C, D, z, delta_bias, softplus, reverse, chunk = inputs
-        super().__init__(dtype, A.dtype, u.shape[1], reverse)
+        super().__init__(dtype, A.dtype, u.shape[1], reverse, turns)
         self.inputs = inputs
         groups = math.lcm(B.shape[2], C.shape[2])
         self.parts = -(-(u.shape[2] // groups) // slab)

@@ -16,6 +16,7 @@ from medgmae.ops.scan.native import SLAB
 from medgmae.ops.streams import STREAM_CODES, common_dtype
 
 CHUNK = LONGEST = 64  # kLongestChunk of cuda/scan/work.h
+LARGEST, TILE = 2**31 - 1 - 64, 8  # scan_is_small of cuda/scan/work.h
 BLOCK_BYTES = 256  # of a token's channels, in the dtype of the computation, that one block of the backward has
 
 
@@ -41,6 +42,7 @@ def backward(grad: Tensor, grad_states: Tensor | None, states: Tensor, inputs: S
 def launch(call: Call) -> None:
     """Run the kernels in the current stream of the device that holds the call's tensors."""
     assert _C is not None
+    check_sizes(call)
     numbers = call.sizes, call.streams, call.matrices, call.arrays
     arguments = DTYPE_CODES[call.wide], *numbers, STREAM_CODES[call.dtype]
     with torch.cuda.device(call.device):
@@ -49,6 +51,19 @@ def launch(call: Call) -> None:
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=call.device)
         stream = torch.cuda.current_stream().cuda_stream
         _C.selective_scan_cuda(*arguments, workspace.data_ptr(), workspace_bytes, stream)
+
+
+def check_sizes(call: Call) -> None:
+    """Refuse what the kernels cannot count in 32 bits."""
+    for name, size in call.sizes.items():
+        if size >= LARGEST:
+            raise ValueError(f"{name} is {size}: the CUDA kernels take less than {LARGEST}; cut the call into several")
+    for name, (_, _, step, *_) in (call.streams | call.matrices).items():
+        if abs(step) > LARGEST // TILE:
+            raise ValueError(
+                f"the tokens of {name} lie {abs(step)} numbers apart: the CUDA kernels take at most {LARGEST // TILE}; "
+                "pass a contiguous copy"
+            )
 
 
 def _stream_dtype(inputs: ScanInputs, *grads: Tensor) -> torch.dtype:

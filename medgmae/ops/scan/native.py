@@ -22,7 +22,7 @@ def forward(inputs: ScanInputs, *, variant: str = "", threads: int | None = None
     """
     if inputs.constant:
         return reference.forward(inputs)
-    call = Call(inputs, inputs.A.dtype, SLAB)
+    call = Call(inputs, inputs.A.dtype, SLAB, turns=True)
     return call.forward(lambda: _run(call, variant, threads))
 
 
@@ -41,7 +41,7 @@ def backward(
     if inputs.chunk > LONGEST:
         inputs = inputs._replace(chunk=CHUNK)
         states = forward(inputs, variant=variant, threads=threads)[1]
-    call = Call(inputs, inputs.A.dtype, SLAB)
+    call = Call(inputs, inputs.A.dtype, SLAB, turns=True)
     return call.backward(grad, grad_states, states, lambda: _run(call, variant, threads))
 
 
