@@ -178,9 +178,8 @@ def _echo_file(facts: dict[str, Any]) -> None:
     shown["fits"] = facts["architecture"] or "no registered architecture"
     shown |= {key: facts[key] for key in ("model_args", "encoder_architecture", "cards") if facts[key]}
     shown |= {"renamed": rename_rules(facts["renamed"]), "unused": by_reason(facts["unused"])}
-    shown |= {
-        key: facts[key] for key in ("other_sets", "missing", "resized", "adapted", "notes", "problem") if facts[key]
-    }
+    more = ("other_sets", "missing", "resized", "adapted", "notes", "problem")
+    shown |= {key: facts[key] for key in more if facts[key]}
     echo_fields({key: value for key, value in shown.items() if value not in (None, "", {}, [])})
 
 
