@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from medgmae.ops import native
 from medgmae.ops.native import _C, DTYPE_CODES
 from medgmae.ops.scan.call import Call
 from medgmae.ops.scan.inputs import ScanInputs
@@ -16,7 +16,7 @@ CHUNK = LONGEST = 64  # steps per chunk of a backward, which holds a chunk of al
 def forward(inputs: ScanInputs, *, variant: str = "", threads: int | None = None) -> tuple[Tensor, Tensor]:
     """See ``medgmae::selective_scan``.
 
-    ``variant``: CPU instruction set, "" for the best; ``threads``: torch's number if None.
+    ``variant``: CPU instruction set, "" for the best; ``threads``: ``native.threads()`` if None.
     """
     call = Call(inputs, inputs.A.dtype, SLAB)
     return call.forward(lambda: _run(call, variant, threads))
@@ -41,5 +41,5 @@ def backward(
 
 def _run(call: Call, variant: str, threads: int | None) -> None:
     assert _C is not None
-    code, threads = DTYPE_CODES[call.wide], threads or torch.get_num_threads()
+    code, threads = DTYPE_CODES[call.wide], threads or native.threads()
     _C.selective_scan(code, call.sizes, call.streams, call.matrices, call.arrays, threads, variant)
