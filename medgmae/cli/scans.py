@@ -97,7 +97,7 @@ class _Search:
         self.scans: dict[tuple[Path, str | None], Scan] = {}
         self.places: dict[tuple[Path, str | None], set[tuple[float, ...]]] = {}
         self.series: list[str] = []
-        self.visited: set[Path] = set()
+        self.visited: set[tuple[int, int]] = set()
         self.met = self.chosen = 0
 
     def add(self, scan: Scan, places: set[tuple[float, ...]] | None = None) -> None:
@@ -125,15 +125,15 @@ class _Search:
             while waiting:
                 folder = waiting.pop()
                 try:
-                    real = folder.resolve(strict=True)
+                    state = folder.stat()
                     entries = sorted(folder.iterdir())
                 except OSError as error:
                     self.listing.fail(folder, f"cannot be searched: {error.strerror or error}")
                     continue
-                if real in self.visited:  # a link back, or the folder was named twice
+                if (state.st_dev, state.st_ino) in self.visited:  # a link back, or the folder was named twice
                     self.met += 1
                     continue
-                self.visited.add(real)
+                self.visited.add((state.st_dev, state.st_ino))
                 waiting += reversed(self._inside(folder, entries))
                 bar.update(len(entries))
 
