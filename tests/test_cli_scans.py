@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +181,32 @@ def test_a_folder_of_nothing(tmp_path: Path, model: str) -> None:
     assert result.exit_code == 1
     assert "no scan in this folder" in result.stderr
     assert os.listdir(tmp_path) == ["scans"]
+
+
+_NAMES = st.sampled_from([
+    "a.nii", "a.nii.gz", "b.MHA", "c.txt", "d.png", "e", "f.dcm", "g.zip", ".h", ".i.nii", "j.raw", "k.csv", "x_t1.nii",
+    "x_t2.nii", "folder", "other", "l.partial", "m\udcff.nii", "n\n.nrrd", "\u4e09.mgz", "1.2.840.113",
+])  # fmt: skip
+
+
+@given(
+    st.lists(st.tuples(st.lists(_NAMES, min_size=1, max_size=4), st.booleans()), min_size=1, max_size=8), st.booleans()
+)
+def test_no_file_is_lost_in_silence(paths: list[tuple[list[str], bool]], contrasts: bool) -> None:
+    """Every file of a folder is a scan or part of one, is skipped, or is in what cannot be read."""
+    with tempfile.TemporaryDirectory() as name:
+        top = Path(name)
+        for parts, dicom in paths:
+            path = top.joinpath(*parts)
+            with contextlib.suppress(OSError):  # a file where a folder should be
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"\0" * 128 + b"DICM" if dicom else b"x")
+        listing = find_scans([top], ["t1", "t2"] if contrasts else None)
+        said = {scan.path for scan in listing.scans} | {path_of(one["path"]) for one in listing.skipped}
+        unread = {path_of(one["path"]) for one in listing.errors if "no scan in this folder" not in one["error"]}
+        for path in top.rglob("*"):
+            assert not path.is_file() or said & {path, *path.parents} or path.parent in unread, (path, said, unread)
+        assert len(names(listing)) == len(set(names(listing)))
 
 
 # tables

@@ -11,6 +11,7 @@ import click
 
 import medgmae
 from medgmae.cli.common import by_reason, echo_fields, echo_json, reports_errors
+from medgmae.cli.files import check_name
 from medgmae.cli.names import shown
 from medgmae.cli.options import (
     assignments,
@@ -60,6 +61,7 @@ def convert_command(
     """
     from tqdm.auto import tqdm
 
+    check_name(out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise click.UsageError(
             f"{shown(out)} is not empty; choose another folder, or --overwrite to write the model into it"

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def check_name(path: Path) -> None:
+    """Raise a usage error for the name of an output that the readers of safetensors and SimpleITK could not open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise click.UsageError(f"{shown(path)} is not a name in UTF-8; choose another for what is written") from None
+
+
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise a usage error for a file that is there, unless it may be replaced."""
     if os.path.lexists(path) and not overwrite:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import medgmae
-from medgmae.cli.files import refuse_existing
+from medgmae.cli.files import check_name, refuse_existing
 from medgmae.cli.names import shown
 
 if TYPE_CHECKING:
@@ -130,8 +130,7 @@ def file_option(name: str, endings: Sequence[str], help: str, required: bool = F
             return None
         if not path.name.lower().endswith(tuple(endings)):
             raise click.BadParameter(f"{shown(path)} must end in one of {', '.join(endings)}")
-        if not _is_utf8(path):
-            raise click.BadParameter(f"{shown(path)} is not a name in UTF-8, and other programs could not open it")
+        check_name(path)
         if not path.parent.is_dir():
             raise click.BadParameter(f"the folder {shown(path.parent)} does not exist")
         refuse_existing(path, ctx.params["overwrite"])
@@ -141,13 +140,6 @@ def file_option(name: str, endings: Sequence[str], help: str, required: bool = F
 
     kind = click.Path(path_type=Path, dir_okay=False)
     return click.option(name, required=required, type=kind, callback=check, help=help)
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        return bool(str(path).encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def seed_option(of: str) -> Callable[[F], F]:

@@ -139,8 +139,12 @@ class _Search:
 
     def _inside(self, folder: Path, entries: list[Path]) -> list[Path]:
         """Take up the scans of a folder; returns its subfolders."""
-        if self.contrasts and is_case(folder, self.contrasts):
+        case = _case(folder, self.contrasts or ())
+        if len(case) >= min(2, len(self.contrasts or ())) > 0:  # reading it says what is missing or there twice
             self.add(Scan(folder))
+            for path in entries:
+                if path not in case:
+                    self.listing.skip(path, "in the folder of a case, none of its contrasts", expected=True)
             return []
         subfolders: list[Path] = []
         dicom: list[Path] = []
@@ -220,13 +224,13 @@ class _Search:
         return list(self.scans.values())
 
 
-def is_case(folder: Path, contrasts: Sequence[str]) -> bool:
-    """Whether a folder holds one case, perhaps with a contrast missing or doubled: reading it then says which."""
-    files = 0
+def _case(folder: Path, contrasts: Sequence[str]) -> set[Path]:
+    """The files of one case's contrasts, where a folder holds one file of a contrast."""
+    files: set[Path] = set()
     for name in contrasts:
         with contextlib.suppress(medgmae.VolumeError):
-            files += len(medgmae.data.find_contrasts(folder, [name]))
-    return files >= min(2, len(contrasts))
+            files.update(medgmae.data.find_contrasts(folder, [name]).values())
+    return files
 
 
 def _beside(path: Path) -> str:
