@@ -89,7 +89,7 @@ def happening(call: int, action: str, *args: str | Path, **options: Any) -> subp
     code = _AT_CALL.format(call=call, action=action)
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
-        capture_output=True, text=True, timeout=120, check=False, errors="backslashreplace", **options,
+        capture_output=True, text=True, check=False, errors="backslashreplace", **{"timeout": 120, **options},
     )  # fmt: skip
 
 
