@@ -209,8 +209,8 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_work(model: str, nin
 def test_two_thousand_scans(model: str, tmp_path: Path) -> None:
     scans, out = small_scans(tmp_path / "scans", 2000), tmp_path / "f.safetensors"
     command = ["features", scans, "--model", model, "--threads", "1", "--out", out, "--json"]
-    assert happening(1500, "os._exit(9)", *command, timeout=900).returncode == 9
-    done = happening(502, "raise RuntimeError('more than were left')", *command, timeout=900)
+    assert happening(1500, "os._exit(9)", *command, timeout=1800).returncode == 9
+    done = happening(502, "raise RuntimeError('more than were left')", *command, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert "1499 of 2000 scans" in done.stderr
     assert len(json.loads(done.stdout)["scans"]) == 2000

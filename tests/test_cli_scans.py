@@ -17,7 +17,7 @@ import pytest
 import torch
 from cli_runs import dicom_series, facts_of, saved_nano, small_scan
 from click.testing import Result
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_cli import run
@@ -135,6 +135,14 @@ def test_series_in_several_folders(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "case/two")
     shutil.copytree(tmp_path / "case/one", tmp_path / "case/two")
     assert names(find_scans([tmp_path])) == ["one", "two"]
+    for z in range(4):  # as some archives export: a folder per slice
+        dicom_series(tmp_path / f"slices/{z}", "1.2.3.7", range(z, z + 1))
+    assert [(scan.path, scan.series) for scan in find_scans([tmp_path / "slices"]).scans] == [
+        (tmp_path / "slices", "1.2.3.7")
+    ]
+    apart = find_scans([tmp_path / "slices/0", tmp_path / "slices/1"])  # nothing but the named folders is searched
+    assert apart.scans == []
+    assert len(apart.skipped) == 2
 
 
 def test_strict_complains_of_what_may_be_a_scan(tmp_path: Path, model: str) -> None:
@@ -189,6 +197,7 @@ _NAMES = st.sampled_from([
 ])  # fmt: skip
 
 
+@settings(deadline=None)  # an import may come first
 @given(
     st.lists(st.tuples(st.lists(_NAMES, min_size=1, max_size=4), st.booleans()), min_size=1, max_size=8), st.booleans()
 )

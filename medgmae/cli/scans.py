@@ -89,21 +89,29 @@ def find_scans(
     return listing
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What one folder holds of a series, below the folder ``top`` that was named; ``file`` is its only 2-D slice."""
+
+    top: Path
+    places: frozenset[tuple[float, ...]]
+    file: Path | None
+
+
 class _Search:
     """A walk through folders. ``met`` counts the scans met, those met before or not chosen included."""
 
     def __init__(self, listing: Listing, contrasts: Sequence[str] | None, patterns: Sequence[str]) -> None:
         self.listing, self.contrasts, self.patterns = listing, contrasts, patterns
         self.scans: dict[tuple[Path, str | None], Scan] = {}
-        self.places: dict[tuple[Path, str | None], set[tuple[float, ...]]] = {}
+        self.parts: dict[tuple[Path, str], _Part] = {}
         self.series: list[str] = []
         self.visited: set[tuple[int, int]] = set()
         self.met = self.chosen = 0
 
-    def add(self, scan: Scan, places: set[tuple[float, ...]] | None = None) -> None:
+    def add(self, scan: Scan) -> None:
         self.met += 1
         self.scans.setdefault((scan.path, scan.series), scan)
-        self.places.setdefault((scan.path, scan.series), places or set())
 
     def argument(self, path: Path) -> None:
         """A file that was named: what is known not to be a scan is left, all else is tried."""
@@ -134,10 +142,10 @@ class _Search:
                     self.met += 1
                     continue
                 self.visited.add((state.st_dev, state.st_ino))
-                waiting += reversed(self._inside(folder, entries))
+                waiting += reversed(self._inside(top, folder, entries))
                 bar.update(len(entries))
 
-    def _inside(self, folder: Path, entries: list[Path]) -> list[Path]:
+    def _inside(self, top: Path, folder: Path, entries: list[Path]) -> list[Path]:
         """Take up the scans of a folder; returns its subfolders."""
         case = _case(folder, self.contrasts or ())
         if len(case) >= min(2, len(self.contrasts or ())) > 0:  # reading it says what is missing or there twice
@@ -169,12 +177,12 @@ class _Search:
             else:
                 self.listing.skip(path, _beside(path) or "not recognised as a scan", expected=bool(_beside(path)))
         if dicom:
-            self._add_series(folder, dicom)
+            self._add_series(top, folder, dicom)
         if not entries:
             self.listing.skip(folder, "an empty folder")
         return subfolders
 
-    def _add_series(self, folder: Path, files: list[Path]) -> None:
+    def _add_series(self, top: Path, folder: Path, files: list[Path]) -> None:
         try:
             all_series = medgmae.data.find_series(folder, recursive=False)
         except (medgmae.VolumeError, OSError) as error:  # a slice that cannot be read may be of any of them
@@ -199,28 +207,29 @@ class _Search:
                 self.listing.skip(folder, f"series {series.uid} ({about}) is not chosen by --series", expected=True)
                 continue
             self.chosen += 1
-            if len(series.slices) == 1 and (*size, 1)[2] == 1:
-                self.listing.skip(series.slices[0].path, f"series {series.uid} ({about}) is one 2-D image")
-                continue
-            places = {tuple(round(float(x), 2) for x in one.origin) for one in series.slices}
-            self.add(Scan(folder, series.uid, about=shown(about)), places)
+            flat = len(series.slices) == 1 and (*size, 1)[2] == 1
+            places = frozenset(tuple(round(float(x), 2) for x in one.origin) for one in series.slices)
+            self.add(Scan(folder, series.uid, about=shown(about)))
+            self.parts[folder, series.uid] = _Part(top, places, series.slices[0].path if flat else None)
 
     def joined(self) -> list[Scan]:
-        """The scans; a series whose slices lie in several folders, each at places of its own, is one scan of the
-        folder above them. Copies of a series share their places, and stay apart."""
-        by_uid: dict[str, list[Scan]] = {}
-        for scan in self.scans.values():
-            if scan.series:
-                by_uid.setdefault(scan.series, []).append(scan)
-        for uid, parts in by_uid.items():
-            places = [self.places[part.path, uid] for part in parts]
-            if len(parts) > 1 and len(set().union(*places)) == sum(map(len, places)):
-                whole = replace(parts[0], path=Path(os.path.commonpath([part.path for part in parts])))
-                order = list(self.scans.items())
-                first = order.index(((parts[0].path, uid), parts[0]))
-                order[first] = ((whole.path, uid), whole)
-                gone = {(part.path, uid) for part in parts}
-                self.scans = {key: scan for key, scan in order if scan is whole or key not in gone}
+        """The scans. A series whose slices lie in several folders, each at places of its own, is one scan of the folder
+        above them; copies of a series share their places, and stay apart. A single 2-D image is no scan."""
+        keys_of: dict[tuple[Path, str], list[tuple[Path, str]]] = {}
+        for key, part in self.parts.items():
+            keys_of.setdefault((part.top, key[1]), []).append(key)
+        for (_, uid), keys in keys_of.items():
+            places = [self.parts[key].places for key in keys]
+            if uid and len(keys) > 1 and len(frozenset().union(*places)) == sum(map(len, places)):
+                folder = Path(os.path.commonpath([path for path, _ in keys]))
+                self.scans[keys[0]] = replace(self.scans[keys[0]], path=folder)
+                for key in keys[1:]:
+                    del self.scans[key]
+                continue
+            for key in keys:
+                if (file := self.parts[key].file) is not None:
+                    about = self.scans.pop(key).about
+                    self.listing.skip(file, f"series {uid} ({about}) is one 2-D image")
         return list(self.scans.values())
 
 
