@@ -38,7 +38,15 @@ WEIGHTS = "mae_vit_tiny_patch8_64.demo"
 
 def features_command(scans: list[Path], out: Path) -> None:
     """Run `medgmae features` as a user would type it."""
-    arguments = ["features", *map(str, scans), "--model", WEIGHTS.removeprefix("mae_"), "--out", str(out)]
+    arguments = [
+        "features",
+        *map(str, scans),
+        "--model",
+        WEIGHTS.removeprefix("mae_"),
+        "--out",
+        str(out),
+        "--overwrite",
+    ]
     click.echo(f"$ medgmae {' '.join(arguments)}")
     medgmae_command(arguments, standalone_mode=False)
 

@@ -319,7 +319,7 @@ def test_convert_leaves_a_full_folder_alone(tmp_path: Path, autoencoder: Any) ->
     assert result.exit_code == 2
     assert "not empty" in result.stderr
     assert os.listdir(out) == ["mine.txt"]
-    assert run("convert", file, out, "--force").exit_code == 0
+    assert run("convert", file, out, "--overwrite").exit_code == 0
     assert (out / "mine.txt").read_text() == "mine"
 
 

@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from test_cli import run
 
 import medgmae
-from medgmae.cli.features import expand
-from medgmae.cli.writers import unique_names
+from medgmae.cli.names import unique_names
+from medgmae.cli.scans import find_scans
 
 ROOT = Path(__file__).parent.parent
 CT, MR = ROOT / "examples/data/ct_abdomen.nii.gz", ROOT / "examples/data/mr_brain_t1.nii.gz"
@@ -77,6 +77,10 @@ def scans(tmp_path: Path) -> Path:
 
 def features(*args: str | Path) -> Result:
     return run("features", *args)
+
+
+def expand(paths: list[Path], contrasts: list[str] | None = None) -> list[Path]:
+    return [scan.path for scan in find_scans(paths, contrasts).scans]
 
 
 def test_safetensors_hold_what_extract_features_gives(saved: Path, tmp_path: Path) -> None:
@@ -147,7 +151,7 @@ def test_broken_scans_are_reported_and_the_rest_goes_on(bare: Path, scans: Path,
     )
     assert code == 1, stderr
     facts = json.loads(stdout)
-    assert [Path(error["path"]).name for error in facts["errors"]] == ["cut.nii.gz", "absent.nii"]
+    assert [Path(error["path"]).name for error in facts["errors"]] == ["absent.nii", "cut.nii.gz"]
     assert sorted(facts["scans"]) == ["a", "b"]
     assert stderr.count("Error: ") == 2
     assert "cut.nii.gz" in stderr
@@ -155,7 +159,7 @@ def test_broken_scans_are_reported_and_the_rest_goes_on(bare: Path, scans: Path,
     assert "scans: 100%" in stderr
     assert "windows:" in stderr
     rows = list(csv.reader(out.read_text().splitlines()))
-    assert rows[0][:3] == ["name", "path", "f0"]
+    assert rows[0][:4] == ["name", "path", "series", "f0"]
     assert [row[0] for row in rows[1:]] == ["a", "b"]
     assert [row[1] for row in rows[1:]] == [str(scans / "a.mha"), str(scans / "b.nii.gz")]
 
@@ -174,7 +178,7 @@ def test_csv_and_npy_hold_the_same_vectors(bare: Path, scans: Path, tmp_path: Pa
     assert array.dtype == np.float32
     for i, name in enumerate(["a", "b"]):
         np.testing.assert_array_equal(array[i], tensors[f"{name}/pooled"].numpy())
-        np.testing.assert_array_equal(np.array(rows[i][2:], dtype=np.float32), array[i])
+        np.testing.assert_array_equal(np.array(rows[i][3:], dtype=np.float32), array[i])
 
 
 def test_nothing_readable_writes_nothing(bare: Path, tmp_path: Path) -> None:
@@ -184,21 +188,6 @@ def test_nothing_readable_writes_nothing(bare: Path, tmp_path: Path) -> None:
         assert result.exit_code == 1
         assert json.loads(result.stdout)["out"] is None
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_defect_keeps_what_was_done(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = medgmae.extract_features, []
-
-    def second_time_fails(*args: Any, **options: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-
-    monkeypatch.setattr(medgmae, "extract_features", second_time_fails)
-    result = features(CT, MR, "--model", f"local-dir:{bare}", "--out", tmp_path / "f.safetensors")
-    assert result.exit_code == 1
-    assert sorted(load_file(tmp_path / "f.safetensors")) == ["ct_abdomen/map", "ct_abdomen/pooled"]
 
 
 def test_untrained_models_need_the_word(tmp_path: Path) -> None:
@@ -215,7 +204,7 @@ def test_untrained_models_need_the_word(tmp_path: Path) -> None:
 
 def test_preprocessing_is_the_cards_or_a_note_says_what_it_is(saved: Path, bare: Path, tmp_path: Path) -> None:
     def block(*args: str | Path) -> tuple[dict[str, Any], str]:
-        result = features(CT, "--out", tmp_path / "f.csv", "--window", "64", "--resize", "--json", *args)
+        result = features(CT, "--out", tmp_path / "f.csv", "--window", "64", "--resize", "--json", "--overwrite", *args)
         assert result.exit_code == 0, result.stderr
         return json.loads(result.stdout)["input"], result.stderr
 
@@ -280,7 +269,7 @@ def test_scans_are_found_once_and_in_order(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch() if "." in name else (tmp_path / name).mkdir()
     paths = expand([tmp_path / "b/y.NII.GZ", tmp_path, tmp_path / "b"])
-    names = ["b/y.NII.GZ", "a/x.nii", "b/x.nii", "empty"]
+    names = ["b/y.NII.GZ", "a/x.nii", "b/x.nii"]
     assert [str(path.relative_to(tmp_path)) for path in paths] == names
 
 

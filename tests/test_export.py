@@ -243,3 +243,18 @@ def test_an_option_that_was_changed_by_hand_is_not_lost_in_silence(tmp_path: Pat
     by_class.mask_ratio = 0.5  # there the options are what the model has now
     save_pretrained(by_class, tmp_path)
     assert medgmae.create_model(f"local-dir:{tmp_path}").mask_ratio == 0.5
+
+
+def test_a_cards_text_has_no_meaning_in_the_readme() -> None:
+    """A card may come from a stranger's config.json."""
+    card = medgmae.weight_card("vit_base_patch16_96.glmae").to_json()
+    card["notes"] = "see\n\n# Free weights\n<img src=x onerror=y> [here](http://x.y) `a` **b** https://ok.org/a_b."
+    card["citation"] = "---\nlicense: mit\n---\n| a | b |"
+    card["input"] = {**card["input"], "modality": "CT |\n\n<b>x"}
+    model = tiny()
+    model.pretrained_cfg = card
+    readme = model_readme(model_config(model))
+    notes = r"**Notes:** see \# Free weights \<img src=x onerror=y\> \[here\](http://x.y) \`a\` \*\*b\*\* https://ok.org/a_b."
+    assert notes in readme.splitlines()
+    assert r"--- license: mit --- \| a \| b \|" in readme.splitlines()
+    assert r"| modality | CT \| \<b\>x |" in readme.splitlines()

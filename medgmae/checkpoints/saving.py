@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -218,7 +219,10 @@ def model_readme(config: Mapping[str, Any], repo_id: str | None = None) -> str:
     if config["model_args"]:
         parts.append("Built with " + ", ".join(f"`{key}={value!r}`" for key, value in config["model_args"].items()))
     if card:
-        parts += [f"## Weights\n\nStarted from `{card['tag']}`.", *_card_sections(card)]
+        parts += [
+            f"## Weights\n\nStarted from `{' '.join(card['tag'].replace('`', '').split())}`.",
+            *_card_sections(card),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -227,18 +231,28 @@ def _card_sections(card: Mapping[str, Any]) -> list[str]:
     titles = {"page": "Source", "license": "Licence", "training_data": "Training data", "notes": "Notes"}
     for name, title in titles.items():
         if card.get(name):
-            sections.append(f"**{title}:** {card[name]}")
+            sections.append(f"**{title}:** {_plain(card[name])}")
     if card.get("input"):
         stated = {key: value for key, value in card["input"].items() if value not in (None, [])}
         rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in stated.items())
         sections.append(f"## Input\n\n| | |\n|---|---|\n{rows}")
     if card.get("citation"):
-        sections.append(f"## Citation\n\n{card['citation']}")
+        sections.append(f"## Citation\n\n{_plain(card['citation'])}")
     return sections
 
 
 def _cell(value: Any) -> str:
-    return value if isinstance(value, str) else f"`{json.dumps(value)}`"
+    return _plain(value) if isinstance(value, str) else f"`{json.dumps(value)}`"
+
+
+def _plain(text: str) -> str:
+    """Text of a card, which may be a stranger's, on one line and without a meaning in Markdown and HTML; addresses stay
+    links."""
+    words = [
+        word if re.fullmatch(r"https?://[\w./:~#?=&%+,;-]+", word) else re.sub(r"([\\`*_\[\]<>|&#!~])", r"\\\1", word)
+        for word in text.split()
+    ]
+    return " ".join(words)
 
 
 def _origin(card: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -6,6 +6,9 @@ Nothing heavy is imported before a command runs, so that ``medgmae --help`` answ
 
 from __future__ import annotations
 
+import io
+import sys
+
 import click
 
 import medgmae
@@ -24,6 +27,9 @@ __all__ = ["main"]
 @click.option("--debug", is_flag=True, help="Show the Python traceback of an error.")
 def main(debug: bool) -> None:
     """3D medical masked autoencoders: models, published weights, features of scans."""
+    for stream in (sys.stdout, sys.stderr):  # a name that a terminal cannot show is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 main.add_command(list_command)

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 import medgmae
+from medgmae.cli.names import shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,7 +29,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
         except Exception as error:
             if not is_reported(error):
                 raise
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(shown(str(error), keep="\n\t")) from error
 
     return wrapped
 

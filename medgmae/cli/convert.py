@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,13 @@ import click
 
 import medgmae
 from medgmae.cli.common import by_reason, echo_fields, echo_json, reports_errors
+from medgmae.cli.files import check_name
+from medgmae.cli.names import shown
 from medgmae.cli.options import (
     assignments,
     json_option,
     model_with_weights,
+    overwrite_option,
     per_axis,
     sizes,
     source_grid_option,
@@ -35,7 +40,7 @@ from medgmae.cli.options import (
 )
 @click.option("--patch-size", callback=sizes(), metavar="N|D,H,W", help="Resize the patches of the file to this size.")
 @source_grid_option
-@click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
+@overwrite_option
 @json_option
 @reports_errors
 def convert_command(
@@ -45,7 +50,7 @@ def convert_command(
     options: dict[str, Any],
     patch_size: int | tuple[int, ...] | None,
     source_grid: int | tuple[int, ...] | None,
-    force: bool,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Convert a weight FILE of a known code base into the folder OUT: config.json, model.safetensors, README.md.
@@ -56,20 +61,23 @@ def convert_command(
     """
     from tqdm.auto import tqdm
 
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise click.UsageError(f"{out} is not empty; choose another folder, or --force to write into it")
+    check_name(out)
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise click.UsageError(
+            f"{shown(out)} is not empty; choose another folder, or --overwrite to write the model into it"
+        )
     if patch_size is not None:
         options = {**options, "patch_size": patch_size}
     with tqdm(total=2, desc="converting", disable=None, leave=False) as bar:
         model = _load(file, name, options, per_axis(source_grid))
         bar.set_description("writing")
         bar.update()
-        medgmae.save_pretrained(model, out)
+        _write(model, out, overwrite)
         bar.update()
     report, card = model.load_report, model.pretrained_cfg
     architecture = model.config["architecture"]
     facts = {
-        "out": str(out),
+        "out": shown(out),
         "architecture": architecture,
         "model_args": model.config["model_args"],
         "card": card.get("tag"),
@@ -87,6 +95,27 @@ def convert_command(
     tags = medgmae.list_weights(f"{architecture}.*")
     if not card and tags:
         click.echo(f"No card goes with it. If the file is one of {', '.join(tags)}, convert it with --model TAG.")
+
+
+def _write(model: Any, out: Path, overwrite: bool) -> None:
+    """The model as a folder, put in place when it opens as its users will open it and holds the same weights."""
+    import torch
+
+    path = out.expanduser().resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".medgmae-") as name:
+        folder = medgmae.save_pretrained(model, Path(name, path.name))
+        read = medgmae.create_model(f"local-dir:{folder}").state_dict()
+        for key, tensor in model.state_dict().items():
+            if not torch.equal(read[key], tensor.cpu()):
+                raise medgmae.WeightsError(f"{shown(out)}: {key} reads back as something else; is the disk sound?")
+        if path.is_dir() and overwrite:
+            for file in sorted(
+                folder.iterdir(), key=lambda file: file.name == "config.json"
+            ):  # what is opened first, last
+                os.replace(file, path / file.name)
+        else:
+            os.rename(folder, path)  # fails if the folder has come to hold something since
 
 
 def _load(file: Path, name: str | None, options: dict[str, Any], source_grid: tuple[int, ...] | None) -> Any:

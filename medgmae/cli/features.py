@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 import time
@@ -13,7 +12,11 @@ from typing import Any
 import click
 
 import medgmae
-from medgmae.cli.common import echo_json, is_reported, reports_errors
+from medgmae.cli.common import echo_json, echo_table, is_reported, reports_errors
+from medgmae.cli.files import keep_inputs, refuse_existing
+from medgmae.cli.journal import Journal, journal_of, weights_digest
+from medgmae.cli.manifest import read_manifest
+from medgmae.cli.names import shown
 from medgmae.cli.options import (
     InputChoice,
     Machine,
@@ -26,12 +29,12 @@ from medgmae.cli.options import (
     model_options,
     open_model,
     overlap_option,
+    overwrite_option,
     preprocessing_of,
     sizes,
 )
-from medgmae.cli.writers import SUFFIXES, TensorWriter, VectorWriter, unique_names
-
-SCANS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
+from medgmae.cli.scans import Listing, Scan, find_scans, grouped
+from medgmae.cli.writers import SUFFIXES, sidecar, write_features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +72,17 @@ extraction_options = gathered(
 
 @click.command("features")
 @click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path))
-@model_options
-@file_option("--out", SUFFIXES, "A .safetensors, .csv or .npy file.", required=True)
+@model_options(required=False)
+@file_option("--out", SUFFIXES, "A .safetensors, .csv or .npy file.")
+@overwrite_option
+@click.option("--list", "only_list", is_flag=True, help="Print what would be read, and do nothing else.")
+@click.option(
+    "--series",
+    multiple=True,
+    metavar="UID|PATTERN",
+    help="Of DICOM, read series with this id or description, such as '*lung*'; may be repeated.",
+)
+@click.option("--strict", is_flag=True, help="Exit code 1 also where a file was skipped that may be a scan.")
 @extraction_options
 @input_options("the model's own")
 @machine_options
@@ -79,35 +91,97 @@ extraction_options = gathered(
 def features_command(
     scans: tuple[Path, ...],
     choice: ModelChoice,
-    out: Path,
+    out: Path | None,
+    overwrite: bool,
+    only_list: bool,
+    series: tuple[str, ...],
+    strict: bool,
     how: Extraction,
     inputs: InputChoice,
     machine: Machine,
     as_json: bool,
 ) -> None:
-    """Compute features of SCANS: files, DICOM folders, or folders of scans. For a model of several contrasts: 4-D
-    files, or folders with a file for each, such as a_t1.nii.gz, a_t2.nii.gz, a_t1ce.nii.gz and a_flair.nii.gz.
+    """Compute features of SCANS: files; folders, which are searched to their ends for scan files and DICOM, where every
+    series is a scan; or one CSV file with a column "path", perhaps "id" and "series", and others that are carried into
+    the results. For a model of several contrasts: 4-D files, or folders with a file for each, such as a_t1.nii.gz,
+    a_t2.nii.gz, a_t1ce.nii.gz and a_flair.nii.gz.
 
     .safetensors: NAME/pooled (F,) and NAME/map (E, d, h, w) per scan, with geometry, model and preprocessing as JSON in
-    the metadata entry "medgmae". .csv and .npy: pooled vectors, one row per scan.
+    the metadata entry "medgmae". .csv and .npy: pooled vectors, one row per scan. Bytes of a name that are not UTF-8
+    are written as \\xNN.
 
-    A scan that cannot be read is reported and left out. Exit code 0: all are done; 1: some are not; 2: wrong usage.
+    What is not a scan is skipped and said. A scan that cannot be read is reported and left out. What is done is kept in
+    OUT.partial after every scan: the same command goes on from there. Exit code 0: all are done; 1: some are not; 2:
+    wrong usage.
     """
+    if only_list:
+        _show(_listing(scans, series, _contrasts(choice, inputs, machine)), strict, as_json)
+        return
+    if choice.name is None or out is None:
+        raise click.UsageError(f"missing option '{'--out' if choice.name else '--model'}'")
     how = _checked(how, out.suffix.lower())
-    model, weights = open_model(choice, machine)
-    run = _Run(model, preprocessing_of(model, inputs), how)
-    paths = expand(scans, run.preprocessing.input["contrasts"])
-    writer = TensorWriter(out) if out.suffix.lower() == ".safetensors" else VectorWriter(out)
-    try:
-        run.extract_all(paths, writer)
-    finally:  # an interrupted run keeps what it has
-        facts = run.facts(weights)
-        writer.finish(facts)
+    keep_inputs(scans, [out, sidecar(out)])
+    if beside := sidecar(out):
+        refuse_existing(beside, overwrite)
+    with journal_of(out) as journal:
+        model, weights = open_model(choice, machine)
+        run = _Run(model, preprocessing_of(model, inputs), how, weights)
+        listing = _listing(scans, series, run.preprocessing.input["contrasts"])
+        _say_skipped(listing)
+        parts = {"pooled": how.pooled, "map": how.want_map, "digest": weights_digest(model)}
+        journal.begin({**run.about(), **parts}, overwrite)
+        run.extract_all(listing, journal)
+        facts = {**run.about(), "scans": run.done, "errors": listing.errors, "skipped": listing.skipped}
+        if run.done:
+            write_features(journal, [scan for scan in listing.scans if scan.name in run.done], facts, overwrite)
     if as_json:
-        echo_json({"out": str(out) if run.done else None, **facts, "errors": run.errors})
+        echo_json({"out": shown(out) if run.done else None, **facts})
     else:
-        click.echo(f"{len(run.done)} of {len(paths)} scans: {out}" if run.done else "nothing was written")
-    if run.errors:
+        total = len(run.done) + len(listing.errors)
+        click.echo(f"{len(run.done)} of {total} scans: {shown(out)}" if run.done else "nothing was written")
+    _exit(listing, strict)
+
+
+def _listing(arguments: Sequence[Path], series: Sequence[str], contrasts: Sequence[str] | None) -> Listing:
+    """What the arguments name: a CSV file alone is a table of scans."""
+    if len(arguments) == 1 and arguments[0].suffix.lower() == ".csv" and arguments[0].is_file():
+        if series:
+            raise click.UsageError("--series is for folders; a table says it in a column named series")
+        return read_manifest(arguments[0])
+    return find_scans(arguments, contrasts, series)
+
+
+def _contrasts(choice: ModelChoice, inputs: InputChoice, machine: Machine) -> Any:
+    """The contrasts of the model's input, where possible without its weights."""
+    tag = inputs.tag or (choice.name if choice.name in medgmae.list_weights() else None)
+    if "contrasts" in inputs.changes or (choice.name is None and tag is None):
+        return inputs.changes.get("contrasts")
+    if tag:
+        return (medgmae.weight_card(tag).input or {}).get("contrasts")
+    return preprocessing_of(open_model(choice, machine)[0], inputs).input["contrasts"]
+
+
+def _show(listing: Listing, strict: bool, as_json: bool) -> None:
+    """Print what would be read, and on stderr what would not."""
+    rows = [{"name": scan.name, **scan.described} for scan in listing.scans]
+    if as_json:
+        echo_json({"scans": rows, "errors": listing.errors, "skipped": listing.skipped})
+    else:
+        _say_skipped(listing)
+        columns = ["name", "path", "series", "description"]
+        echo_table([columns, *([row.get(name, "") for name in columns] for row in rows)])
+    _exit(listing, strict)
+
+
+def _say_skipped(listing: Listing) -> None:
+    for line in grouped(listing.skipped):
+        click.echo(line, err=True)
+    for one in listing.errors:
+        click.echo(f"Error: {one['error']}", err=True)
+
+
+def _exit(listing: Listing, strict: bool) -> None:
+    if listing.errors or (strict and listing.unexpected):
         sys.exit(1)
 
 
@@ -124,98 +198,79 @@ def _checked(how: Extraction, suffix: str) -> Extraction:
     return dataclasses.replace(how, want_map=want_map)
 
 
-def expand(scans: Sequence[Path], contrasts: Sequence[str] | None = None) -> list[Path]:
-    """Scans in the order given, each once. Of a folder: itself if it holds files of several ``contrasts``, or else its
-    scan files, or itself if it holds other files (DICOM), or else the same of its subfolders."""
-    paths: dict[Path, None] = {}
-    for path in scans:
-        paths.update(dict.fromkeys(_scans_in(path, contrasts) if path.is_dir() else [path]))
-    return list(paths)
-
-
-def _scans_in(folder: Path, contrasts: Sequence[str] | None) -> list[Path]:
-    if contrasts and _is_case(folder, contrasts):
-        return [folder]
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    files = [entry for entry in entries if entry.is_file()]
-    volumes = [file for file in files if file.name.lower().endswith(SCANS)]
-    subfolders = [entry for entry in entries if entry.is_dir()]
-    if volumes or files or not subfolders:
-        return volumes or [folder]
-    return [scan for subfolder in subfolders for scan in _scans_in(subfolder, contrasts)]
-
-
-def _is_case(folder: Path, contrasts: Sequence[str]) -> bool:
-    """Whether a folder holds one case, perhaps with a contrast missing or doubled: reading it then says which."""
-    files = 0
-    for name in contrasts:
-        with contextlib.suppress(medgmae.VolumeError):
-            files += len(medgmae.data.find_contrasts(folder, [name]))
-    return files >= min(2, len(contrasts))
-
-
 class _Run:
     """Features of one scan after the other, and what came of each."""
 
-    def __init__(self, model: Any, preprocessing: Any, how: Extraction) -> None:
-        self.model, self.preprocessing, self.how = model, preprocessing, how
+    def __init__(self, model: Any, preprocessing: Any, how: Extraction, weights: str) -> None:
+        self.model, self.preprocessing, self.how, self.weights = model, preprocessing, how, weights
         self.done: dict[str, dict[str, Any]] = {}
-        self.errors: list[dict[str, str]] = []
 
-    def extract_all(self, paths: list[Path], writer: TensorWriter | VectorWriter) -> None:
-        """Features of every scan into ``writer``; scans that fail are reported and left out."""
+    def extract_all(self, listing: Listing, journal: Journal) -> None:
+        """Features of every scan into the journal; scans that fail are reported and left out."""
         from tqdm.auto import tqdm
 
-        with tqdm(total=len(paths), desc="scans", unit="scan", disable=None) as bar:
-            for path, name in zip(paths, unique_names(paths), strict=True):
+        before = {scan.name: facts for scan in listing.scans if (facts := journal.facts(scan)) is not None}
+        if before:
+            click.echo(f"{len(before)} of {len(listing.scans)} scans were done by an earlier run", err=True)
+        with tqdm(total=len(listing.scans), desc="scans", unit="scan", disable=None) as bar:
+            for scan in listing.scans:
                 try:
-                    self._extract(path, name, writer)
+                    facts = before.get(scan.name)
+                    if facts is None:
+                        facts, tensors = self._extract(scan)
                 except Exception as error:
                     if not is_reported(error):
                         raise
-                    message = str(error) if str(path) in str(error) else f"{path}: {error}"
-                    self.errors.append({"path": str(path), "error": message})
+                    text = str(error) if str(scan.path) in str(error) else f"{scan.path}: {error}"
+                    listing.errors.append({"path": shown(scan.path), "error": shown(text, keep="\n")})
                     with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
-                        click.echo(f"Error: {message}", err=True)
+                        click.echo(f"Error: {listing.errors[-1]['error']}", err=True)
+                else:
+                    if scan.name not in before:
+                        journal.put(scan, facts, tensors)
+                    self.done[scan.name] = {**scan.described, **facts}
                 bar.update()
 
-    def _extract(self, path: Path, name: str, writer: TensorWriter | VectorWriter) -> None:
+    def _extract(self, scan: Scan) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Facts and tensors of a scan."""
         import torch
 
         start = time.perf_counter()
+        block = self.preprocessing.input
+        of_series = scan.series is not None
+        given: Any = (
+            medgmae.read_volume(scan.path, series=scan.series, channels=block["channels"]) if of_series else scan.path
+        )
         features = medgmae.extract_features(
             self.model,
-            self.preprocessing(path),
+            self.preprocessing(given),
             window=None if self.how.window == "whole" else self.how.window,
             overlap=self.how.overlap,
             resize=self.how.resize,
-            outside=self.preprocessing.input["pad"],
+            outside=block["pad"],
             want_map=bool(self.how.want_map),
             batch_size=self.how.batch_size,
             autocast=torch.bfloat16 if self.how.bf16 else None,
         )
-        maps = None if features.map is None else features.map.data
-        writer.add(name, path, pooled=features.pooled if self.how.pooled else None, map=maps)
-        self.done[name] = {
-            "path": str(path),
-            "features": len(features.pooled),
-            "map": None if features.map is None else geometry(features.map),
-            "seconds": round(time.perf_counter() - start, 3),
-        }
+        tensors = {"pooled": features.pooled} if self.how.pooled else {}
+        facts: dict[str, Any] = {"features": len(features.pooled), "map": None}
+        if features.map is not None:
+            tensors["map"], facts["map"] = features.map.data, geometry(features.map)
+        return {**facts, "seconds": round(time.perf_counter() - start, 3)}, tensors
 
-    def facts(self, weights: str) -> dict[str, Any]:
-        """What a reader of the features needs to know; ``weights`` says where the model's come from."""
+    def about(self) -> dict[str, Any]:
+        """What a reader of the features needs to know, and what tells one run from another."""
         return {
             "medgmae": medgmae.__version__,
             "architecture": self.model.config["architecture"],
             "model_args": self.model.config["model_args"],
-            "weights": weights,
+            "weights": shown(self.weights),
             "input": self.preprocessing.input,
             "window": self.how.window,
             "overlap": self.how.overlap,
             "resize": self.how.resize,
+            "bf16": self.how.bf16,
             "geometry": "LPS world in mm = origin + direction @ (spacing * index), index along the map's axes",
-            "scans": self.done,
         }
 
 

@@ -10,6 +10,8 @@ import click
 
 import medgmae
 from medgmae.cli.common import echo_result, reports_errors
+from medgmae.cli.files import keep_inputs, write_figure, write_gaussians, write_volume
+from medgmae.cli.names import shown
 from medgmae.cli.options import (
     DEFAULT_INPUT,
     VOLUMES,
@@ -17,6 +19,7 @@ from medgmae.cli.options import (
     file_option,
     input_options,
     json_option,
+    overwrite_option,
     preprocessing,
     seed_option,
     threads_option,
@@ -38,6 +41,7 @@ from medgmae.cli.options import (
 @file_option("--out", (".ply",), "The Gaussians: a .ply file in LPS millimetres.", required=True)
 @file_option("--recon", VOLUMES, "Write the rendered Gaussians: .nii.gz, .mha, .nrrd.")
 @file_option("--png", (".png",), "Write a picture: scan, rendered, centres, error.")
+@overwrite_option
 @input_options("the default")
 @threads_option
 @json_option
@@ -51,6 +55,7 @@ def fit_command(
     out: Path,
     recon: Path | None,
     png: Path | None,
+    overwrite: bool,
     inputs: InputChoice,
     threads: int | None,
     as_json: bool,
@@ -63,6 +68,7 @@ def fit_command(
     """
     import torch
 
+    keep_inputs([scan], [recon])
     use_threads(threads)
     block = medgmae.weight_card(inputs.tag).input if inputs.tag else None
     prepare = preprocessing(block or DEFAULT_INPUT, inputs.changes)
@@ -75,23 +81,23 @@ def fit_command(
         rendered = volume.with_data(medgmae.GaussianRenderer(support)(gaussians, volume.size)[0])
     psnr = medgmae.psnr(rendered.data, volume.data, data_range=float(volume.data.max() - volume.data.min()))
     in_patient = gaussians.to_world(volume)
-    in_patient.save_ply(out, "world")
+    write_gaussians(in_patient, out, overwrite)
     if recon:
-        medgmae.write_volume(rendered, recon)
+        write_volume(rendered, recon, overwrite)
     if png:
-        title = f"{scan.name}: {count:,} Gaussians, {psnr:.2f} dB"
-        medgmae.fit_figure(volume, rendered, in_patient, title=title).savefig(png)
+        title = f"{shown(scan.name)}: {count:,} Gaussians, {psnr:.2f} dB"
+        write_figure(medgmae.fit_figure(volume, rendered, in_patient, title=title), png, overwrite)
     facts = {
-        "scan": str(scan),
+        "scan": shown(scan),
         "size": list(volume.size),
         "gaussians": count,
         "steps": steps,
         "support": support,
         "seed": seed,
         "psnr": None if psnr == math.inf else psnr,
-        "out": str(out),
-        "recon": str(recon) if recon else None,
-        "png": str(png) if png else None,
+        "out": shown(out),
+        "recon": shown(recon) if recon else None,
+        "png": shown(png) if png else None,
         "seconds": round(seconds, 3),
         "input": prepare.input,
     }

@@ -11,6 +11,8 @@ import click
 
 import medgmae
 from medgmae.cli.common import echo_result, reports_errors
+from medgmae.cli.files import keep_inputs, write_figure, write_volume
+from medgmae.cli.names import shown
 from medgmae.cli.options import (
     VOLUMES,
     InputChoice,
@@ -23,6 +25,7 @@ from medgmae.cli.options import (
     mask_ratio_option,
     model_options,
     open_model,
+    overwrite_option,
     preprocessing_of,
     seed_option,
 )
@@ -40,7 +43,7 @@ def _point(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
 
 @click.command("latent-map")
 @click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path))
-@model_options
+@model_options()
 @click.option(
     "--mode",
     type=click.Choice(["pretrained", "finetuned"]),
@@ -62,6 +65,7 @@ def _point(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
 @seed_option("the mask")
 @file_option("--out", VOLUMES, "The map: .nii.gz, .mha, .nrrd.", required=True)
 @file_option("--png", (".png",), "Write a picture: map on scan.")
+@overwrite_option
 @click.option(
     "--at",
     callback=_point,
@@ -82,6 +86,7 @@ def latent_map_command(
     seed: int,
     out: Path,
     png: Path | None,
+    overwrite: bool,
     at: tuple[float, ...] | None,
     inputs: InputChoice,
     machine: Machine,
@@ -101,6 +106,7 @@ def latent_map_command(
     """
     if at and not png:
         raise click.UsageError("--at is about the picture; name one with --png")
+    keep_inputs(scans, [out])
     model, weights = open_model(choice, machine)
     mode, reduction = medgmae.latent_map_defaults(model, mode, reduction)
     masked = _mask(model, mode, mask_ratio, seed)
@@ -109,11 +115,11 @@ def latent_map_command(
     volume = prepare(_case(scans, prepare.input))
     latent = medgmae.latent_to_spatial(model, volume, mode=mode, reduction=reduction, upsampling=upsampling, **masked)
     if png:  # before the map is written: a point outside the scan is an error
-        title = f"{scans[0].name}: {choice.name}"
-        medgmae.latent_map_figure(volume, latent, at=at, title=title).savefig(png)
-    medgmae.write_volume(latent, out)
+        title = f"{shown(scans[0].name)}: {choice.name}"
+        write_figure(medgmae.latent_map_figure(volume, latent, at=at, title=title), png, overwrite)
+    write_volume(latent, out, overwrite)
     facts = {
-        "scans": [str(scan) for scan in scans],
+        "scans": [shown(scan) for scan in scans],
         "architecture": model.config["architecture"],
         "weights": weights,
         "mode": mode,
@@ -123,12 +129,12 @@ def latent_map_command(
         "seed": seed if masked else None,
         "least": float(latent.data.min()),
         "largest": float(latent.data.max()),
-        "out": str(out),
-        "png": str(png) if png else None,
+        "out": shown(out),
+        "png": shown(png) if png else None,
         "seconds": round(time.perf_counter() - start, 3),
         "input": prepare.input,
     }
-    echo_result(facts, as_json, input=None, scans=", ".join(map(str, scans)))
+    echo_result(facts, as_json, input=None, scans=", ".join(map(shown, scans)))
 
 
 def _mask(model: Any, mode: str, ratio: float | None, seed: int) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import medgmae
+from medgmae.cli.files import check_name, refuse_existing
+from medgmae.cli.names import shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,16 +118,22 @@ def _literal(text: str) -> Any:
 # Options
 
 
+# Eager: the options that name files to write ask for it.
+overwrite_option = click.option("--overwrite", is_flag=True, is_eager=True, help="Replace files that are there.")
+
+
 def file_option(name: str, endings: Sequence[str], help: str, required: bool = False) -> Callable[[F], F]:
-    """A file to write. Whether it could be written is checked before the work, not after it."""
+    """A file to write, of a command with --overwrite. Whether it could be written is checked before the work."""
 
     def check(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
         if path is None:
             return None
         if not path.name.lower().endswith(tuple(endings)):
-            raise click.BadParameter(f"{path} must end in one of {', '.join(endings)}")
+            raise click.BadParameter(f"{shown(path)} must end in one of {', '.join(endings)}")
+        check_name(path)
         if not path.parent.is_dir():
-            raise click.BadParameter(f"the folder {path.parent} does not exist")
+            raise click.BadParameter(f"the folder {shown(path.parent)} does not exist")
+        refuse_existing(path, ctx.params["overwrite"])
         if ".png" in endings and importlib.util.find_spec("matplotlib") is None:
             raise click.UsageError(f"{name} needs matplotlib, which is not installed: pip install medgmae[viz]")
         return path
@@ -159,19 +167,26 @@ def input_options(instead_of: str) -> Callable[[F], F]:
     )
 
 
-model_options = gathered(
-    "choice",
-    ModelChoice,
-    click.option(
-        "--model", "name", required=True, help="Architecture, architecture.tag, hf-hub:org/repo or local-dir:FOLDER."
-    ),
-    click.option(
-        "--weights",
-        help="Weights: a tag, file, folder or hf-hub:org/repo; with architecture.tag, the file that its card "
-        "describes.",
-    ),
-    click.option("--random-weights", is_flag=True, help="Leave the model untrained."),
-)
+def model_options(required: bool = True) -> Callable[[F], F]:
+    """``choice``, a :class:`ModelChoice`."""
+    return gathered(
+        "choice",
+        ModelChoice,
+        click.option(
+            "--model",
+            "name",
+            required=required,
+            help="Architecture, architecture.tag, hf-hub:org/repo or local-dir:FOLDER.",
+        ),
+        click.option(
+            "--weights",
+            help="Weights: a tag, file, folder or hf-hub:org/repo; with architecture.tag, the file that its card "
+            "describes.",
+        ),
+        click.option("--random-weights", is_flag=True, help="Leave the model untrained."),
+    )
+
+
 threads_option = click.option(
     "--threads", type=click.IntRange(1), help="CPU threads; by default as many as torch uses."
 )

@@ -11,6 +11,8 @@ import click
 
 import medgmae
 from medgmae.cli.common import echo_result, reports_errors
+from medgmae.cli.files import keep_inputs, write_figure, write_gaussians, write_volume
+from medgmae.cli.names import shown
 from medgmae.cli.options import (
     VOLUMES,
     InputChoice,
@@ -24,6 +26,7 @@ from medgmae.cli.options import (
     model_options,
     open_model,
     overlap_option,
+    overwrite_option,
     preprocessing_of,
     seed_option,
 )
@@ -31,7 +34,7 @@ from medgmae.cli.options import (
 
 @click.command("reconstruct")
 @click.argument("scan", type=click.Path(path_type=Path))
-@model_options
+@model_options()
 @mask_ratio_option
 @overlap_option
 @seed_option("the mask")
@@ -39,6 +42,7 @@ from medgmae.cli.options import (
 @click.option("--keep-visible", is_flag=True, help="Write the scan's own voxels where they were not hidden.")
 @file_option("--ply", (".ply",), "Write the Gaussians, in LPS millimetres.")
 @file_option("--png", (".png",), "Write a picture: scan, visible, predicted, centres.")
+@overwrite_option
 @input_options("the model's own")
 @machine_options
 @json_option
@@ -53,6 +57,7 @@ def reconstruct_command(
     keep_visible: bool,
     ply: Path | None,
     png: Path | None,
+    overwrite: bool,
     inputs: InputChoice,
     machine: Machine,
     as_json: bool,
@@ -67,6 +72,7 @@ def reconstruct_command(
     """
     import torch
 
+    keep_inputs([scan], [out])
     model, weights = open_model(choice, machine)
     _check_model(model, choice.name, ply)
     prepare = preprocessing_of(model, inputs)
@@ -80,13 +86,14 @@ def reconstruct_command(
         overlap=overlap,
     )
     scores = _scores(result, volume)
-    medgmae.write_volume(result.filled if keep_visible else result.predicted, out)
+    write_volume(result.filled if keep_visible else result.predicted, out, overwrite)
     if ply and result.gaussians is not None:
-        result.gaussians.save_ply(ply, "world")
+        write_gaussians(result.gaussians, ply, overwrite)
     if png:
-        medgmae.reconstruction_figure(volume, result, title=f"{scan.name}: {choice.name}").savefig(png)
+        title = f"{shown(scan.name)}: {choice.name}"
+        write_figure(medgmae.reconstruction_figure(volume, result, title=title), png, overwrite)
     facts = {
-        "scan": str(scan),
+        "scan": shown(scan),
         "architecture": model.config["architecture"],
         "weights": weights,
         "mask_ratio": model.mask_ratio if mask_ratio is None else mask_ratio,
@@ -94,9 +101,9 @@ def reconstruct_command(
         "seed": seed,
         **scores,
         "gaussians": None if result.gaussians is None else result.gaussians.means.shape[1],
-        "out": str(out),
-        "ply": str(ply) if ply else None,
-        "png": str(png) if png else None,
+        "out": shown(out),
+        "ply": shown(ply) if ply else None,
+        "png": shown(png) if png else None,
         "seconds": round(time.perf_counter() - start, 3),
         "input": prepare.input,
     }

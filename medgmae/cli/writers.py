@@ -1,127 +1,93 @@
-"""Files of features: safetensors hold vectors and maps, csv and npy vectors. A file appears when it is complete."""
+"""Files of features: safetensors hold vectors and maps, csv and npy vectors. Each is read again before it has its name.
+
+They are made from the journal when all scans are done, one scan in memory at a time.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import shutil
 import struct
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from medgmae.cli.files import complete
+from medgmae.cli.journal import Journal
+from medgmae.cli.scans import Scan
 
 SUFFIXES = (".safetensors", ".csv", ".npy")
 
 
-class TensorWriter:
-    """A safetensors file with ``NAME/pooled`` and ``NAME/map``, float32; the facts are JSON under the key "medgmae".
-
-    The format begins with a list of all that follows, so the tensors wait in a temporary file beside it: however many
-    scans there are, one is in memory.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.body = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - closed by finish
-        self.entries: dict[str, Any] = {}
-
-    def add(self, name: str, scan: Path, **tensors: Tensor | None) -> None:
-        """Append the tensors of one scan, named after their keywords; None is left out."""
-        for part, tensor in tensors.items():
-            if tensor is not None:
-                start = self.body.tell()
-                self.body.write(tensor.contiguous().numpy().astype("<f4", copy=False).tobytes())
-                span = [start, self.body.tell()]
-                self.entries[f"{name}/{part}"] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": span}
-
-    def finish(self, facts: dict[str, Any]) -> None:
-        """Write the file; without any scan there is none."""
-        if self.entries:
-            metadata = {"format": "pt", "medgmae": json.dumps(facts)}
-            header = json.dumps({"__metadata__": metadata, **self.entries}).encode()
-            header += b" " * (-len(header) % 8)
-            with _replacing(self.path, "wb") as file:
-                file.write(struct.pack("<Q", len(header)) + header)
-                self.body.seek(0)
-                shutil.copyfileobj(self.body, file, 1 << 20)
-        self.body.close()
+def sidecar(out: Path) -> Path | None:
+    """The file that goes with ``out``: a .json beside an .npy."""
+    return out.with_suffix(".json") if out.suffix.lower() == ".npy" else None
 
 
-class VectorWriter:
-    """A csv or npy file of pooled vectors, one row per scan.
-
-    csv: columns name, path, f0, f1 ... with 9 digits, which is exact for float32. npy: an array (n, F) of float32, and
-    the facts, names and paths in the same order, in a .json beside it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.names: list[str] = []
-        self.scans: list[str] = []
-        self.vectors: list[Tensor] = []
-
-    def add(self, name: str, scan: Path, **tensors: Tensor | None) -> None:
-        """Append the ``pooled`` vector of one scan."""
-        vector = tensors["pooled"]
-        assert vector is not None
-        self.names.append(name)
-        self.scans.append(str(scan))
-        self.vectors.append(vector)
-
-    def finish(self, facts: dict[str, Any]) -> None:
-        """Write the file; without any scan there is none."""
-        if self.vectors and self.path.suffix.lower() == ".csv":
-            self._write_csv()
-        elif self.vectors:
-            self._write_npy(facts)
-
-    def _write_csv(self) -> None:
-        with _replacing(self.path, "w") as file:
-            lines = csv.writer(file, lineterminator="\n")
-            lines.writerow(["name", "path", *(f"f{i}" for i in range(len(self.vectors[0])))])
-            for name, scan, vector in zip(self.names, self.scans, self.vectors, strict=True):
-                lines.writerow([name, scan, *(f"{value:.9g}" for value in vector.tolist())])
-
-    def _write_npy(self, facts: dict[str, Any]) -> None:
-        import numpy as np
-
-        with _replacing(self.path, "wb") as file:
-            np.save(file, np.stack([vector.numpy() for vector in self.vectors]))
-        with _replacing(self.path.with_suffix(".json"), "w") as file:
-            json.dump({"names": self.names, "paths": self.scans, **facts}, file, indent=2)
+def write_features(journal: Journal, scans: Sequence[Scan], facts: Mapping[str, Any], overwrite: bool) -> None:
+    """Write the features of ``scans``, which are done, to the journal's file, and read them again."""
+    write = {".safetensors": _tensors, ".csv": _table, ".npy": _array}[journal.out.suffix.lower()]
+    with complete(journal.out, overwrite) as place:
+        write(place, journal, scans, facts)
 
 
-@contextmanager
-def _replacing(path: Path, mode: str) -> Iterator[IO[Any]]:
-    """A file that takes its name when it is complete, and vanishes when writing fails."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    options: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    try:
-        with partial.open(mode, **options) as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _tensors(place: Path, journal: Journal, scans: Sequence[Scan], facts: Mapping[str, Any]) -> None:
+    """``NAME/pooled`` and ``NAME/map``, float32; the facts are JSON under the key "medgmae"."""
+    from safetensors import safe_open
+
+    entries: dict[str, Any] = {}
+    end = 0
+    for scan in scans:
+        for part, tensor in journal.tensors(scan).items():
+            span = [end, end := end + 4 * tensor.numel()]
+            entries[f"{scan.name}/{part}"] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": span}
+    metadata = {"format": "pt", "medgmae": json.dumps(facts)}
+    header = json.dumps({"__metadata__": metadata, **entries}).encode()
+    header += b" " * (-len(header) % 8)
+    with place.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for scan in scans:
+            for tensor in journal.tensors(scan).values():
+                file.write(tensor.numpy().astype("<f4", copy=False).tobytes())
+    with safe_open(place, "pt") as read:
+        shapes = {name: list(read.get_slice(name).get_shape()) for name in read.keys()}  # noqa: SIM118
+        _check(shapes == {name: entry["shape"] for name, entry in entries.items()})
+        _check(read.metadata() == metadata)
 
 
-def unique_names(paths: Sequence[Path]) -> list[str]:
-    """A short name per path: its stem, or as many of its last parts as set it apart from the others."""
-    names = [_stem(path) for path in paths]
-    for depth in range(1, 1 + max((len(path.parts) for path in paths), default=0)):
-        count = Counter(names)
-        names = ["/".join(p.parts[-depth:]) if count[n] > 1 else n for n, p in zip(names, paths, strict=True)]
-    return names
+def _table(place: Path, journal: Journal, scans: Sequence[Scan], facts: Mapping[str, Any]) -> None:
+    """Columns name, path, series, those of a manifest, f0, f1 ... with 9 digits, which is exact for float32."""
+    with place.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(_rows(journal, scans))
+    with place.open(encoding="utf-8", newline="") as file:
+        for written, read in zip(_rows(journal, scans), csv.reader(file), strict=True):
+            _check(written == read)
 
 
-def _stem(path: Path) -> str:
-    """The file's name without its ending; a folder's name."""
-    if path.is_dir():
-        return path.name
-    return path.name[:-7] if path.name.lower().endswith(".nii.gz") else path.stem
+def _rows(journal: Journal, scans: Sequence[Scan]) -> Iterator[list[str]]:
+    labels = list(scans[0].labels)
+    for i, scan in enumerate(scans):
+        vector = journal.tensors(scan)["pooled"].tolist()
+        if i == 0:
+            yield ["name", "path", "series", *labels, *(f"f{n}" for n in range(len(vector)))]
+        said = scan.described
+        yield [scan.name, said["path"], said.get("series", ""), *scan.labels.values(), *(f"{x:.9g}" for x in vector)]
+
+
+def _array(place: Path, journal: Journal, scans: Sequence[Scan], facts: Mapping[str, Any]) -> None:
+    """An array (n, F) of float32, and in a .json beside it names and paths in the same order, and the facts."""
+    import numpy as np
+
+    vectors = np.stack([journal.tensors(scan)["pooled"].numpy() for scan in scans])
+    about = {"names": [scan.name for scan in scans], "paths": [scan.described["path"] for scan in scans], **facts}
+    beside = place.with_suffix(".json")
+    with place.open("wb") as file:  # np.save adds .npy to other endings, such as .NPY
+        np.save(file, vectors)
+    beside.write_text(json.dumps(about, indent=2), encoding="utf-8")
+    _check(np.array_equal(np.load(place, allow_pickle=False), vectors))
+    _check(json.loads(beside.read_text(encoding="utf-8")) == json.loads(json.dumps(about)))
+
+
+def _check(same: bool) -> None:
+    if not same:
+        raise OSError("what was written reads back as something else")

@@ -15,7 +15,7 @@ from medgmae.data import conversion
 from medgmae.data.conversion import from_sitk, grid_of, tensor_of
 from medgmae.data.formats import dicom, nifti
 from medgmae.data.formats.headers import check_text_header, is_text_header
-from medgmae.data.formats.itk import quiet, reason, simpleitk
+from medgmae.data.formats.itk import named, quiet, reason, simpleitk
 from medgmae.data.geometry import Grid, VolumeError
 from medgmae.data.volume import ScanLike, Volume, as_volume, finite
 
@@ -61,7 +61,7 @@ def _read_itk(path: Path, channels: int | None, bytes_on_disk: int) -> tuple[Gri
     sitk = simpleitk()
 
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+    reader.SetFileName(named(path))
     with quiet():
         reader.ReadImageInformation()
     size, rank = reader.GetSize(), reader.GetDimension()

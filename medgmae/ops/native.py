@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,26 @@ class DeviceInfo(TypedDict):
     capability: str
     usable: bool | None
     reason: str | None
+
+
+_in_forked_child = False
+
+
+def _forked() -> None:
+    global _in_forked_child
+    _in_forked_child = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def threads() -> int:
+    """How many threads a CPU kernel uses: torch's number, and 1 in a forked process.
+
+    OpenMP's threads are not copied by a fork, and a kernel in the child that asks for them waits for ever.
+    """
+    return 1 if _in_forked_child else torch.get_num_threads()
 
 
 class CudaInfo(TypedDict):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgmae.data.formats.itk import reason, simpleitk
+from medgmae.data.formats.itk import named, quiet, reason, simpleitk
 from medgmae.data.geometry import Floats, VolumeError
 
 _log = logging.getLogger("medgmae")
@@ -96,7 +96,7 @@ def _read_slice(path: Path) -> tuple[Slice, str, str, str]:
 
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
+    reader.SetFileName(named(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
@@ -107,29 +107,34 @@ def _read_slice(path: Path) -> tuple[Slice, str, str, str]:
     return slice_, _tag(reader, "0020|000e"), _tag(reader, "0008|0060"), _tag(reader, "0008|103e")
 
 
-def find_series(folder: Path) -> list[Series]:
-    """Every image series below ``folder``, in order of its id. Reports, structures and files of other kinds are
-    passed over.
+def _files(folder: Path, recursive: bool = True) -> list[Path]:
+    """What may be slices: hidden files are other programs', such as the "._" files that macOS leaves on disks."""
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+
+def find_series(folder: Path, *, recursive: bool = True) -> list[Series]:
+    """Every image series in ``folder``, and in the folders in it if ``recursive``, in order of its id. Reports,
+    structures and files of other kinds are passed over.
 
     Raises:
-        VolumeError: no DICOM image below the folder, or an image file that cannot be read.
+        VolumeError: an image file that cannot be read.
     """
     by_uid: dict[str, Series] = {}
-    others = 0
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if not _is_dicom(path) or _class_uid(path).startswith(_NOT_IMAGES):
-            others += 1
-            continue
-        slice_, uid, modality, description = _read_slice(path)
-        by_uid.setdefault(uid, Series(uid, modality, description)).slices.append(slice_)
-    if not by_uid:
-        what = f"{others} file(s), none of them a DICOM image" if others else "no files"
-        raise VolumeError(f"{folder}: the folder holds {what}; expected the slices of a DICOM series")
+    for path in _files(folder, recursive):
+        if _is_dicom(path) and not _class_uid(path).startswith(_NOT_IMAGES):
+            with quiet():
+                slice_, uid, modality, description = _read_slice(path)
+            by_uid.setdefault(uid, Series(uid, modality, description)).slices.append(slice_)
     return [by_uid[uid] for uid in sorted(by_uid)]
 
 
 def _choose(folder: Path, series: str | None) -> Series:
     all_series = find_series(folder)
+    if not all_series:
+        others = len(_files(folder))
+        what = f"{others} file(s), none of them a DICOM image" if others else "no files"
+        raise VolumeError(f"{folder}: the folder holds {what}; expected the slices of a DICOM series")
     listing = "\n  ".join(map(str, all_series))
     if series is not None:
         chosen = [one for one in all_series if one.uid == series]
@@ -202,7 +207,7 @@ def _decode(paths: Sequence[Path], mixed: bool) -> NDArray[Any]:
 
     reader = sitk.ImageSeriesReader()
     reader.SetImageIO("GDCMImageIO")
-    reader.SetFileNames([str(p) for p in paths])
+    reader.SetFileNames([named(path) for path in paths])
     if mixed:  # rescaled slices can differ in type; the first one's would cut the others
         reader.SetOutputPixelType(sitk.sitkFloat32)
     image = reader.Execute()

@@ -64,6 +64,22 @@ def reason(error: Exception) -> str:
     return re.sub(r"\(0x[0-9a-f]+\)", "", " ".join(lines[-3:])) or type(error).__name__
 
 
+def named(path: Path) -> str:
+    """A path as SimpleITK takes it, which ends the process over a name that is not UTF-8.
+
+    Raises:
+        VolumeError: such a name.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise VolumeError(
+            f"{path}: SimpleITK, which this file is for, takes names in UTF-8 only; rename it, or use NIfTI, whose "
+            "names are free"
+        ) from None
+    return str(path)
+
+
 def write_image(image: Any, path: Path) -> None:
     """Writes a ``SimpleITK.Image`` in the format of the suffix, compressed but for ``.nii`` and ``.mhd``.
 
@@ -76,6 +92,6 @@ def write_image(image: Any, path: Path) -> None:
         raise VolumeError(f"{path}: the folder {path.parent} does not exist")
     try:
         with quiet():
-            simpleitk().WriteImage(image, str(path), useCompression=path.suffix.lower() not in (".nii", ".mhd"))
+            simpleitk().WriteImage(image, named(path), useCompression=path.suffix.lower() not in (".nii", ".mhd"))
     except RuntimeError as error:
         raise VolumeError(f"{path}: cannot be written: {reason(error)}") from None

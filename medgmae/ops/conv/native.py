@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from medgmae.ops import native
 from medgmae.ops.conv.call import Call
 from medgmae.ops.conv.inputs import ConvInputs
 from medgmae.ops.native import _C, DTYPE_CODES
@@ -30,4 +30,4 @@ def backward(
 def _run(call: Call, variant: str, threads: int | None) -> None:
     assert _C is not None
     arguments = DTYPE_CODES[call.wide], call.sizes, call.streams, call.arrays, STREAM_CODES[call.dtype]
-    _C.causal_conv1d(*arguments, threads or torch.get_num_threads(), variant)
+    _C.causal_conv1d(*arguments, threads or native.threads(), variant)

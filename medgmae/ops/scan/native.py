@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from medgmae.ops import native
 from medgmae.ops.native import _C, DTYPE_CODES
 from medgmae.ops.scan import reference
 from medgmae.ops.scan.call import Call
@@ -18,7 +18,7 @@ CHUNK = LONGEST = 64  # steps per chunk of a backward, which holds a chunk of al
 def forward(inputs: ScanInputs, *, variant: str = "", threads: int | None = None) -> tuple[Tensor, Tensor]:
     """See ``medgmae::selective_scan``.
 
-    ``variant``: CPU instruction set, "" for the best; ``threads``: torch's number if None.
+    ``variant``: CPU instruction set, "" for the best; ``threads``: ``native.threads()`` if None.
     """
     if inputs.constant:
         return reference.forward(inputs)
@@ -48,4 +48,4 @@ def backward(
 def _run(call: Call, variant: str, threads: int | None) -> None:
     assert _C is not None
     arguments = DTYPE_CODES[call.wide], call.sizes, call.streams, call.matrices, call.arrays, STREAM_CODES[call.dtype]
-    _C.selective_scan(*arguments, threads or torch.get_num_threads(), variant)
+    _C.selective_scan(*arguments, threads or native.threads(), variant)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from medgmae.ops import native
 from medgmae.ops.native import _C, DTYPE_CODES
 from medgmae.ops.voxel import levels as multiresolution
 from medgmae.ops.voxel.inputs import VoxelInputs
@@ -15,8 +15,11 @@ from medgmae.ops.voxel.levels import Lattice
 
 
 def forward(inputs: VoxelInputs, *, variant: str = "", threads: int | None = None) -> Tensor:
-    """See ``medgmae::voxelize``. ``variant``: CPU instruction set, "" for the best; ``threads``: torch's if None."""
-    size, threads = tuple(inputs.size), threads or torch.get_num_threads()
+    """See ``medgmae::voxelize``.
+
+    ``variant``: CPU instruction set, "" for the best; ``threads``: ``native.threads()`` if None.
+    """
+    size, threads = tuple(inputs.size), threads or native.threads()
     finest, *coarse = multiresolution.levels(size, multiresolution.strides(inputs))
 
     def render(lattice: Lattice, patch: Sequence[int]) -> Tensor:
@@ -33,7 +36,7 @@ def forward(inputs: VoxelInputs, *, variant: str = "", threads: int | None = Non
 
 def backward(grad: Tensor, inputs: VoxelInputs, *, variant: str = "", threads: int | None = None) -> tuple[Tensor, ...]:
     """See ``medgmae::voxelize_backward``; options as for :func:`forward`."""
-    size, threads = tuple(inputs.size), threads or torch.get_num_threads()
+    size, threads = tuple(inputs.size), threads or native.threads()
     finest, *coarse = multiresolution.levels(size, multiresolution.strides(inputs))
     gradients = tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:4])
     grad = grad.to(inputs.means.dtype).contiguous()

@@ -1,0 +1,279 @@
+"""Which scans a command reads: files, DICOM series and cases of several contrasts below folders, and what it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+import medgmae
+from medgmae.cli.names import SCANS, shown, unique_names
+
+# What lies beside scans and is none, by the ending of its name: no reason for --strict to complain.
+_BESIDE = {
+    "a table or text": ".csv .tsv .xls .xlsx .ods .json .jsonl .txt .md .rst .xml .yaml .yml .ini .cfg .toml .html "
+    ".pdf .doc .docx .log .bval .bvec .bvals .bvecs .md5 .sha1 .sha256 .py .sh .ipynb",
+    "a picture": ".png .jpg .jpeg .gif .bmp .svg .webp .tif .tiff .eps",
+    "arrays, features or weights": ".npy .npz .safetensors .pt .pth .ckpt .h5 .hdf5 .mat .ply",
+    "voxels that belong to a header": ".raw .zraw .img",
+}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One row of the result: a file or folder, or one series in a folder; ``labels`` are columns of a manifest."""
+
+    path: Path
+    series: str | None = None
+    name: str = ""
+    about: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the results say of the scan."""
+        series = {} if self.series is None else {"series": self.series, "description": self.about}
+        return {"path": shown(self.path), **series, **({"labels": self.labels} if self.labels else {})}
+
+
+@dataclass
+class Listing:
+    """What is read, what is left out and why, and what should have been read and cannot be."""
+
+    scans: list[Scan] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    unexpected: int = 0
+    errors: list[dict[str, str]] = field(default_factory=list)
+
+    def skip(self, path: Path, reason: str, expected: bool = False) -> None:
+        """Leave a file out; ``expected`` of what is known not to be a scan."""
+        self.skipped.append({"path": shown(path), "reason": reason})
+        self.unexpected += not expected
+
+    def fail(self, path: Path, reason: str) -> None:
+        """Note what should have been read."""
+        self.errors.append({"path": shown(path), "error": f"{shown(path)}: {reason}"})
+
+
+def find_scans(
+    arguments: Sequence[Path], contrasts: Sequence[str] | None = None, series: Sequence[str] = ()
+) -> Listing:
+    """Scans in the order given, each once, with names that set them apart.
+
+    Folders are searched to their ends. A folder that holds files of several ``contrasts`` is one case; every DICOM
+    series is a scan of its own, or with ``series``, each whose id or description matches one of these patterns.
+    """
+    search = _Search(Listing(), contrasts, [pattern.lower() for pattern in series])
+    for path in arguments:
+        before = len(search.listing.errors), search.met
+        if path.is_dir():
+            search.folder(path)
+            if before == (len(search.listing.errors), search.met):
+                search.listing.fail(path, "no scan in this folder")
+        else:
+            search.argument(path)
+    if series and not search.chosen:
+        known = "\n  ".join(search.series[:20]) or "there are no DICOM series"
+        raise click.UsageError(f"--series {', '.join(series)} matches none of these:\n  {known}")
+    listing = search.listing
+    listing.scans = _named(search.joined())
+    if not listing.scans and not listing.errors:
+        for path in arguments:
+            listing.fail(path, f"{_beside(path) or 'nothing that was chosen'}; expected a scan")
+    return listing
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one folder holds of a series, below the folder ``top`` that was named; ``file`` is its only 2-D slice."""
+
+    top: Path
+    places: frozenset[tuple[float, ...]]
+    file: Path | None
+
+
+class _Search:
+    """A walk through folders. ``met`` counts the scans met, those met before or not chosen included."""
+
+    def __init__(self, listing: Listing, contrasts: Sequence[str] | None, patterns: Sequence[str]) -> None:
+        self.listing, self.contrasts, self.patterns = listing, contrasts, patterns
+        self.scans: dict[tuple[Path, str | None], Scan] = {}
+        self.parts: dict[tuple[Path, str], _Part] = {}
+        self.series: list[str] = []
+        self.visited: set[tuple[int, int]] = set()
+        self.met = self.chosen = 0
+
+    def add(self, scan: Scan) -> None:
+        self.met += 1
+        self.scans.setdefault((scan.path, scan.series), scan)
+
+    def argument(self, path: Path) -> None:
+        """A file that was named: what is known not to be a scan is left, all else is tried."""
+        if not path.exists():
+            self.listing.fail(path, "no such file or folder")
+        elif not path.is_file():
+            self.listing.fail(path, "not a regular file")
+        elif _is_text_or_picture(path):
+            self.listing.skip(path, _beside(path), expected=True)
+        else:
+            self.add(Scan(path))
+
+    def folder(self, top: Path) -> None:
+        """Everything below a folder; what a folder holds comes before what its subfolders hold."""
+        from tqdm.auto import tqdm
+
+        waiting = [top]
+        with tqdm(desc="looking for scans", unit=" files", disable=None, leave=False) as bar:
+            while waiting:
+                folder = waiting.pop()
+                try:
+                    state = folder.stat()
+                    entries = sorted(folder.iterdir())
+                except OSError as error:
+                    self.listing.fail(folder, f"cannot be searched: {error.strerror or error}")
+                    continue
+                if (state.st_dev, state.st_ino) in self.visited:  # a link back, or the folder was named twice
+                    self.met += 1
+                    continue
+                self.visited.add((state.st_dev, state.st_ino))
+                waiting += reversed(self._inside(top, folder, entries))
+                bar.update(len(entries))
+
+    def _inside(self, top: Path, folder: Path, entries: list[Path]) -> list[Path]:
+        """Take up the scans of a folder; returns its subfolders."""
+        case = _case(folder, self.contrasts or ())
+        if len(case) >= min(2, len(self.contrasts or ())) > 0:  # reading it says what is missing or there twice
+            self.add(Scan(folder))
+            for path in entries:
+                if path not in case:
+                    self.listing.skip(path, "in the folder of a case, none of its contrasts", expected=True)
+            return []
+        subfolders: list[Path] = []
+        dicom: list[Path] = []
+        for path in entries:
+            name = path.name.lower()
+            if name.startswith("."):
+                self.listing.skip(path, "hidden", expected=True)
+            elif path.is_dir():
+                if name.endswith(".partial") and ((path / "run.json").exists() or (path / "lock").exists()):
+                    self.listing.skip(path, "results of a run that is not finished", expected=True)
+                else:
+                    subfolders.append(path)
+            elif not path.is_file():
+                broken = path.is_symlink() and not path.exists()
+                self.listing.skip(path, "a link to nowhere" if broken else "not a regular file")
+            elif name.endswith(SCANS):
+                self.add(Scan(path))
+            elif _is_text_or_picture(path):
+                self.listing.skip(path, _beside(path), expected=True)
+            elif _is_dicom(path):
+                dicom.append(path)
+            else:
+                self.listing.skip(path, _beside(path) or "not recognised as a scan", expected=bool(_beside(path)))
+        if dicom:
+            self._add_series(top, folder, dicom)
+        if not entries:
+            self.listing.skip(folder, "an empty folder")
+        return subfolders
+
+    def _add_series(self, top: Path, folder: Path, files: list[Path]) -> None:
+        try:
+            all_series = medgmae.data.find_series(folder, recursive=False)
+        except (medgmae.VolumeError, OSError) as error:  # a slice that cannot be read may be of any of them
+            reason = str(error).removeprefix(f"{folder}: ")
+            self.met += 1
+            self.listing.fail(folder, reason)
+            return
+        images = {one.path for series in all_series for one in series.slices}
+        for path in files:
+            if path not in images:
+                self.listing.skip(path, "a DICOM object that is no image", expected=True)
+        for series in all_series:
+            about = f"{series.modality} {series.description}".strip()
+            size = series.slices[0].size
+            self.series.append(f"{series.uid}  {about}  {len(series.slices)} file(s) in {shown(folder)}")
+            if self.patterns and not any(
+                fnmatch.fnmatchcase(text.lower(), pattern)
+                for text in (series.uid, series.description)
+                for pattern in self.patterns
+            ):
+                self.met += 1
+                self.listing.skip(folder, f"series {series.uid} ({about}) is not chosen by --series", expected=True)
+                continue
+            self.chosen += 1
+            flat = len(series.slices) == 1 and (*size, 1)[2] == 1
+            places = frozenset(tuple(round(float(x), 2) for x in one.origin) for one in series.slices)
+            self.add(Scan(folder, series.uid, about=shown(about)))
+            self.parts[folder, series.uid] = _Part(top, places, series.slices[0].path if flat else None)
+
+    def joined(self) -> list[Scan]:
+        """The scans. A series whose slices lie in several folders, each at places of its own, is one scan of the folder
+        above them; copies of a series share their places, and stay apart. A single 2-D image is no scan."""
+        keys_of: dict[tuple[Path, str], list[tuple[Path, str]]] = {}
+        for key, part in self.parts.items():
+            keys_of.setdefault((part.top, key[1]), []).append(key)
+        for (_, uid), keys in keys_of.items():
+            places = [self.parts[key].places for key in keys]
+            if uid and len(keys) > 1 and len(frozenset().union(*places)) == sum(map(len, places)):
+                folder = Path(os.path.commonpath([path for path, _ in keys]))
+                self.scans[keys[0]] = replace(self.scans[keys[0]], path=folder)
+                for key in keys[1:]:
+                    del self.scans[key]
+                continue
+            for key in keys:
+                if (file := self.parts[key].file) is not None:
+                    about = self.scans.pop(key).about
+                    self.listing.skip(file, f"series {uid} ({about}) is one 2-D image")
+        return list(self.scans.values())
+
+
+def _case(folder: Path, contrasts: Sequence[str]) -> set[Path]:
+    """The files of one case's contrasts, where a folder holds one file of a contrast."""
+    files: set[Path] = set()
+    for name in contrasts:
+        with contextlib.suppress(medgmae.VolumeError):
+            files.update(medgmae.data.find_contrasts(folder, [name]).values())
+    return files
+
+
+def _beside(path: Path) -> str:
+    """What a file is that lies beside scans; empty when its ending does not say it."""
+    return next((what for what, endings in _BESIDE.items() if path.suffix.lower() in endings.split()), "")
+
+
+def _is_text_or_picture(path: Path) -> bool:
+    return path.suffix != "" and _beside(path) in ("a table or text", "a picture")
+
+
+def _is_dicom(path: Path) -> bool:
+    """By content, or by name: a broken slice is not another kind of file."""
+    if path.suffix.lower() in (".dcm", ".ima"):
+        return True
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+    return False
+
+
+def _named(scans: Sequence[Scan]) -> list[Scan]:
+    """The scans with their names: a series goes by its folder's, and by its own id where the folder has several."""
+    count: dict[Path, int] = {}
+    for scan in scans:
+        count[scan.path] = count.get(scan.path, 0) + 1
+    paths = [scan.path / scan.series if scan.series and count[scan.path] > 1 else scan.path for scan in scans]
+    return [replace(scan, name=name) for scan, name in zip(scans, unique_names(paths), strict=True)]
+
+
+def grouped(skipped: Sequence[dict[str, str]]) -> Iterator[str]:
+    """One line per reason, with a few names."""
+    by_reason: dict[str, list[str]] = {}
+    for one in skipped:
+        by_reason.setdefault(one["reason"], []).append(one["path"])
+    for reason, paths in by_reason.items():
+        more = f" and {len(paths) - 3} more" if paths[3:] else ""
+        yield f"Skipped, {reason}: {', '.join(paths[:3])}{more}"
