@@ -248,7 +248,8 @@ def finite(volume: Volume) -> Volume:
 
 def _planes(data: Tensor) -> Iterator[Tensor]:
     """A slab (C, d, H, W) at a time, so that what is calculated of it takes little memory."""
-    return iter(data.split(max(1, _SLAB // max(1, data[:, :1].numel())), dim=1))
+    rows = max(1, _SLAB // max(1, data[:, :1].numel()))
+    return (data[:, first : first + rows] for first in range(0, data.shape[1], rows))
 
 
 def _single(volume: Volume) -> Tensor:

@@ -1,4 +1,4 @@
-"""The data elements of one DICOM file: enough of PS3.5 to know what a slice is, where it lies and where its pixels start.
+"""The data elements of one DICOM file: enough of PS3.5 to know what a slice is, where it lies, and its pixels.
 
 Headers are read here, with every length checked against the file, so that a slice that is cut off, or whose pixels are
 fewer than its rows and columns, is seen as such. Pixels that are compressed are left to pydicom.
@@ -129,6 +129,13 @@ class _Walk:
             )
         return Element(tag, vr, at, length)
 
+    def group(self) -> int:
+        """The group of the next element, little endian, which is not read yet."""
+        here = self.file.tell()
+        group = int.from_bytes(self.file.read(2), "little")
+        self.file.seek(here)
+        return group
+
     def skip(self, element: Element, explicit: bool, order: str) -> None:
         """Passes over a value; one of undefined length is walked through to its end."""
         if element.length != _UNDEFINED:
@@ -167,10 +174,7 @@ def _meta(walk: _Walk) -> dict[int, bytes]:
     """The elements of group 2, which are always explicit and little endian."""
     values: dict[int, bytes] = {}
     walk.file.seek(132)
-    while (here := walk.file.tell()) >= 0 and (element := walk.next(explicit=True, order="<")) is not None:
-        if element.tag >> 16 != 2:
-            walk.file.seek(here)
-            break
+    while walk.group() == 2 and (element := walk.next(explicit=True, order="<")) is not None:
         if element.length == _UNDEFINED or element.tag in values:
             raise VolumeError(f"element {_name(element.tag)} has no length, or stands there twice")
         values[element.tag] = walk.file.read(min(element.length, _LONGEST))

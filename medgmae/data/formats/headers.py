@@ -18,6 +18,9 @@ from medgmae.data.geometry import VolumeError
 LONGEST = 1 << 16
 """Bytes of a header: a DICOM dump in a MetaImage header can be long, but not this long."""
 
+MOST_FILES = 10_000
+"""Data files that a header may name."""
+
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _PATTERN = re.compile(r"(?P<before>[^%]*)%(?P<width>0[1-9])?d(?P<after>[^%]*?)(?P<range>(\s+-?\d{1,9}){2,4})")
 
@@ -142,6 +145,8 @@ def numbered_names(text: str, count: int) -> list[str]:
             f"the header names the data files {text!r}; expected one %d or %0Nd with N from 1 to 9, the first and the "
             "last number, and a step that is not 0"
         )
+    if count > MOST_FILES:
+        raise VolumeError(f"the header names {count} data files; expected at most {MOST_FILES}")
     span = range(first, last + (1 if step > 0 else -1), step)
     if len(span) != count:
         raise VolumeError(f"the header names {len(span)} data files, {text!r}; expected {count}, one per slice")

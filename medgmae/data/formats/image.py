@@ -56,6 +56,11 @@ def free_memory() -> int:
     return min(free)
 
 
+def named_shape(shape: tuple[int, ...]) -> str:
+    """(C, D, H, W) as files give it: x, y, z, then channels where there are several."""
+    return " x ".join(map(str, [*shape[:0:-1], *(shape[:1] if shape[0] > 1 else ())]))
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a header may ask for.
@@ -69,11 +74,11 @@ class Limits:
     allow_outside: bool = False
 
     def check(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        """Raises a VolumeError unless voxels of this shape, at four bytes at least, stay within the limit."""
+        """Raises a VolumeError unless voxels (C, D, H, W), at four bytes at least, stay within the limit."""
         needed = int(np.prod(shape, dtype=object)) * max(4, dtype.itemsize)
         if needed > self.max_bytes:
             raise VolumeError(
-                f"the header claims {' x '.join(map(str, shape))} voxels, {needed:.4g} bytes in memory; expected at "
+                f"the header claims {named_shape(shape)} voxels, {needed:.4g} bytes in memory; expected at "
                 f"most {self.max_bytes:.4g} (a quarter of the free memory by default; if the file is what you think "
                 f"it is, read_volume(..., max_bytes={needed}))"
             )

@@ -8,6 +8,7 @@ import numpy as np
 
 from medgmae.data.formats.headers import (
     LONGEST,
+    MOST_FILES,
     data_file,
     fields_of,
     numbered_names,
@@ -26,7 +27,6 @@ _TYPES = {
     "long_long": "i8", "ulong_long": "u8", "float": "f4", "double": "f8",
 }  # fmt: skip
 _ORIGINS, _MATRICES = ("offset", "position", "origin"), ("transformmatrix", "rotation", "orientation")
-_LARGEST_LIST = 100_000  # files
 
 
 def _split(start: bytes) -> tuple[list[bytes], int]:
@@ -103,7 +103,7 @@ def _parts(path: Path, fields: dict[str, str], after: int, slices: int, limits: 
             raise VolumeError(f"the header's data file is {name!r}; expected LIST, of raw files with a slice each")
         with path.open("rb") as file:
             file.seek(after)
-            listed = file.read(min(_LARGEST_LIST, slices + 1) * 256)
+            listed = file.read(min(MOST_FILES, slices + 1) * 256)
         lines = list(fields_of((b"%d=" % k + line for k, line in enumerate(listed.splitlines())), "=").values())
         names, start = slice_files(path, [line for line in lines if line], slices, limits), 0
     elif "%" in name:
@@ -132,18 +132,17 @@ def read_metaimage(path: Path, limits: Limits) -> Image:
     if "dimsize" not in fields or "elementtype" not in fields:
         raise VolumeError("the header has no DimSize or no ElementType; expected both")
     sizes = whole_numbers("size", fields["dimsize"], rank)
-    affine, notes = _affine(fields, rank)
     kind = fields["elementtype"].lower().removeprefix("met_")
     channels = whole_numbers("number of channels", fields.get("elementnumberofchannels", "1"), 1)[0]
     if kind.removesuffix("_array") not in _TYPES:
         raise VolumeError(f"the header's ElementType is {fields['elementtype']!r}; expected integers or floats")
     frames, *spatial = spatial_shape(sizes)
+    affine, notes = _affine(fields, rank)
     if frames > 1 and channels > 1:
         raise VolumeError(f"the image is 4-D, {fields['dimsize']}, with {channels} components; expected a 3-D volume")
     big = _flag(fields, "binarydatabyteordermsb", "elementbyteordermsb")
     dtype = np.dtype(_TYPES[kind.removesuffix("_array")]).newbyteorder(">" if big else "<")
     stored = Stored(dtype, (frames * channels, *spatial), interleaved=channels > 1)  # type: ignore[arg-type]
-    limits.check(stored.shape, dtype)
     parts = _parts(path, fields, after, sizes[rank - 1], limits)
     voxels, odd = read_voxels(parts, stored, limits)
     return Image(voxels, affine, frames if frames > 1 else 0, notes + odd)

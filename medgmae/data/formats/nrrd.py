@@ -147,7 +147,8 @@ def _split(path: Path) -> tuple[dict[str, str], bytes, int | None]:
     """The fields of the header, what stands after a LIST, and the byte after the header's empty line."""
     with path.open("rb") as file:
         start = file.read(LONGEST)
-    lines, at, listed = [], start.find(b"\n") + 1, False
+    lines: list[bytes] = []
+    at, listed = start.find(b"\n") + 1, False
     if not at or not re.fullmatch(rb"NRRD000[1-5]\r?\n", start[:at]):
         raise VolumeError(f"the file starts with {start[:8]!r}; expected NRRD0001 to NRRD0005 and a line end")
     while at < len(start):
@@ -190,6 +191,5 @@ def read_nrrd(path: Path, limits: Limits) -> Image:
     )
     interleaved = axes.other == 0 and len(axes.sizes) > 3
     stored = Stored(dtype.newbyteorder(">" if order == "big" else "<"), (frames, *spatial), interleaved)  # type: ignore[arg-type]
-    limits.check(stored.shape, dtype)
     voxels, odd = read_voxels(_parts(path, fields, tail, after, axes.sizes[-1], limits), stored, limits)
     return Image(voxels, affine, frames if frames > 1 and not axes.channels else 0, notes + odd)

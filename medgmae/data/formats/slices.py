@@ -238,7 +238,8 @@ def place_of(data: Dataset) -> Place:
         raise VolumeError(f"{data.path}: PixelSpacing is {data.text(0x00280030)!r}; expected positive numbers")
     if np.abs(vectors @ vectors.T - np.eye(2)).max() > _PERPENDICULAR:
         raise VolumeError(
-            f"{data.path}: ImageOrientationPatient is {vectors.tolist()}; expected two perpendicular vectors of length 1"
+            f"{data.path}: ImageOrientationPatient is {vectors.tolist()}; expected two "
+            "perpendicular vectors of length 1"
         )
     row, column = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     normal = np.cross(row, column)

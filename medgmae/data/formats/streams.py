@@ -1,4 +1,4 @@
-"""Voxels from files piece by piece, so that no second copy of a scan is ever in memory, with nothing missing and nothing
+"""Voxels from files piece by piece, so that no second copy of a scan is in memory, with nothing missing and nothing
 invented: a stream that ends early, or whose checksum does not hold, is an error.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from medgmae.data.formats.image import Limits
+from medgmae.data.formats.image import Limits, named_shape
 from medgmae.data.geometry import VolumeError
 
 Packing = Literal["raw", "gzip", "zlib", "bzip2"]
@@ -160,7 +160,8 @@ class Stream:
         length = self._end - self.part.start
         if self.part.packed not in (None, length):
             raise VolumeError(
-                f"the packed voxels have {length} bytes, and the header says {self.part.packed}; expected an intact file"
+                f"the packed voxels have {length} bytes, and the header says {self.part.packed}; expected "
+                "an intact file"
             )
 
 
@@ -177,18 +178,19 @@ def first_bytes(path: Path, count: int) -> bytes:
     return content
 
 
-def _start(part: Part, needed: int) -> int:
-    """The byte at which ``needed`` raw bytes of a part start, after a look at the size of the file."""
+def _start(part: Part, needed: int, what: str) -> int:
+    """The byte at which ``needed`` raw bytes of a part start, after a look at whether the file can hold ``what``."""
     size = regular(part.path).st_size
     start = size - needed if part.offset < 0 else part.start + part.offset
     if part.packing == "raw" and (start < 0 or start + needed > size):
         raise VolumeError(
-            f"the file is truncated: {part.path.name} has {size} bytes, expected {max(start, 0) + needed}"
+            f"the file is truncated: {part.path.name} has {size} bytes, expected {max(start, 0) + needed} for {what} "
+            "voxels"
         )
     if part.packing in ("gzip", "zlib") and needed > MAX_INFLATION * size + 1024:
         raise VolumeError(
-            f"the header claims {needed} bytes of voxels, more than {size} zipped bytes can hold; expected a size that "
-            "fits the file"
+            f"the header claims {what} voxels, more than {size} zipped bytes can hold; expected a size that fits the "
+            "file"
         )
     return start
 
@@ -243,10 +245,9 @@ def read_voxels(parts: Sequence[Part], stored: Stored, limits: Limits) -> tuple[
         VolumeError: more voxels than allowed, fewer bytes than voxels, or a broken stream.
     """
     target = _target(stored)
+    share = int(np.prod(stored.shape, dtype=object)) // len(parts)
+    starts = [_start(part, share * stored.dtype.itemsize, named_shape(stored.shape)) for part in parts]
     limits.check(stored.shape, target)
-    count = int(np.prod(stored.shape))
-    share = count // len(parts)
-    starts = [_start(part, share * stored.dtype.itemsize) for part in parts]
     voxels = np.empty(stored.shape, target)
     channels = stored.shape[0]
     flat = voxels.reshape(channels, -1) if stored.interleaved else voxels.reshape(1, -1)
@@ -261,10 +262,10 @@ def read_voxels(parts: Sequence[Part], stored: Stored, limits: Limits) -> tuple[
             for first in range(number * share, (number + 1) * share, step):
                 size = min(step, (number + 1) * share - first)
                 if as_stored:
-                    stream.fill(memoryview(flat[0, first : first + size]).cast("B"))
+                    stream.fill(flat[0, first : first + size].view(np.uint8).data)
                 else:
                     block = buffer[:size]
-                    stream.fill(memoryview(block).cast("B"))
+                    stream.fill(block.view(np.uint8).data)
                     columns = slice(first // len(flat), (first + size) // len(flat))
                     flat[:, columns] = _settled(block, stored).reshape(-1, len(flat)).T
             stream.finish()
