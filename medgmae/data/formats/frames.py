@@ -10,8 +10,16 @@ import numpy as np
 
 from medgmae.data.formats.elements import Dataset
 from medgmae.data.formats.image import Image, Limits
-from medgmae.data.formats.slices import NATIVE, REMEDY, check_fragments, check_length, notes_of, pixels_of
+from medgmae.data.formats.slices import NATIVE, REMEDY, Pixels, check_fragments, check_length, notes_of, pixels_of
 from medgmae.data.geometry import VolumeError
+
+_RLE = "1.2.840.10008.1.2.5"
+_GROUPS = {  # and the attributes of theirs that a single image has
+    "PlanePositionSequence": ["ImagePositionPatient"],
+    "PlaneOrientationSequence": ["ImageOrientationPatient"],
+    "PixelMeasuresSequence": ["PixelSpacing"],
+    "PixelValueTransformationSequence": ["RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"],
+}
 
 
 def frames_of(data: Dataset) -> int:
@@ -26,7 +34,48 @@ def frames_of(data: Dataset) -> int:
     return int(text or 1)
 
 
-def _volume(data: Dataset, frames: int, wide: bool) -> Any:
+def _check_groups(image: Any, frames: int) -> None:
+    """Raises unless each attribute is given once, for all frames together or for each of them: what is said twice, or
+    of some frames only, is read in one way by highdicom and in another by others."""
+    shared = image.SharedFunctionalGroupsSequence
+    each = image.PerFrameFunctionalGroupsSequence
+    if len(shared) != 1 or len(each) != frames:
+        raise VolumeError(
+            f"{len(shared)} shared groups of attributes, and {len(each)} for {frames} frames; expected 1, and one for "
+            "each frame"
+        )
+    for name in _GROUPS:
+        holders = [*shared, *each]
+        count = [len(item[name].value) for item in holders if name in item]
+        places = [name in item for item in holders]
+        if any(n != 1 for n in count) or places[1:] != [places[1]] * frames or (places[0] and places[1]):
+            raise VolumeError(
+                f"{name} is given {places[0] + 0} time(s) for all frames and for {sum(places[1:])} of {frames} frames; "
+                "expected either"
+            )
+        above = [keyword for keyword in _GROUPS[name] if keyword in image]
+        if above and any(places):
+            raise VolumeError(f"{above[0]} is given for the file and in {name}; expected one of them")
+
+
+def _check_bits(image: Any, pixels: Pixels, frames: int) -> None:
+    """Raises where bits beyond those that are used are set, which highdicom takes for a part of the number."""
+    low, high = pixels.bounds
+    for number in range(1, frames + 1):
+        frame = image.get_stored_frame(number)
+        if frame.min() < low or frame.max() > high:
+            raise VolumeError(
+                f"frame {number} has numbers from {frame.min()} to {frame.max()}; expected {low} to {high}, of "
+                f"{pixels.stored} bits (an overlay in the other bits?)"
+            )
+
+
+def _kind(pixels: Pixels) -> np.dtype[Any]:
+    """The type of the volume: float32 holds whole numbers up to 24 bits."""
+    return np.dtype(np.float64 if pixels.allocated > 16 else np.float32)
+
+
+def _volume(data: Dataset, pixels: Pixels, frames: int) -> Any:
     """The volume of highdicom, whatever it raises."""
     import highdicom
 
@@ -35,11 +84,11 @@ def _volume(data: Dataset, frames: int, wide: bool) -> Any:
         image = highdicom.imread(data.path)
         if data.syntax not in NATIVE:
             check_fragments(image, frames)
-        groups = len(image.PerFrameFunctionalGroupsSequence)
-        if groups != frames:
-            raise VolumeError(f"{groups} groups of attributes for {frames} frames; expected one for each")
+        _check_groups(image, frames)
+        if pixels.stored < pixels.allocated and data.syntax in (*NATIVE, _RLE):
+            _check_bits(image, pixels, frames)
         return image.get_volume(
-            dtype=np.float64 if wide else np.float32,
+            dtype=_kind(pixels),
             apply_real_world_transform=False,
             apply_voi_transform=False,
             apply_presentation_lut=False,
@@ -60,11 +109,10 @@ def read_frames(data: Dataset, limits: Limits) -> Image:
         )
     if pixels.samples != 1:
         raise VolumeError(f"{data.path}: frames of colours; expected one number per pixel")
-    wide = pixels.allocated > 16
-    limits.check((1, frames, pixels.rows, pixels.columns), np.dtype(np.float64 if wide else np.float32))
+    limits.check((1, frames, pixels.rows, pixels.columns), _kind(pixels))
     check_length(data, pixels, frames)
     try:
-        volume = _volume(data, frames, wide)
+        volume = _volume(data, pixels, frames)
     except ImportError:
         raise VolumeError(f"{data.path}: an enhanced multi-frame image; to read it: {REMEDY}") from None
     except VolumeError as error:
@@ -78,4 +126,8 @@ def read_frames(data: Dataset, limits: Limits) -> Image:
     if voxels.shape != (1, frames, pixels.rows, pixels.columns):
         raise VolumeError(f"{data.path}: {frames} frames became {voxels.shape[1:]} voxels; expected one slice for each")
     affine = np.asarray(volume.affine, dtype=np.float64)[:, [2, 1, 0, 3]]
+    if np.linalg.det(affine[:3, :3]) < 0:  # along the normal of the slices, as those of a series are stacked
+        affine[:3, 3] += (frames - 1) * affine[:3, 2]
+        affine[:3, 2] *= -1
+        voxels = voxels[:, ::-1].copy()
     return Image(voxels, affine, notes=tuple(notes_of(data, pixels.kind)))
