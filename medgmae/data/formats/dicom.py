@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from medgmae.data.formats.decoding import Decoder
 from medgmae.data.formats.elements import Dataset, has_prefix, read_elements
 from medgmae.data.formats.frames import frames_of, read_frames
 from medgmae.data.formats.image import Image, Limits
@@ -202,8 +203,9 @@ def _stack(folder: Path, series: Series, limits: Limits) -> Image:
     shape = (pixels.samples, len(slices), pixels.rows, pixels.columns)
     limits.check(shape, target)
     voxels = np.empty(shape, target)
-    for number, one in enumerate(slices):
-        voxels[:, number] = true_values(decode(one.data, one.pixels), one.pixels, target)
+    with Decoder() as decoder:
+        for number, one in enumerate(slices):
+            voxels[:, number] = true_values(decode(one.data, one.pixels, decoder), one.pixels, target)
     affine = np.eye(4)
     affine[:3, :3] = places[order[0]].direction * [*places[order[0]].spacing, step]
     affine[:3, 3] = places[order[0]].origin

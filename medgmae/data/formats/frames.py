@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from medgmae.data.formats.elements import Dataset
+from medgmae.data.formats.decoding import REMEDY, Decoder
+from medgmae.data.formats.elements import EXPLICIT, Dataset
 from medgmae.data.formats.image import Image, Limits
-from medgmae.data.formats.slices import NATIVE, REMEDY, Pixels, check_fragments, check_length, notes_of, pixels_of
+from medgmae.data.formats.slices import NATIVE, Pixels, check_length, notes_of, pixels_of
 from medgmae.data.geometry import VolumeError
 
-_RLE = "1.2.840.10008.1.2.5"
 _GROUPS = {  # and the attributes of theirs that a single image has
     "PlanePositionSequence": ["ImagePositionPatient"],
     "PlaneOrientationSequence": ["ImageOrientationPatient"],
@@ -75,17 +75,29 @@ def _kind(pixels: Pixels) -> np.dtype[Any]:
     return np.dtype(np.float64 if pixels.allocated > 16 else np.float32)
 
 
+def _decompress(dataset: Any, data: Dataset, pixels: Pixels, frames: int) -> None:
+    """Puts decoded pixels in place of the compressed ones."""
+    with Decoder() as decoder:
+        stored = decoder.decode(data.path, (frames, pixels.rows, pixels.columns), pixels.dtype)
+    dataset.PixelData = stored.astype(stored.dtype.newbyteorder("<"), copy=False).tobytes()
+    dataset["PixelData"].VR = "OB" if pixels.allocated == 8 else "OW"
+    dataset["PixelData"].is_undefined_length = False
+    dataset.file_meta.TransferSyntaxUID = EXPLICIT
+
+
 def _volume(data: Dataset, pixels: Pixels, frames: int) -> Any:
     """The volume of highdicom, whatever it raises."""
     import highdicom
+    import pydicom
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = highdicom.imread(data.path)
+        dataset = pydicom.dcmread(data.path)
         if data.syntax not in NATIVE:
-            check_fragments(image, frames)
+            _decompress(dataset, data, pixels, frames)
+        image = highdicom.Image.from_dataset(dataset, copy=False)
         _check_groups(image, frames)
-        if pixels.stored < pixels.allocated and data.syntax in (*NATIVE, _RLE):
+        if pixels.stored < pixels.allocated:
             _check_bits(image, pixels, frames)
         return image.get_volume(
             dtype=_kind(pixels),

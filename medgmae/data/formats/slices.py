@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medgmae.data.formats.decoding import Decoder
 from medgmae.data.formats.elements import BIG, DEFLATED, EXPLICIT, IMPLICIT, Dataset, opened
 from medgmae.data.formats.streams import scaled
 from medgmae.data.geometry import Floats, VolumeError
 
-REMEDY = "pip install 'medgmae[dicom]'"
 NATIVE = (IMPLICIT, EXPLICIT, BIG, DEFLATED)
 
 _PERPENDICULAR = 1e-3  # cosines are given with as few as 4 digits
-_JPEG_END = b"\xff\xd9"
 _LOSSY = "lossy compression has changed the voxels (LossyImageCompression)"
 _INVERTED = "MONOCHROME1: small values are meant to be displayed bright; the values themselves are read as they are"
 
@@ -118,63 +116,26 @@ def check_length(data: Dataset, pixels: Pixels, frames: int) -> None:
 def _native(data: Dataset, pixels: Pixels) -> NDArray[Any]:
     check_length(data, pixels, 1)
     assert data.pixels is not None
+    if data.syntax == BIG and pixels.allocated == 8 and data.pixels.vr != b"OB":
+        raise VolumeError(f"{data.path}: pixels of 8 bits in big-endian words of 16 (VR OW); expected bytes (OB)")
     with opened(data.path, data) as file:
         file.seek(data.pixels.at)
         content = file.read(pixels.frame_bytes)
     return np.frombuffer(content, pixels.dtype.newbyteorder(">" if data.syntax == BIG else "<"))
 
 
-def _decompressed(data: Dataset, pixels: Pixels) -> NDArray[Any]:
-    try:
-        import pydicom
-    except ImportError:
-        raise VolumeError(f"{data.path}: the pixels are compressed ({data.syntax}); to read them: {REMEDY}") from None
-    if pixels.samples == 3:
-        raise VolumeError(f"{data.path}: compressed colours ({data.syntax}); expected one number per pixel")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dataset = pydicom.dcmread(data.path)
-            check_fragments(dataset, 1)
-            decoded = np.asarray(dataset.pixel_array)
-    except VolumeError as error:
-        raise VolumeError(f"{data.path}: {error}") from None
-    except Exception as error:  # whatever decoders raise of broken data
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise VolumeError(
-            f"{data.path}: cannot be read: the compressed pixels ({data.syntax}) cannot be decoded: "
-            f"{' '.join(lines)[:600] or type(error).__name__}; expected an intact image, and the decoders of {REMEDY}"
-        ) from None
-    if decoded.shape != (pixels.rows, pixels.columns) or decoded.dtype != pixels.dtype:
-        raise VolumeError(
-            f"{data.path}: the compressed pixels are {decoded.shape} of {decoded.dtype}; expected "
-            f"{pixels.rows} x {pixels.columns} of {pixels.dtype}, as the header says"
-        )
-    return decoded.ravel()
-
-
-def check_fragments(dataset: Any, frames: int) -> None:
-    """Raises unless the compressed pixels of a pydicom data set are ``frames`` whole frames: decoders fill in what a
-    stream that was cut off lacks, and say nothing."""
-    import pydicom.encaps
-
-    jpeg = dataset.file_meta.TransferSyntaxUID.startswith("1.2.840.10008.1.2.4.")
-    count = 0
-    for frame in pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=frames, extended_offsets=None):
-        count += 1
-        if jpeg and not frame.rstrip(b"\0").endswith(_JPEG_END):
-            raise VolumeError(f"the compressed frame {count} is truncated: it has no end; expected an intact stream")
-    if count != frames:
-        raise VolumeError(f"{count} compressed frames; expected {frames}")
-
-
-def decode(data: Dataset, pixels: Pixels) -> NDArray[Any]:
+def decode(data: Dataset, pixels: Pixels, decoder: Decoder) -> NDArray[Any]:
     """The stored numbers (C, rows, columns) of a single frame.
 
     Raises:
         VolumeError: pixels that are missing, broken, or compressed without a decoder.
     """
-    flat = _native(data, pixels) if data.syntax in NATIVE else _decompressed(data, pixels)
+    if data.syntax in NATIVE:
+        flat = _native(data, pixels)
+    elif pixels.samples == 1:
+        flat = decoder.decode(data.path, (1, pixels.rows, pixels.columns), pixels.dtype).ravel()
+    else:
+        raise VolumeError(f"{data.path}: compressed colours ({data.syntax}); expected one number per pixel")
     if pixels.stored < pixels.allocated:  # other bits may hold an overlay, or nothing
         spare = pixels.allocated - pixels.stored
         flat = (flat.astype(pixels.dtype) << spare) >> spare
