@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Image
 
 
-_SLAB = 1 << 22  # voxels
+_SLAB = 1 << 18  # voxels
 
 
 class HasSitk(Protocol):

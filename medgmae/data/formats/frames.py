@@ -7,12 +7,13 @@ import warnings
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medgmae.data.formats.decoding import REMEDY, Decoder
 from medgmae.data.formats.elements import EXPLICIT, Dataset
 from medgmae.data.formats.image import Image, Limits
 from medgmae.data.formats.slices import NATIVE, Pixels, check_length, notes_of, pixels_of
-from medgmae.data.geometry import VolumeError
+from medgmae.data.geometry import Floats, VolumeError
 
 _GROUPS = {  # and the attributes of theirs that a single image has
     "PlanePositionSequence": ["ImagePositionPatient"],
@@ -85,8 +86,8 @@ def _decompress(dataset: Any, data: Dataset, pixels: Pixels, frames: int) -> Non
     dataset.file_meta.TransferSyntaxUID = EXPLICIT
 
 
-def _volume(data: Dataset, pixels: Pixels, frames: int) -> Any:
-    """The volume of highdicom, whatever it raises."""
+def _volume(data: Dataset, pixels: Pixels, frames: int) -> tuple[NDArray[Any], Floats]:
+    """The volume of highdicom (D, H, W) and its affine from index (d, h, w), whatever it raises."""
     import highdicom
     import pydicom
 
@@ -99,12 +100,13 @@ def _volume(data: Dataset, pixels: Pixels, frames: int) -> Any:
         _check_groups(image, frames)
         if pixels.stored < pixels.allocated:
             _check_bits(image, pixels, frames)
-        return image.get_volume(
+        volume = image.get_volume(
             dtype=_kind(pixels),
             apply_real_world_transform=False,
             apply_voi_transform=False,
             apply_presentation_lut=False,
         )
+        return volume.array, np.array(volume.affine, dtype=np.float64)
 
 
 def read_frames(data: Dataset, limits: Limits) -> Image:
@@ -124,7 +126,7 @@ def read_frames(data: Dataset, limits: Limits) -> Image:
     limits.check((1, frames, pixels.rows, pixels.columns), _kind(pixels))
     check_length(data, pixels, frames)
     try:
-        volume = _volume(data, pixels, frames)
+        array, affine = _volume(data, pixels, frames)
     except ImportError:
         raise VolumeError(f"{data.path}: an enhanced multi-frame image; to read it: {REMEDY}") from None
     except VolumeError as error:
@@ -134,12 +136,14 @@ def read_frames(data: Dataset, limits: Limits) -> Image:
             f"{data.path}: the frames cannot be made one volume: {error or type(error).__name__}; expected one regular "
             "stack of frames with a position and an orientation each"
         ) from None
-    voxels = np.ascontiguousarray(volume.array)[None]
+    voxels = np.ascontiguousarray(array)[None]
+    del array
     if voxels.shape != (1, frames, pixels.rows, pixels.columns):
         raise VolumeError(f"{data.path}: {frames} frames became {voxels.shape[1:]} voxels; expected one slice for each")
-    affine = np.asarray(volume.affine, dtype=np.float64)[:, [2, 1, 0, 3]]
+    affine = affine[:, [2, 1, 0, 3]]
     if np.linalg.det(affine[:3, :3]) < 0:  # along the normal of the slices, as those of a series are stacked
         affine[:3, 3] += (frames - 1) * affine[:3, 2]
         affine[:3, 2] *= -1
-        voxels = voxels[:, ::-1].copy()
+        for k in range(frames // 2):  # without a second volume
+            voxels[0, [k, -1 - k]] = voxels[0, [-1 - k, k]]
     return Image(voxels, affine, notes=tuple(notes_of(data, pixels.kind)))
