@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence as Items
-from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage, ExplicitVRBigEndian, ExplicitVRLittleEndian
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 ROW, COLUMN = np.array([0.8, 0.6, 0.0]), np.array([-0.36, 0.48, 0.8])
 NORMAL = np.cross(ROW, COLUMN)
@@ -29,7 +36,10 @@ def _image(uid: str, number: int, sop_class: UID, syntax: UID, plane: np.ndarray
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = sop_class, f"{uid}.{number + 1}"
     meta.TransferSyntaxUID = syntax
-    one = FileDataset("image", {}, file_meta=meta, preamble=b"\0" * 128)
+    one = FileDataset(
+        "image", {}, file_meta=meta, preamble=b"\0" * 128,
+        is_implicit_VR=syntax == ImplicitVRLittleEndian, is_little_endian=syntax != ExplicitVRBigEndian,
+    )  # fmt: skip
     one.SOPClassUID, one.SOPInstanceUID, one.Modality = sop_class, f"{uid}.{number + 1}", "CT"
     one.SeriesInstanceUID, one.StudyInstanceUID, one.SeriesDescription = uid, STUDY, "made for a test"
     one.FrameOfReferenceUID = f"{STUDY}.9"

@@ -251,7 +251,7 @@ def read_voxels(parts: Sequence[Part], stored: Stored, limits: Limits) -> tuple[
     voxels = np.empty(stored.shape, target)
     channels = stored.shape[0]
     flat = voxels.reshape(channels, -1) if stored.interleaved else voxels.reshape(1, -1)
-    as_stored = target.itemsize == stored.dtype.itemsize and target.kind == stored.dtype.kind and len(flat) == 1
+    as_stored = stored.scale is None and target == stored.dtype.newbyteorder("=") and len(flat) == 1
     step = max(1, _BLOCK // len(flat)) * len(flat)
     buffer = np.empty(0 if as_stored else min(step, share), stored.dtype)
     notes = []
