@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from meaning_dicom import frames_case, series_case  # noqa: E402
-from meaning_text import Case, gzip_case, text_case  # noqa: E402
+from meaning_dicom import frames_case, series_case
+from meaning_text import Case, gzip_case, text_case
 
 MEMORY, PATIENCE = 4 << 30, 10.0  # bytes that a case may take, and seconds
 KINDS: dict[str, Callable[[random.Random, Path], Case]] = {

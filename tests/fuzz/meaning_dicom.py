@@ -39,10 +39,10 @@ def _affine() -> np.ndarray:
 # Each is done to one slice of a series; all of them must be refused, or leave the volume as it is where they say so.
 def _wrong(one: Dataset, rng: random.Random) -> str:
     what = rng.choice((
-        "short", "long", "spacing0", "no spacing", "one spacing", "no orientation", "zero orientation", "skewed", "scaled axes",
-        "no position", "nan position", "slope0", "slope text", "half rescale", "rows", "columns", "samples", "bits", "high",
-        "photometric", "frames", "table", "no pixels", "reference", "moved", "turned", "samples3", "representation",
-        "two spacings", "inf",
+        "short", "long", "spacing0", "no spacing", "one spacing", "no orientation", "zero orientation", "skewed",
+        "scaled axes", "no position", "nan position", "slope0", "slope text", "half rescale", "rows", "columns",
+        "samples", "bits", "high", "photometric", "frames", "table", "no pixels", "reference", "moved", "turned", "samples3",
+        "representation", "two spacings", "inf",
     ))  # fmt: skip
     values: dict[str, dict[str, Any]] = {
         "short": {"PixelData": one.PixelData[:-20]}, "long": {"PixelData": one.PixelData + bytes(20)},
@@ -60,7 +60,8 @@ def _wrong(one: Dataset, rng: random.Random) -> str:
     for name, value in values.get(what, {}).items():
         setattr(one, name, value)
     missing = {
-        "no spacing": "PixelSpacing", "no orientation": "ImageOrientationPatient", "no position": "ImagePositionPatient",
+        "no spacing": "PixelSpacing", "no orientation": "ImageOrientationPatient",
+        "no position": "ImagePositionPatient",
         "half rescale": rng.choice(("RescaleSlope", "RescaleIntercept")), "no pixels": "PixelData",
     }  # fmt: skip
     if what in missing:
@@ -140,9 +141,9 @@ def _spoil(one: Dataset, rng: random.Random) -> str:
     shared, each = one.SharedFunctionalGroupsSequence[0], one.PerFrameFunctionalGroupsSequence
     frame = each[rng.randrange(len(each))]
     what = rng.choice((
-        "short", "long", "count", "groups", "no position", "same position", "moved", "turned", "spacing0", "skewed", "scale",
-        "scale both", "scale one", "time", "tilt", "table", "no groups", "two shared", "no spacing", "spacing one",
-        "colours", "stack", "nan", "empty", "top",
+        "short", "long", "count", "groups", "no position", "same position", "moved", "turned", "spacing0", "skewed",
+        "scale", "scale both", "scale one", "time", "tilt", "table", "no groups", "two shared", "no spacing",
+        "spacing one", "colours", "stack", "nan", "empty", "top",
     ))  # fmt: skip
     turned, place = [1, 0, 0, 0, 1, 0], frame.PlanePositionSequence[0]
     if what in ("short", "long"):

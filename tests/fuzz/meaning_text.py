@@ -144,7 +144,7 @@ def text_case(rng: random.Random, folder: Path) -> Case:
     pack = {"raw": bytes, "zip": gzip.compress if nrrd else zlib.compress, "bz2": bz2.compress}[packing]
     body, refuse, what = pack(raw), False, attack
     if attack == "damage":
-        body, refuse = _damaged(pack(raw), rng) if packing != "raw" else raw[: rng.randrange(len(raw))], True
+        body, refuse = _damaged(pack(raw), rng) if packing != "raw" else raw[: rng.randrange(len(raw))], False
     if attack == "pattern" or (attack == "count" and place not in ("files", "list")):
         place = "files" if attack == "pattern" else rng.choice(("files", "list"))
         packing, body = "raw", raw
@@ -223,7 +223,7 @@ def _nrrd_lines(
         f"sizes: {f'{channels} ' * vector}{' '.join(map(str, sizes))}",
         f"space directions: {'none ' * vector}{_nrrd_vectors(affine[:3, :3])}",
         f"kinds: {'vector ' * vector}domain domain domain", f"endian: {'big' if big else 'little'}",
-        f"encoding: {dict(raw='raw', zip='gzip', bz2='bzip2')[packing]}",
+        f"encoding: { {'raw': 'raw', 'zip': 'gzip', 'bz2': 'bzip2'}[packing]}",
         f"space origin: ({','.join(f'{v:.17g}' for v in affine[:3, 3])})",
     ]  # fmt: skip
     return lines if target == "LOCAL" else [*lines, f"data file: {target}"]

@@ -143,7 +143,7 @@ class Stream:
         elif self.part.packing == "bzip2":
             self._member = bz2.BZ2Decompressor()
         else:
-            self._member = zlib.decompressobj(wbits=31 if is_gzip(self._packed) else 15)
+            self._member = zlib.decompressobj(wbits=31 if self.part.packing == "gzip" or is_gzip(self._packed) else 15)
 
     def finish(self) -> None:
         """Reads what follows the voxels in a packed stream, whose checksum comes last.
