@@ -49,8 +49,8 @@ def _wrong(one: Dataset, rng: random.Random) -> str:
     what = rng.choice((
         "short", "long", "spacing0", "no spacing", "one spacing", "no orientation", "zero orientation", "skewed",
         "scaled axes", "no position", "nan position", "slope0", "slope text", "half rescale", "rows",
-        "columns", "samples", "bits", "high", "photometric", "frames", "table", "no pixels", "reference", "moved", "turned",
-        "samples3", "representation", "two spacings", "inf",
+        "columns", "samples", "bits", "high", "photometric", "frames", "table", "no pixels", "reference", "moved",
+        "turned", "samples3", "representation", "two spacings", "inf",
     ))  # fmt: skip
     values: dict[str, dict[str, Any]] = {
         "short": {"PixelData": one.PixelData[:-20]}, "long": {"PixelData": one.PixelData + bytes(20)},
