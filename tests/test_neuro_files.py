@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import subprocess
 import sys
@@ -157,3 +158,16 @@ def test_reading_takes_little_memory(tmp_path: Path, dtype: str, suffix: str) ->
     assert done.returncode == 0, done.stderr
     peak, voxels = map(int, done.stdout.split())
     assert peak <= 3 * 4 * voxels + path.stat().st_size
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.nii")
+    for path in (tmp_path / "pipe.nii", "/dev/zero"):
+        with pytest.raises(VolumeError, match="not a regular file"):
+            read_volume(path)
+    nibabel.save(nibabel.Nifti1Pair(VOXELS, np.eye(4)), tmp_path / "v.hdr")
+    (tmp_path / "v.img").unlink()
+    os.mkfifo(tmp_path / "v.img")
+    for name in ("v.hdr", "v.img"):
+        with pytest.raises(VolumeError, match="not a regular file"):
+            read_volume(tmp_path / name)

@@ -38,6 +38,8 @@ def _guarded(path: Path, read: Callable[[], Image]) -> Image:
         raise VolumeError(text if text.startswith(str(path)) else f"{path}: {text}") from None
     except OSError as error:
         raise VolumeError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RuntimeError, OverflowError) as error:  # nothing known raises these; if something does, say so
+        raise VolumeError(f"{path}: cannot be read: {type(error).__name__}: {error}; expected {_READABLE}") from None
     except MemoryError:
         raise VolumeError(
             f"{path}: cannot be read: its voxels need more memory than this process gets; expected a smaller scan, or "
@@ -58,8 +60,8 @@ def _expect_channels(stored: int, frames: int, shape: str, channels: int | None)
 
 def _read_file(path: Path, limits: Limits) -> Image:
     """A file by its first bytes, not by its name."""
-    regular(path)
     path = header_of_pair(path)
+    regular(path)
     with path.open("rb") as file:
         start = file.read(4096)
     if not start:

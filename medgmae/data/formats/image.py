@@ -13,9 +13,15 @@ from numpy.typing import NDArray
 from medgmae.data.geometry import Floats, VolumeError
 
 _SHARE = 4  # of the free memory, for voxels: reading takes up to three times their size
+# Limit, use, and where the part of the use is said that is a cache of files, which gives way: version 2 and 1.
 _CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "file "),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+        "total_cache ",
+    ),
 )
 
 
@@ -49,10 +55,10 @@ def free_memory() -> int:
     """Bytes that this process can still take: what the machine has left, or its container if that is less."""
     kilobytes = _number_in("/proc/meminfo", "MemAvailable:")
     free = [kilobytes * 1024 if kilobytes is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for limit, used in _CGROUPS:
+    for limit, used, details, cache in _CGROUPS:
         most, now = _number_in(limit), _number_in(used)
         if most is not None and now is not None:
-            free.append(max(0, most - now))
+            free.append(max(0, most - now + (_number_in(details, cache) or 0)))
     return min(free)
 
 

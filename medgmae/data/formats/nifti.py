@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from medgmae.data.formats.headers import data_file
 from medgmae.data.formats.image import Image, Limits
 from medgmae.data.formats.streams import Packing, Part, Stored, first_bytes, is_gzip, read_voxels
 from medgmae.data.geometry import Floats, VolumeError
@@ -178,7 +179,7 @@ def _affine(fields: Any) -> tuple[Floats, tuple[str, ...]]:
     )
 
 
-def _files(path: Path, fields: Any) -> Path:
+def _data_of(path: Path, fields: Any, limits: Limits) -> Path:
     """The file with the voxels: the same, or the other one of a pair."""
     if bytes(fields["magic"])[:3] in (b"n+1", b"n+2"):
         return path
@@ -191,7 +192,7 @@ def _files(path: Path, fields: Any) -> Path:
                 there = [one for one in dict.fromkeys(both) if one.exists()]
                 if not there:
                     raise VolumeError(f"the header belongs to {both[0].name}, which does not exist; expected it beside")
-                return there[0]
+                return data_file(path, there[0].name, limits)
     raise VolumeError(
         "the header is that of a pair of files; expected the name NAME.hdr (or .hdr.gz), with NAME.img beside it"
     )
@@ -215,7 +216,7 @@ def read_nifti(path: Path, limits: Limits) -> Image:
         VolumeError: the file is truncated, broken, not a volume by its type or shape, or without a usable geometry.
     """
     header = _header(first_bytes(path, 540))
-    (affine, notes), data = _affine(header.fields), _files(path, header.fields)
+    (affine, notes), data = _affine(header.fields), _data_of(path, header.fields, limits)
     with data.open("rb") as file:
         packing: Packing = "gzip" if is_gzip(file.read(3)) else "raw"
     colours = int(header.fields["datatype"]) in _COLOURS
