@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -30,7 +31,6 @@ from medgmae.data.formats.slices import common_type, decode, pixels_of, true_val
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests/fuzz"))
 import dicom_files as files  # noqa: E402
-from fuzz_meanings import KINDS, fuzz  # noqa: E402
 
 VOXELS = np.random.default_rng(0).integers(-1000, 1000, (5, 8, 10)).astype(np.int16)
 NATIVE = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
@@ -268,10 +268,13 @@ def test_series_that_pydicom_ships(folder: str) -> None:
     assert read == READ_SERIES[folder]
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", ["text", "gzip", "series", "frames"])
 def test_the_fuzzer_of_meanings_finds_nothing_in_a_short_run(kind: str) -> None:
     """The full run has 10,000 cases of each kind: python tests/fuzz/fuzz_meanings.py KIND --count 10000."""
-    outcomes, bad = fuzz([kind], count=25, seed=11)
-    assert bad == []
-    assert outcomes[f"{kind} refused"] > 3
-    assert outcomes[f"{kind} volume"] > 3
+    command = [sys.executable, "tests/fuzz/fuzz_meanings.py", kind, "--count", "25", "--seed", "11"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines()[:2])
+    assert int(outcomes[f"{kind} refused"]) > 3
+    assert int(outcomes[f"{kind} volume"]) > 3

@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from meaning_dicom import frames_case, series_case
 from meaning_text import Case, gzip_case, text_case
 
-MEMORY, PATIENCE = 4 << 30, 10.0  # bytes that a case may take, and seconds
+MEMORY = 4 << 30  # bytes that a case may take
+SECONDS, PATIENCE = 10, 60.0  # of work, and of waiting on a machine that does other things too
 KINDS: dict[str, Callable[[random.Random, Path], Case]] = {
     "text": text_case, "gzip": gzip_case, "series": series_case, "frames": frames_case,
 }  # fmt: skip
@@ -99,6 +100,7 @@ def _run(case: Case, pipe: int) -> None:
         with open("/proc/self/statm") as statm:
             held = int(statm.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         try:
@@ -125,7 +127,8 @@ def judged(case: Case) -> str:
     status = os.waitpid(child, 0)[1]
     if verdict:
         return verdict
-    return f"crash: code {os.waitstatus_to_exitcode(status)}"
+    code = os.waitstatus_to_exitcode(status)
+    return "hang" if code == -signal.SIGXCPU else f"crash: code {code}"
 
 
 def fuzz(kinds: list[str], count: int, seed: int, keep: Path | None = None) -> tuple[Counter[str], list[str]]:
@@ -144,6 +147,9 @@ def fuzz(kinds: list[str], count: int, seed: int, keep: Path | None = None) -> t
     bad: list[str] = []
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        for kind in kinds:  # what is imported at the first use is so before the processes part
+            (first := Path(name) / kind).mkdir()
+            _judge(KINDS[kind](random.Random("first"), first))
         for number in range(count):
             kind, folder = kinds[number % len(kinds)], Path(name) / f"case{number}"
             folder.mkdir()
