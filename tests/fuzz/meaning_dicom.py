@@ -163,7 +163,8 @@ def _spoil(one: Dataset, rng: random.Random) -> str:
     elif what == "no position":
         del frame.PlanePositionSequence
     elif what in ("same position", "time"):
-        place.ImagePositionPatient = files.position(0 if frame is not each[0] else 1)
+        other = next(item for item in each if item is not frame)
+        place.ImagePositionPatient = other.PlanePositionSequence[0].ImagePositionPatient
     elif what == "moved":
         place.ImagePositionPatient = files.position(rng.choice((0.4, 40, -7)))
     elif what in ("turned", "skewed"):

@@ -114,8 +114,9 @@ def _parts(path: Path, fields: dict[str, str], after: int, slices: int, limits: 
         names, start = [data_file(path, name, limits)], 0
     if not compressed:
         return [Part(one, start=start, offset=int(skip)) for one in names]
-    packed = int(numbers("CompressedDataSize", fields.get("compresseddatasize", "0"), 1, whole=True)[0])
-    return [Part(one, "zlib", start=start, packed=packed or None) for one in names]
+    said = fields.get("compresseddatasize")
+    packed = None if said is None else whole_numbers("CompressedDataSize", said, 1)[0]
+    return [Part(one, "zlib", start=start, packed=packed) for one in names]
 
 
 def read_metaimage(path: Path, limits: Limits) -> Image:
