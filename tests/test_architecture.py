@@ -43,12 +43,13 @@ MAY_IMPORT: dict[str, list[str]] = {
 ONLY_IN: dict[str, list[str]] = {
     "SimpleITK": ["data"],
     "click": ["cli"],
+    "highdicom": ["data"],
     "huggingface_hub": ["checkpoints"],
     "matplotlib": ["visualize"],
     "monai": ["data"],
     "nibabel": ["data"],
     "pickle": [],
-    "pydicom": [],
+    "pydicom": ["data"],
     "requests": [],
     "sklearn": ["evaluation"],
     "timm": ["checkpoints.opening", "training"],
@@ -211,7 +212,17 @@ def loaded_after(code: str) -> set[str]:
 def test_heavy_libraries_load_when_used(code: str) -> None:
     loaded = loaded_after(code)
     assert "medgmae" in loaded
-    assert not loaded & {"SimpleITK", "huggingface_hub", "matplotlib", "monai", "sklearn", "timm", "torchvision"}
+    assert not loaded & {
+        "SimpleITK",
+        "highdicom",
+        "huggingface_hub",
+        "matplotlib",
+        "monai",
+        "pydicom",
+        "sklearn",
+        "timm",
+        "torchvision",
+    }
 
 
 @pytest.mark.parametrize("module", ["data", "evaluation", "models", "ops", "training", "visualize"])

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import logging
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from torch import Tensor
+import torch
 
 from medgmae.data import conversion
-from medgmae.data.conversion import from_sitk, grid_of, tensor_of
-from medgmae.data.formats import dicom, nifti
-from medgmae.data.formats.headers import check_text_header, is_text_header
-from medgmae.data.formats.itk import named, quiet, reason, simpleitk
-from medgmae.data.geometry import Grid, VolumeError
+from medgmae.data.conversion import grid_of
+from medgmae.data.formats import dicom
+from medgmae.data.formats.headers import is_text_header
+from medgmae.data.formats.image import Image, Limits
+from medgmae.data.formats.metaimage import read_metaimage
+from medgmae.data.formats.mgh import is_mgh, read_mgh
+from medgmae.data.formats.nifti import header_of_pair, is_nifti, read_nifti
+from medgmae.data.formats.nrrd import read_nrrd
+from medgmae.data.formats.streams import first_bytes, is_gzip, regular
+from medgmae.data.geometry import VolumeError
 from medgmae.data.volume import ScanLike, Volume, as_volume, finite
 
 _log = logging.getLogger("medgmae")
 _READABLE = (
-    "NIfTI (.nii, .nii.gz), MetaImage (.mha, .mhd), NRRD (.nrrd, .nhdr) or DICOM (a folder, or one multi-frame file)"
+    "NIfTI (.nii, .nii.gz, or a pair .hdr and .img), MetaImage (.mha, .mhd), NRRD (.nrrd, .nhdr), FreeSurfer (.mgz) or "
+    "DICOM (a folder, or one multi-frame file)"
 )
 
 
-def _guarded(path: Path, read: Callable[[], tuple[Grid, Tensor]]) -> tuple[Grid, Tensor]:
+def _guarded(path: Path, read: Callable[[], Image]) -> Image:
     """``read()`` with every failure as a VolumeError that names the path."""
     try:
         return read()
@@ -34,8 +38,13 @@ def _guarded(path: Path, read: Callable[[], tuple[Grid, Tensor]]) -> tuple[Grid,
         raise VolumeError(text if text.startswith(str(path)) else f"{path}: {text}") from None
     except OSError as error:
         raise VolumeError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (RuntimeError, MemoryError, zlib.error, ValueError, OverflowError) as error:
-        raise VolumeError(f"{path}: cannot be read: {reason(error)}; expected {_READABLE}") from None
+    except (ValueError, RuntimeError, OverflowError) as error:  # nothing known raises these; if something does, say so
+        raise VolumeError(f"{path}: cannot be read: {type(error).__name__}: {error}; expected {_READABLE}") from None
+    except MemoryError:
+        raise VolumeError(
+            f"{path}: cannot be read: its voxels need more memory than this process gets; expected a smaller scan, or "
+            "a machine with more"
+        ) from None
 
 
 def _expect_channels(stored: int, frames: int, shape: str, channels: int | None) -> None:
@@ -49,68 +58,26 @@ def _expect_channels(stored: int, frames: int, shape: str, channels: int | None)
         raise VolumeError(f"the image has {stored} channel(s), {shape}; expected {channels}")
 
 
-def _read_nifti(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
-    image = nifti.read_nifti(path)
-    size = image.voxels.shape[1:]
-    _expect_channels(len(image.voxels), image.frames, " x ".join(map(str, size[::-1])), channels)
-    return grid_of(image.affine, size), tensor_of(image.voxels)
-
-
-def _read_itk(path: Path, channels: int | None, bytes_on_disk: int) -> tuple[Grid, Tensor]:
-    """Anything that SimpleITK reads; the header is judged before memory is taken for the voxels."""
-    sitk = simpleitk()
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(named(path))
-    with quiet():
-        reader.ReadImageInformation()
-    size, rank = reader.GetSize(), reader.GetDimension()
-    shape = " x ".join(map(str, size))
-    while rank > 3 and size[rank - 1] == 1:
-        rank -= 1
-    if rank not in (3, 4):
-        raise VolumeError(f"the image is {rank}-D, {shape}; expected a 3-D volume")
-    bytes_claimed = int(np.prod(size, dtype=object)) * reader.GetNumberOfComponents()
-    if bytes_claimed > min(nifti.MAX_BYTES, nifti.MAX_INFLATION * bytes_on_disk):
-        raise VolumeError(
-            f"the header claims {shape} voxels, more than {bytes_on_disk} bytes can hold; expected a size that fits"
-        )
-    with quiet():
-        image = reader.Execute()
-    data, grid = from_sitk(image)
-    _expect_channels(len(data), size[3] if rank == 4 else 0, " x ".join(map(str, size[:3])), channels)
-    return grid, data
-
-
-def _read_dicom_folder(path: Path, series: str | None, channels: int | None) -> tuple[Grid, Tensor]:
-    with quiet():
-        stack = dicom.read_folder(path, series)
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = stack.direction * np.array(stack.spacing), stack.origin
-    size = stack.voxels.shape[1:]
-    _expect_channels(len(stack.voxels), 0, " x ".join(map(str, size[::-1])), channels)
-    return grid_of(affine, size), tensor_of(stack.voxels)
-
-
-def _read_file(path: Path, channels: int | None) -> tuple[Grid, Tensor]:
+def _read_file(path: Path, limits: Limits) -> Image:
     """A file by its first bytes, not by its name."""
+    path = header_of_pair(path)
+    regular(path)
     with path.open("rb") as file:
         start = file.read(4096)
     if not start:
         raise VolumeError(f"the file is empty; expected {_READABLE}")
-    if start[:2] == b"\x1f\x8b":
-        start = zlib.decompressobj(wbits=31).decompress(start, 540)
-        if not nifti.is_nifti(start):
+    if is_gzip(start):
+        start = first_bytes(path, 540)
+        if not is_nifti(start) and not is_mgh(path, start):
             raise VolumeError(f"a gzip file of something that is not NIfTI; expected {_READABLE}")
-    if nifti.is_nifti(start):
-        return _read_nifti(path, channels)
+    if is_nifti(start):
+        return read_nifti(path, limits)
+    if is_mgh(path, start):
+        return read_mgh(path, limits)
     if start[128:132] == b"DICM":
-        grid, data = _read_itk(path, channels, path.stat().st_size)
-        if grid.size[0] == 1:
-            raise VolumeError("one DICOM slice; expected a volume: give the folder of the series")
-        return grid, data
+        return dicom.read_file(path, limits)
     if is_text_header(start):
-        return _read_itk(path, channels, check_text_header(path))
+        return read_nrrd(path, limits) if start[:4] == b"NRRD" else read_metaimage(path, limits)
     raise VolumeError(f"unknown file type (it starts with {start[:8]!r}); expected {_READABLE}")
 
 
@@ -134,40 +101,68 @@ def _read_image(image: ScanLike, channels: int | None) -> Volume:
 
 
 def read_volume(
-    path: str | os.PathLike[str] | ScanLike, *, series: str | None = None, channels: int | None = None
+    path: str | os.PathLike[str] | ScanLike,
+    *,
+    series: str | None = None,
+    channels: int | None = None,
+    max_bytes: int | None = None,
+    allow_outside: bool = False,
 ) -> Volume:
     """A scan from a file or a DICOM folder, in its stored voxel type (unsigned 16 and 32 bits widened) and orientation;
     or an image that another library has read, with the same checks.
 
-    Several values per voxel (vector pixels, RGB) become channels. A 4-D image is an error unless ``channels`` is the
-    length of its last axis: a time series is not a multi-channel scan.
+    Voxels that the file scales are float32, whole numbers of DICOM int16 or int32. Several values per voxel (vector
+    pixels, RGB) become channels. A 4-D image is an error unless ``channels`` is the length of its last axis: a time
+    series is not a multi-channel scan. Choices that may surprise (an orientation that is assumed, bytes after the end
+    of a gzip stream, lossy compression) are logged as warnings, with the file's name.
 
     Args:
-        path: NIfTI, MetaImage, NRRD or multi-frame DICOM file, recognised by its content; or a folder, searched
-            with its subfolders for DICOM; or an image of SimpleITK, nibabel, MONAI (``MetaTensor``) or TorchIO.
+        path: NIfTI, MetaImage, NRRD, FreeSurfer MGH or multi-frame DICOM file, recognised by its content; or a folder,
+            searched with its subfolders for DICOM; or an image of SimpleITK, nibabel, MONAI (``MetaTensor``) or
+            TorchIO. Compressed and multi-frame DICOM need the extra ``medgmae[dicom]``.
         series: SeriesInstanceUID, needed when a folder holds several.
         channels: the number of channels expected; ``None`` accepts any number of a 3-D image.
+        max_bytes: what the voxels that a header claims may take in memory, at four bytes each or more; by default a
+            quarter of the memory that is free. Reading takes at most three times the float32 volume, and the file.
+        allow_outside: whether a MetaImage or NRRD header may name data files that lie elsewhere than beside or below
+            it; a header of somebody else could name any file.
 
     Raises:
         VolumeError: with the path, what is there and what was expected: a missing, empty, truncated, broken or unknown
-            file, NaN or infinite voxels, a spacing that is not positive, another rank or channel count,
-            several series, slices that are missing, doubled or of mixed geometry; an array, which has no geometry
-            (:func:`~medgmae.data.as_volume` takes it).
+            file, more voxels than ``max_bytes``, NaN or infinite voxels, a spacing that is not positive, another rank
+            or channel count, several series, slices that are missing, doubled or of mixed geometry; an array, which
+            has no geometry (:func:`~medgmae.data.as_volume` takes it).
     """
     if not isinstance(path, str | os.PathLike):
         if series is not None:
             raise VolumeError(f"series={series!r} is for DICOM folders, and this is a {type(path).__name__}")
         return _read_image(path, channels)
     path = Path(path)
-    if not path.exists():
+    limits = Limits(allow_outside=allow_outside) if max_bytes is None else Limits(max_bytes, allow_outside)
+    try:
+        exists, is_folder = path.exists(), path.is_dir()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a null byte
+        raise VolumeError(f"{str(path)!r}: not a path: {error}; expected {_READABLE}") from None
+    if not exists:
         raise VolumeError(f"{path}: no such file or folder; expected {_READABLE}")
-    if path.is_dir():
-        grid, data = _guarded(path, lambda: _read_dicom_folder(path, series, channels))
-    elif series is not None:
+    if series is not None and not is_folder:
         raise VolumeError(f"{path}: series={series!r} is for DICOM folders, and this is a file")
-    else:
-        grid, data = _guarded(path, lambda: _read_file(path, channels))
-    return finite(Volume(data, grid, str(path)))
+    image = _guarded(path, lambda: dicom.read_folder(path, series, limits) if is_folder else _read_file(path, limits))
+    return _guarded_volume(path, image, channels)
+
+
+def _guarded_volume(path: Path, image: Image, channels: int | None) -> Volume:
+    """The volume of what was read from ``path``, checked."""
+    size = image.voxels.shape[1:]
+    try:
+        _expect_channels(len(image.voxels), image.frames, " x ".join(map(str, size[::-1])), channels)
+        grid = grid_of(image.affine, size)
+    except VolumeError as error:
+        raise VolumeError(f"{path}: {error}") from None
+    volume = finite(Volume(torch.from_numpy(image.voxels), grid, str(path)))
+    for note in image.notes:
+        _log.warning("%s: %s", path, note)
+    return volume
 
 
 def write_volume(volume: ScanLike, path: str | os.PathLike[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard, cast
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from monai.data.meta_tensor import MetaTensor
     from nibabel.filebasedimages import FileBasedImage
     from nibabel.nifti1 import Nifti1Image
+
+
+_SLAB = 1 << 18  # voxels
 
 
 class HasSitk(Protocol):
@@ -133,7 +136,7 @@ class Volume:
     @property
     def tensor(self) -> Tensor:
         """(1, C, D, H, W) float32, what a model takes."""
-        return self.data.to(torch.float32).contiguous()[None]
+        return _single(self).contiguous()[None]
 
     def with_data(self, data: Tensor) -> Volume:
         """Other voxels (C', D, H, W) on the same grid."""
@@ -234,13 +237,35 @@ def finite(volume: Volume) -> Volume:
         VolumeError: NaN or infinite voxels.
     """
     data = volume.data
-    if data.is_floating_point() and not torch.isfinite(data.sum(dtype=torch.float64)):  # NaN and infinity survive a sum
-        bad = int((~torch.isfinite(data)).sum())
+    if data.is_floating_point():
+        bad = sum(int((~torch.isfinite(plane)).sum()) for plane in _planes(data))
         if bad:
             raise VolumeError(
                 f"{volume.source}: {bad} of {data.numel()} voxels are NaN or infinite; expected finite intensities"
             )
     return volume
+
+
+def _planes(data: Tensor) -> Iterator[Tensor]:
+    """A slab (C, d, H, W) at a time, so that what is calculated of it takes little memory."""
+    rows = max(1, _SLAB // max(1, data[:, :1].numel()))
+    return (data[:, first : first + rows] for first in range(0, data.shape[1], rows))
+
+
+def _single(volume: Volume) -> Tensor:
+    """The voxels in float32.
+
+    Raises:
+        VolumeError: finite voxels of double precision that float32 cannot hold.
+    """
+    data = volume.data
+    single = data.to(torch.float32)
+    if data.dtype == torch.float64 and torch.isinf(single).any() and bool(torch.isfinite(data).all()):
+        raise VolumeError(
+            f"{volume.source}: voxels reach {float(data.abs().max()):.4g}, beyond float32 (3.4e38), which models take; "
+            "expected intensities of a scan: scale them first"
+        )
+    return single
 
 
 class HasMap(Protocol):

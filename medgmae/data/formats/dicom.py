@@ -1,23 +1,34 @@
 """A DICOM folder as one volume: choose the series, order its slices by position, and refuse what is not a regular
 stack.
 
-GDCM, through SimpleITK, parses and decodes; what is checked here is what its series reader only warns about.
+No file is passed over because it is broken, and no stack is put together that the tags do not describe.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from medgmae.data.formats.itk import named, quiet, reason, simpleitk
-from medgmae.data.geometry import Floats, VolumeError
+from medgmae.data.formats.decoding import Decoder
+from medgmae.data.formats.elements import Dataset, has_prefix, read_elements
+from medgmae.data.formats.frames import frames_of, read_frames
+from medgmae.data.formats.image import Image, Limits
+from medgmae.data.formats.slices import (
+    Pixels,
+    Place,
+    common_type,
+    decode,
+    notes_of,
+    pixels_of,
+    place_of,
+    true_values,
+)
+from medgmae.data.geometry import VolumeError
 
 _log = logging.getLogger("medgmae")
 _GAP = 0.05  # share of the slice distance by which a gap may differ: positions are often rounded to 0.1 mm or less
@@ -35,14 +46,21 @@ _NOT_IMAGES = (
 
 @dataclass(frozen=True)
 class Slice:
-    """One file of a series: geometry as SimpleITK gives it, (x, y, z)."""
+    """One file of a series, a single image or several frames."""
 
-    path: Path
-    size: tuple[int, ...]
-    spacing: tuple[float, ...]
-    origin: Floats
-    direction: Floats
-    pixel: str
+    data: Dataset
+    pixels: Pixels
+    frames: int
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.data.path
+
+    @property
+    def enhanced(self) -> bool:
+        """Whether it holds a volume by itself."""
+        return self.frames > 1 or self.data.framed
 
 
 @dataclass
@@ -55,25 +73,15 @@ class Series:
     slices: list[Slice] = field(default_factory=list)
 
     def __str__(self) -> str:
-        size = "x".join(map(str, self.slices[0].size[:2]))
+        first = self.slices[0]
+        size = f"{first.pixels.columns}x{first.pixels.rows}" + (f"x{first.frames}" if first.enhanced else "")
         return f"{self.uid}  {self.modality or '?'}  {len(self.slices)} file(s) of {size}  {self.description!r}"
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A decoded series: voxels (C, D, H, W), spacing and origin in millimetres, direction with columns (x, y, z)."""
-
-    voxels: NDArray[Any]
-    spacing: tuple[float, float, float]
-    origin: Floats
-    direction: Floats
 
 
 def _is_dicom(path: Path) -> bool:
     """Whether a file starts as DICOM part 10 files do, or is named so: a broken slice must not pass for another
     file."""
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM" or path.suffix.lower() in (".dcm", ".ima")
+    return has_prefix(path) or path.suffix.lower() in (".dcm", ".ima")
 
 
 def _class_uid(path: Path) -> str:
@@ -87,24 +95,9 @@ def _class_uid(path: Path) -> str:
     return start[at + 8 : at + 8 + length].rstrip(b"\x00 ").decode("ascii", "replace")
 
 
-def _tag(reader: Any, key: str) -> str:
-    return str(reader.GetMetaData(key)).strip().strip("\x00") if reader.HasMetaDataKey(key) else ""
-
-
-def _read_slice(path: Path) -> tuple[Slice, str, str, str]:
-    sitk = simpleitk()
-
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(named(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise VolumeError(f"{path}: cannot be read as a DICOM image: {reason(error)}") from None
-    direction = np.array(reader.GetDirection()).reshape(reader.GetDimension(), -1)[:3, :3]
-    pixel = f"{reader.GetNumberOfComponents()} x {sitk.GetPixelIDValueAsString(reader.GetPixelID())}"
-    slice_ = Slice(path, reader.GetSize(), reader.GetSpacing(), np.array(reader.GetOrigin()[:3]), direction, pixel)
-    return slice_, _tag(reader, "0020|000e"), _tag(reader, "0008|0060"), _tag(reader, "0008|103e")
+def _read_slice(path: Path) -> Slice:
+    data = read_elements(path)
+    return Slice(data, pixels_of(data), frames_of(data))
 
 
 def _files(folder: Path, recursive: bool = True) -> list[Path]:
@@ -123,9 +116,9 @@ def find_series(folder: Path, *, recursive: bool = True) -> list[Series]:
     by_uid: dict[str, Series] = {}
     for path in _files(folder, recursive):
         if _is_dicom(path) and not _class_uid(path).startswith(_NOT_IMAGES):
-            with quiet():
-                slice_, uid, modality, description = _read_slice(path)
-            by_uid.setdefault(uid, Series(uid, modality, description)).slices.append(slice_)
+            one = _read_slice(path)
+            uid, modality, description = (one.data.text(tag) for tag in (0x0020000E, 0x00080060, 0x0008103E))
+            by_uid.setdefault(uid, Series(uid, modality, description)).slices.append(one)
     return [by_uid[uid] for uid in sorted(by_uid)]
 
 
@@ -148,16 +141,17 @@ def _choose(folder: Path, series: str | None) -> Series:
     return all_series[0]
 
 
-def _one_kind(folder: Path, series: Series) -> None:
-    """Raises unless all slices share size, pixel type, spacing in the plane and orientation."""
-    first = series.slices[0]
+def _one_kind(folder: Path, series: Series, places: list[Place]) -> None:
+    """Raises unless all slices share size, meaning of the numbers, spacing in the plane and orientation."""
+    first = places[0]
     kinds: dict[str, dict[Any, int]] = defaultdict(lambda: defaultdict(int))
-    for one in series.slices:
-        kinds["size"][one.size] += 1
-        kinds["spacing in the plane"][tuple(round(s, 4) for s in one.spacing[:2])] += 1
-        turned = np.abs(one.direction - first.direction).max() > 1e-3
-        kinds["orientation"][tuple((one if turned else first).direction[:, :2].T.ravel().round(3).tolist())] += 1
-        kinds["number of channels"][one.pixel.split(" ")[0]] += 1
+    for one, place in zip(series.slices, places, strict=True):
+        kinds["size"][one.pixels.columns, one.pixels.rows] += 1
+        kinds["spacing in the plane"][tuple(round(s, 4) for s in place.spacing)] += 1
+        turned = np.abs(place.direction - first.direction).max() > 1e-3
+        kinds["orientation"][tuple((place if turned else first).direction[:, :2].T.ravel().round(3).tolist())] += 1
+        kinds["kind of pixels"][one.pixels.kind] += 1
+        kinds["frame of reference"][one.data.text(0x00200052)] += 1
     for name, values in kinds.items():
         if len(values) > 1:
             listing = ", ".join(f"{value} in {count} file(s)" for value, count in values.items())
@@ -166,19 +160,20 @@ def _one_kind(folder: Path, series: Series) -> None:
             )
 
 
-def _ordered(folder: Path, series: Series) -> tuple[list[Slice], float]:
-    """Slices along the normal of their plane, and their distance in millimetres; raises unless they are evenly spaced
-    along it."""
-    first = series.slices[0]
-    normal = np.cross(first.direction[:, 0], first.direction[:, 1])
-    ordered = sorted(series.slices, key=lambda one: float(one.origin @ normal))
-    heights = np.array([one.origin @ normal for one in ordered])
+def _ordered(folder: Path, series: Series, places: list[Place]) -> tuple[list[int], float]:
+    """The slices, by their number, along the normal of their plane, and their distance in millimetres; raises unless
+    they are evenly spaced along it."""
+    normal = places[0].direction[:, 2]
+    height_of = [float(place.origin @ normal) for place in places]
+    order = sorted(range(len(places)), key=height_of.__getitem__)
+    heights = np.array([height_of[number] for number in order])
+    names = [series.slices[number].path.name for number in order]
     gaps = np.diff(heights)
     step = float(np.median(gaps))
     if gaps.min() < 1e-3:
-        twice = ordered[int(gaps.argmin())].path.name, ordered[int(gaps.argmin()) + 1].path.name
+        at = int(gaps.argmin())
         raise VolumeError(
-            f"{folder}: {twice[0]} and {twice[1]} lie at the same position; expected one slice per position "
+            f"{folder}: {names[at]} and {names[at + 1]} lie at the same position; expected one slice per position "
             "(several time points or echoes?)"
         )
     uneven = np.abs(gaps - step) > max(_GAP * step, 0.02)
@@ -186,58 +181,72 @@ def _ordered(folder: Path, series: Series) -> tuple[list[Slice], float]:
         at = int(uneven.argmax())
         raise VolumeError(
             f"{folder}: slices are missing or unevenly spaced in series {series.uid}: {gaps[at]:.3f} mm between "
-            f"{ordered[at].path.name} and "
-            f"{ordered[at + 1].path.name} where most are {step:.3f} mm apart "
-            f"({int(uneven.sum())} such gap(s) in {len(ordered)} slices)"
+            f"{names[at]} and {names[at + 1]} where most are {step:.3f} mm apart "
+            f"({int(uneven.sum())} such gap(s) in {len(order)} slices)"
         )
+    first = places[order[0]].origin
     drift = max(
-        float(np.linalg.norm(one.origin - ordered[0].origin - (h - heights[0]) * normal))
-        for one, h in zip(ordered, heights, strict=True)
+        float(np.linalg.norm(places[number].origin - first - (h - heights[0]) * normal))
+        for number, h in zip(order, heights, strict=True)
     )
-    if drift > 0.5 * max(first.spacing[:2]):
+    if drift > 0.5 * max(places[0].spacing):
         raise VolumeError(
             f"{folder}: slices shift sideways by {drift:.2f} mm along the stack (a tilted gantry?); "
             "expected a stack along its normal"
         )
-    return ordered, float(heights[-1] - heights[0]) / (len(ordered) - 1)
+    return order, float(heights[-1] - heights[0]) / (len(order) - 1)
 
 
-def _decode(paths: Sequence[Path], mixed: bool) -> NDArray[Any]:
-    sitk = simpleitk()
+def _stack(folder: Path, series: Series, limits: Limits) -> Image:
+    """Single images as one volume."""
+    places = [place_of(one.data) for one in series.slices]
+    _one_kind(folder, series, places)
+    order, step = _ordered(folder, series, places)
+    slices = [series.slices[number] for number in order]
+    pixels, target = slices[0].pixels, common_type([one.pixels for one in slices])
+    shape = (pixels.samples, len(slices), pixels.rows, pixels.columns)
+    limits.check(shape, target)
+    voxels = np.empty(shape, target)
+    with Decoder() as decoder:
+        for number, one in enumerate(slices):
+            voxels[:, number] = true_values(decode(one.data, one.pixels, decoder), one.pixels, target)
+    affine = np.eye(4)
+    affine[:3, :3] = places[order[0]].direction * [*places[order[0]].spacing, step]
+    affine[:3, 3] = places[order[0]].origin
+    notes = dict.fromkeys(note for one in slices for note in notes_of(one.data, one.pixels.kind))
+    return Image(voxels, affine, notes=tuple(notes))
 
-    reader = sitk.ImageSeriesReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileNames([named(path) for path in paths])
-    if mixed:  # rescaled slices can differ in type; the first one's would cut the others
-        reader.SetOutputPixelType(sitk.sitkFloat32)
-    image = reader.Execute()
-    voxels = sitk.GetArrayFromImage(image)
-    return np.moveaxis(voxels, -1, 0) if image.GetNumberOfComponentsPerPixel() > 1 else voxels[None]
 
-
-def read_folder(folder: Path, series: str | None) -> Stack:
-    """The series of a folder, slices sorted by position along the normal of their plane.
+def read_folder(folder: Path, series: str | None, limits: Limits) -> Image:
+    """The series of a folder, slices sorted by position along the normal of their plane; or the one enhanced
+    multi-frame file that it holds.
 
     Raises:
         VolumeError: no series, several and none chosen, or slices that do not form a regular stack.
     """
     chosen = _choose(folder, series)
     first = chosen.slices[0]
+    _log.debug("%s: series %s, %d file(s)", folder, chosen.uid, len(chosen.slices))
+    enhanced = [one for one in chosen.slices if one.enhanced]
+    if enhanced and len(chosen.slices) > 1:
+        raise VolumeError(
+            f"{folder}: series {chosen.uid} has {len(chosen.slices)} files, {len(enhanced)} of them multi-frame; "
+            f"give one of these, such as {enhanced[0].path.name}"
+        )
+    if enhanced:
+        return read_frames(first.data, limits)
     if len(chosen.slices) == 1:
-        if len(first.size) < 3 or first.size[2] == 1:
-            raise VolumeError(f"{first.path}: series {chosen.uid} has a single 2-D slice; expected a volume")
-        paths, spacing_z, start, direction = [first.path], first.spacing[2], first.origin, first.direction
-    else:
-        _one_kind(folder, chosen)
-        if first.size[2:] not in ((), (1,)):
-            raise VolumeError(
-                f"{folder}: series {chosen.uid} has {len(chosen.slices)} multi-frame files; "
-                f"give one of them, such as {first.path.name}"
-            )
-        ordered, spacing_z = _ordered(folder, chosen)
-        paths, start = [one.path for one in ordered], ordered[0].origin
-        normal = np.cross(first.direction[:, 0], first.direction[:, 1])
-        direction = np.stack([first.direction[:, 0], first.direction[:, 1], normal / np.linalg.norm(normal)], axis=1)
-    mixed = len({one.pixel for one in chosen.slices}) > 1
-    _log.debug("%s: series %s, %d file(s)", folder, chosen.uid, len(paths))
-    return Stack(_decode(paths, mixed), (first.spacing[0], first.spacing[1], spacing_z), start, direction)
+        raise VolumeError(f"{first.path}: series {chosen.uid} has a single 2-D slice; expected a volume")
+    return _stack(folder, chosen, limits)
+
+
+def read_file(path: Path, limits: Limits) -> Image:
+    """One multi-frame file.
+
+    Raises:
+        VolumeError: a single slice, or what :func:`~medgmae.data.formats.frames.read_frames` raises.
+    """
+    one = _read_slice(path)
+    if not one.enhanced or one.frames == 1:
+        raise VolumeError(f"{path}: one DICOM slice; expected a volume: give the folder of the series")
+    return read_frames(one.data, limits)

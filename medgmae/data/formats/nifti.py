@@ -1,4 +1,4 @@
-"""NIfTI-1 and NIfTI-2 single files, read in one pass with every check that the format allows.
+"""NIfTI-1 and NIfTI-2, single files and pairs, read in one pass with every check that the format allows.
 
 SimpleITK's reader fills a truncated file with zeros and replaces a broken spacing by 1 mm, both without an error, so
 the format, which is a fixed header before plain voxels, is read here; SimpleITK writes it. The layout is that of
@@ -7,20 +7,16 @@ https://nifti.nimh.nih.gov/nifti-1 and nifti-2.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from medgmae.data.formats.headers import data_file
+from medgmae.data.formats.image import Image, Limits
+from medgmae.data.formats.streams import Packing, Part, Stored, first_bytes, is_gzip, read_voxels
 from medgmae.data.geometry import Floats, VolumeError
-
-MAX_BYTES = 16 << 30
-"""No volume of more voxel bytes than this is read: a header that claims more is treated as broken."""
-MAX_INFLATION = 1032
-"""Deflate cannot shrink data more than this."""
 
 _V1: list[Any] = [
     ("sizeof_hdr", "i4"), ("unused", "S36"), ("dim", "i2", 8), ("intent", "f4", 3), ("intent_code", "i2"),
@@ -62,29 +58,6 @@ class Header:
     dtype: np.dtype[Any]
     offset: int
 
-    @property
-    def end(self) -> int:
-        """Byte of the file, unzipped, at which the voxels end."""
-        return self.offset + int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        return f"{' x '.join(map(str, self.shape))} voxels"
-
-
-@dataclass(frozen=True)
-class Nifti:
-    """What a file holds.
-
-    Attributes:
-        voxels: (C, D, H, W), in the stored type, scaled when the header says so.
-        affine: 4x4, from index (x, y, z) to LPS millimetres.
-        frames: length of the file's fourth axis when C stands for it (a 4-D image), else 0.
-    """
-
-    voxels: NDArray[Any]
-    affine: Floats
-    frames: int
-
 
 def is_nifti(start: bytes) -> bool:
     """Whether a file's first 12 bytes, unzipped, are those of a NIfTI-1 or NIfTI-2 header."""
@@ -101,16 +74,12 @@ def _header(start: bytes) -> Header:
         if len(shape) > 3:
             raise VolumeError(f"the image is {len(shape)}-D with colours; expected a 3-D volume")
         shape = (*shape, 1, _COLOURS[code])
-    little, smallest, offset = fields.dtype["dim"].base.byteorder in "<=", fields.dtype.itemsize, fields["vox_offset"]
+    single, offset = bytes(fields["magic"])[:3] in (b"n+1", b"n+2"), fields["vox_offset"]
+    smallest = fields.dtype.itemsize if single else 0
     if not smallest <= offset <= 1 << 30 or offset % 1:
         raise VolumeError(f"the header puts the voxels at byte {offset:g}; expected {smallest} or somewhat more")
-    header = Header(fields, shape, np.dtype(_TYPES[code]).newbyteorder("<" if little else ">"), int(offset))
-    if header.end - header.offset > MAX_BYTES:
-        raise VolumeError(
-            f"the header claims {header} ({header.end - header.offset:.3g} bytes); expected at most "
-            f"{MAX_BYTES:.3g} bytes"
-        )
-    return header
+    little = fields.dtype["dim"].base.byteorder in "<="
+    return Header(fields, shape, np.dtype(_TYPES[code]).newbyteorder("<" if little else ">"), int(offset))
 
 
 def _fields(start: bytes) -> Any:
@@ -120,10 +89,10 @@ def _fields(start: bytes) -> Any:
     if len(start) < layout.itemsize:
         raise VolumeError(f"the file ends within its header, after {len(start)} bytes; expected {layout.itemsize}")
     fields = np.frombuffer(start, layout, count=1)[0]
-    if bytes(fields["magic"])[:3] not in (b"n+1", b"n+2"):
+    if bytes(fields["magic"])[:3] not in ((b"n+2", b"ni2") if version_two else (b"n+1", b"ni1")):
         raise VolumeError(
-            f"the header's magic is {bytes(fields['magic'])!r}; expected a single-file NIfTI "
-            "('n+1' or 'n+2'), not a pair or Analyze"
+            f"the header's magic is {bytes(fields['magic'])!r}; expected NIfTI ('n+1', 'ni1', 'n+2' or 'ni2'), not "
+            "Analyze, which says nothing of left and right"
         )
     return fields
 
@@ -145,60 +114,16 @@ def _shape(fields: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _inflate(packed: bytes, limit: int) -> tuple[bytes, bool]:
-    """At most ``limit`` bytes of the gzip members in ``packed``, and whether the last one's checksum was seen, and
-    held."""
-    pieces: list[bytes] = []
-    total, sealed = 0, True
-    try:
-        while packed and total < limit:
-            member = zlib.decompressobj(wbits=31)
-            pieces.append(member.decompress(packed, limit - total))
-            total += len(pieces[-1])
-            sealed = member.eof
-            packed = member.unused_data.lstrip(b"\x00")
-    except zlib.error as error:
-        raise VolumeError(f"the gzip stream is broken after {total} bytes ({error}); expected an intact file") from None
-    return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), sealed
-
-
-def _inflate_whole(packed: bytes, needed: int) -> bytes:
-    content, sealed = _inflate(packed, needed + (1 << 20))  # extra bytes at the end are legal, a megabyte of them
-    if len(content) < needed or not sealed:
-        raise VolumeError(
-            f"the file is truncated: {len(content)} bytes after unzipping, expected {needed} and a checksum"
-        )
-    return content
-
-
-def _read(path: Path) -> tuple[Header, bytes]:
-    """The header of a file and all its bytes, unzipped, with no voxel missing."""
-    raw = path.read_bytes()
-    if raw[:2] != b"\x1f\x8b":
-        header, content = _header(raw[:540]), raw
-    else:
-        header = _header(_inflate(raw[: 1 << 14], 540)[0])
-        if header.end > MAX_INFLATION * len(raw) + 1024:
-            raise VolumeError(
-                f"the header claims {header}, more than {len(raw)} zipped bytes can hold; "
-                "expected a size that fits the file"
-            )
-        content = _inflate_whole(raw, header.end)
-    if len(content) < header.end:
-        raise VolumeError(f"the file is truncated: {len(content)} bytes, expected {header.end}")
-    return header, content
-
-
-def _scaled(voxels: NDArray[Any], fields: Any) -> NDArray[Any]:
+def _scale(fields: Any) -> tuple[float, float] | None:
     slope, inter = float(fields["scl_slope"]), float(fields["scl_inter"])
     if slope == 0 or (slope, inter) == (1.0, 0.0):
-        return voxels
+        return None
     if not np.isfinite([slope, inter]).all():
         # nibabel writes NaN for "no scaling"
         if np.isnan([slope, inter]).all():
-            return voxels
+            return None
         raise VolumeError(f"the header scales voxels by {slope} and {inter}; expected finite numbers")
-    return (voxels.astype(np.float64) * slope + inter).astype(np.float32)
+    return slope, inter
 
 
 def _quaternion(fields: Any, pixdim: Floats) -> Floats:
@@ -230,38 +155,72 @@ def _is_rigid(affine: Floats) -> bool:
     )
 
 
-def _affine(fields: Any) -> Floats:
+def _affine(fields: Any) -> tuple[Floats, tuple[str, ...]]:
     """Index (x, y, z) to LPS millimetres: the sform when it is set and free of shear, else the qform, else spacing
-    alone in LPS."""
+    alone in LPS; and what is surprising about it."""
     pixdim = np.array(fields["pixdim"][1:4], dtype=np.float64)
     if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
         raise VolumeError(f"the spacing is {pixdim.tolist()} (x, y, z); expected three positive numbers")
     scale = np.diag([_UNITS.get(int(fields["xyzt_units"]) & 7, 1.0)] * 3 + [1.0])
     sform = np.vstack([np.array(fields["srow"], dtype=np.float64), [0, 0, 0, 1]])
     if fields["sform_code"] > 0 and _is_rigid(sform):
-        return np.asarray(_LPS @ scale @ sform)
+        return np.asarray(_LPS @ scale @ sform), ()
     if fields["qform_code"] > 0:
-        return np.asarray(_LPS @ scale @ _quaternion(fields, pixdim))
+        notes = ("the sform is sheared or degenerate: the qform is taken",) if fields["sform_code"] > 0 else ()
+        return np.asarray(_LPS @ scale @ _quaternion(fields, pixdim)), notes
     if fields["sform_code"] > 0:
         raise VolumeError(
             f"the sform {sform[:3].tolist()} is sheared or degenerate and there is no qform; "
             "expected perpendicular axes"
         )
-    return np.asarray(scale @ np.diag([*pixdim, 1.0]))  # no orientation is stored: SimpleITK's reading
+    # no orientation is stored: SimpleITK's reading
+    return np.asarray(scale @ np.diag([*pixdim, 1.0])), (
+        "the header has neither sform nor qform: axes along those of the body (LPS) are assumed",
+    )
 
 
-def read_nifti(path: Path) -> Nifti:
-    """A ``.nii`` or ``.nii.gz`` file.
+def _data_of(path: Path, fields: Any, limits: Limits) -> Path:
+    """The file with the voxels: the same, or the other one of a pair."""
+    if bytes(fields["magic"])[:3] in (b"n+1", b"n+2"):
+        return path
+    name = path.name
+    for header, voxels in ((".hdr", ".img"), (".HDR", ".IMG")):
+        for packed in ("", ".gz"):
+            if name.endswith(header + packed):
+                stem = name.removesuffix(header + packed)
+                both = [path.with_name(stem + voxels + other) for other in (packed, "", ".gz")]
+                there = [one for one in dict.fromkeys(both) if one.exists()]
+                if not there:
+                    raise VolumeError(f"the header belongs to {both[0].name}, which does not exist; expected it beside")
+                return data_file(path, there[0].name, limits)
+    raise VolumeError(
+        "the header is that of a pair of files; expected the name NAME.hdr (or .hdr.gz), with NAME.img beside it"
+    )
+
+
+def header_of_pair(path: Path) -> Path:
+    """The header that belongs to a file with the voxels of a pair; any other path is given back."""
+    for header, voxels in ((".hdr", ".img"), (".HDR", ".IMG")):
+        for packed in ("", ".gz"):
+            if path.name.endswith(voxels + packed):
+                stem = path.name.removesuffix(voxels + packed)
+                both = [path.with_name(stem + header + other) for other in (packed, "", ".gz")]
+                return next((one for one in both if one.exists()), path)
+    return path
+
+
+def read_nifti(path: Path, limits: Limits) -> Image:
+    """A ``.nii`` or ``.nii.gz`` file, or a pair of ``.hdr`` and ``.img``.
 
     Raises:
         VolumeError: the file is truncated, broken, not a volume by its type or shape, or without a usable geometry.
     """
-    header, content = _read(path)
-    shape, affine = header.shape, _affine(header.fields)
-    flat = np.frombuffer(content, header.dtype, count=int(np.prod(shape)), offset=header.offset)
-    if int(header.fields["datatype"]) in _COLOURS:
-        voxels = np.moveaxis(flat.reshape(shape[2], shape[1], shape[0], shape[4]), -1, 0)
-    else:
-        voxels = flat.reshape(-1, shape[2], shape[1], shape[0])  # x is fastest in the file, channels slowest
-    frames = shape[3] if len(shape) == 4 else 0
-    return Nifti(_scaled(voxels, header.fields), affine, frames)
+    header = _header(first_bytes(path, 540))
+    (affine, notes), data = _affine(header.fields), _data_of(path, header.fields, limits)
+    with data.open("rb") as file:
+        packing: Packing = "gzip" if is_gzip(file.read(3)) else "raw"
+    colours = int(header.fields["datatype"]) in _COLOURS
+    x, y, z, *more = header.shape
+    stored = Stored(header.dtype, (more[-1] if more else 1, z, y, x), colours, _scale(header.fields))
+    voxels, odd = read_voxels([Part(data, packing, offset=header.offset)], stored, limits)
+    return Image(voxels, affine, header.shape[3] if len(header.shape) == 4 else 0, notes + odd)
