@@ -94,7 +94,7 @@ class _Part:
     """What one folder holds of a series, below the folder ``top`` that was named; ``file`` is its only 2-D slice."""
 
     top: Path
-    places: frozenset[tuple[float, ...]]
+    places: frozenset[tuple[float, ...] | None]
     file: Path | None
 
 
@@ -196,7 +196,6 @@ class _Search:
                 self.listing.skip(path, "a DICOM object that is no image", expected=True)
         for series in all_series:
             about = f"{series.modality} {series.description}".strip()
-            size = series.slices[0].size
             self.series.append(f"{series.uid}  {about}  {len(series.slices)} file(s) in {shown(folder)}")
             if self.patterns and not any(
                 fnmatch.fnmatchcase(text.lower(), pattern)
@@ -207,8 +206,8 @@ class _Search:
                 self.listing.skip(folder, f"series {series.uid} ({about}) is not chosen by --series", expected=True)
                 continue
             self.chosen += 1
-            flat = len(series.slices) == 1 and (*size, 1)[2] == 1
-            places = frozenset(tuple(round(float(x), 2) for x in one.origin) for one in series.slices)
+            flat = len(series.slices) == 1 and not series.slices[0].enhanced
+            places = frozenset(one.position for one in series.slices)
             self.add(Scan(folder, series.uid, about=shown(about)))
             self.parts[folder, series.uid] = _Part(top, places, series.slices[0].path if flat else None)
 

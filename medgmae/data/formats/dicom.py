@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,13 @@ class Slice:
     def enhanced(self) -> bool:
         """Whether it holds a volume by itself."""
         return self.frames > 1 or self.data.framed
+
+    @property
+    def position(self) -> tuple[float, ...] | None:
+        """Its place in the patient, in hundredths of a millimetre; None where it has none of its own."""
+        with suppress(VolumeError):
+            return tuple(place_of(self.data).origin.round(2).tolist())
+        return None
 
 
 @dataclass
