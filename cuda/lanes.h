@@ -59,6 +59,20 @@ inline Vec<float> power_from_parts(Vec<float> shifted, Vec<float> r) {
 
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
+// Has the product x rounded before anything is added to it. Fused, an exponent that is not clamped would differ in its last bit from
+// one that is, and a channel's result would depend on what its neighbours in a vector need.
+inline void round_product(Vec<float>& x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#elif defined(__SSE2__)
+  __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#else
+  __asm__("" : "+m"(x));
+#endif
+}
+
 // Up to this |x| an exponent needs no clamping.
 template <class T>
 constexpr T kLargestExponent = T(125);
@@ -66,6 +80,7 @@ constexpr T kLargestExponent = T(125);
 // exp(x / kDecayScale), to 2e-7. At 128, and so above it, exactly infinity.
 template <bool kBounded>
 inline Vec<float> decay_lanes(Vec<float> x) {
+  round_product(x);
   if constexpr (!kBounded) x = at_most_lanes(at_least_lanes(x, -126.0f), 128.0f);
   Vec<float> const shifted = x + kRounding;
   return power_from_parts(shifted, x - (shifted - kRounding));
