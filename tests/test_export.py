@@ -258,3 +258,11 @@ def test_a_cards_text_has_no_meaning_in_the_readme() -> None:
     assert notes in readme.splitlines()
     assert r"--- license: mit --- \| a \| b \|" in readme.splitlines()
     assert r"| modality | CT \| \<b\>x |" in readme.splitlines()
+
+
+@pytest.mark.parametrize("name", ["vim_nano_patch8_32", "gmae_vit_nano_patch8_32"])
+def test_what_onnx_has_no_operators_for_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)  # what the exporter sets while it traces
+    model = medgmae.create_model(name).eval()
+    with pytest.raises(NotImplementedError, match=r"ONNX has no operator for \w+.*torch\.export"):
+        torch.export.export(model, (torch.rand(1, 1, 32, 32, 32),), strict=False)

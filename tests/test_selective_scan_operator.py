@@ -387,3 +387,9 @@ def test_the_example_in_the_docs_runs() -> None:
     exec(text.split("```python\n")[1].split("```")[0], names)
     assert names["y"].shape == (1, 768, 1000)
     assert names["y"].isfinite().all()
+
+
+def test_func_grad_is_refused_with_the_way_out() -> None:
+    inputs = make(1, 2, 5, 3)
+    with pytest.raises(NotImplementedError, match=r"selective_scan is; use torch\.autograd\.grad"):
+        torch.func.grad(lambda u: selective_scan(u, *inputs[1:]).sum())(inputs[0])

@@ -124,7 +124,12 @@ class Operator(Generic[Inputs]):
         return _without_autocast(run)
 
     def fake_forward(self, *values: Any) -> Any:
-        """The operator for tensors without data."""
+        """The operator for tensors without data, which is how exporters see it."""
+        if torch.onnx.is_in_onnx_export():
+            raise NotImplementedError(
+                f"ONNX has no operator for {self.name}, so this model cannot be exported to it; torch.export takes the "
+                "model as it is, and models without scans and Gaussians (vit_..., mae_vit_...) export to ONNX"
+            )
         return self.fake(self.inputs(*values))
 
     def fake_backward(self, *values: Any) -> Any:
@@ -182,7 +187,7 @@ def register(operator: Operator[Any], reference: Kernels, native: Kernels, cuda:
     for name, lead in ((forward, 0), (backward, 1 + 2 * len(operator.further))):
         mapped = _joined(name, lead + operator.tensors) if operator.joins_batch else _looped(name)
         library.register_vmap(f"medgmae::{name}", mapped, lib=_LIBRARY)
-    return _overload(forward)
+    return _explaining(forward)
 
 
 def choices(reference: Kernels, native: Kernels, cuda: Kernels) -> dict[str, Choice]:
@@ -192,6 +197,25 @@ def choices(reference: Kernels, native: Kernels, cuda: Kernels) -> dict[str, Cho
         "CPU": lambda device: native if native_runs(device) else reference,
         "CUDA": lambda device: cuda if native_runs(device) else reference,
     }
+
+
+def _explaining(name: str) -> Callable[..., Any]:
+    """The operator, with a way out where torch has none."""
+    operator = _overload(name)
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return operator(*arguments)
+        except RuntimeError as error:
+            if "setup_context" not in str(error):
+                raise
+            raise NotImplementedError(
+                f"torch.func.grad, vjp and jacrev do not take operators that are registered from Python, as {name} is; "
+                "use torch.autograd.grad: of the sum of a torch.vmap for the gradient of every sample, with "
+                "is_grads_batched=True for many cotangents"
+            ) from error
+
+    return call
 
 
 def _overload(name: str) -> Callable[..., Any]:

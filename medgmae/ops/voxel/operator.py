@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -76,24 +76,11 @@ def voxelize(
         if patch_size is not None:
             raise ValueError("patch_size came without patches; pass patches (B, n), or leave both out")
         whole = torch.zeros(means.shape[0], 1, dtype=torch.int64, device=means.device)
-        volume = _run(*parameters, whole, size, size, code)
+        volume: Tensor = _OP(*parameters, whole, size, size, code)
         return volume.reshape(means.shape[0], 1, *size)
     patch_size = _check_patches(patches, patch_size, size, means)
-    return _run(*parameters, patches, size, patch_size, code)
-
-
-def _run(*arguments: Any) -> Tensor:
-    try:
-        out: Tensor = _OP(*arguments)
-    except RuntimeError as error:
-        if "setup_context" not in str(error):
-            raise
-        raise NotImplementedError(
-            "torch.func.grad, vjp and jacrev do not take operators that are registered from Python, as voxelize is; "
-            "use torch.autograd.grad: of the sum of a torch.vmap for the gradient of every sample, with "
-            "is_grads_batched=True for many cotangents"
-        ) from error
-    return out
+    rendered: Tensor = _OP(*parameters, patches, size, patch_size, code)
+    return rendered
 
 
 def _check_parameters(means: Tensor, scales: Tensor, quats: Tensor, densities: Tensor) -> list[Tensor]:
