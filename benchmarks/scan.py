@@ -34,6 +34,7 @@ from scan_checks import (
     Way,
     accuracy,
     conv_inputs,
+    force,
     leaves,
     memory,
     ours,
@@ -47,20 +48,11 @@ from torch.nn import functional as F
 
 import medgmae
 from medgmae.ops import causal_conv1d
-from medgmae.ops.conv import native as conv_native
-from medgmae.ops.scan import native as scan_native
 
 RESULT = Path(__file__).parent / "results/scan.json"
 EXP_FLOP = 16
 CHANNELS_FIRST = "ours, channels first"
 SLOW = 2.0  # seconds: what takes longer is run once or twice
-
-
-def force(variant: str) -> None:
-    """Have the CPU kernels of an instruction set run from now on."""
-    for module in (scan_native, conv_native):
-        run = module._run
-        module._run = lambda call, _, threads, run=run: run(call, variant, threads)  # type: ignore[misc]
 
 
 def seconds(run: Way, device: str) -> tuple[float, Any]:

@@ -14,11 +14,20 @@ from scan_rivals import TorchReference, rivals
 from torch import Tensor
 
 from medgmae.ops import selective_scan
+from medgmae.ops.conv import native as conv_native
+from medgmae.ops.scan import native as scan_native
 
 HERE = Path(__file__).parent
 CHANNELS, STATES = 768, 16
 Way = Callable[[], Any]
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+
+
+def force(variant: str) -> None:
+    """Have the CPU kernels of an instruction set run from now on."""
+    for module in (scan_native, conv_native):
+        run = module._run
+        module._run = lambda call, _, threads, run=run: run(call, variant, threads)  # type: ignore[misc]
 
 
 def scan_inputs(length: int) -> list[Tensor]:
