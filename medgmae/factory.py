@@ -11,7 +11,7 @@ import torch
 
 from medgmae.checkpoints.adapt import Inflate
 from medgmae.checkpoints.cards import HUB_ORG, WeightCard, WeightsError, list_weights, weight_card
-from medgmae.checkpoints.configs import described_model
+from medgmae.checkpoints.configs import described_model, label_names
 from medgmae.checkpoints.loading import load_pretrained, materialize
 from medgmae.checkpoints.opening import OpenSource, Source, open_source
 from medgmae.data.geometry import VolumeError
@@ -185,10 +185,13 @@ def _from_saved(
     if "architecture" not in config:
         raise WeightsError(f"{name}: has no config.json with an 'architecture'; save it with medgmae.save_pretrained")
     described_model(config, opened.checkpoint.state, name)  # raises before anything is built from a stranger's numbers
-    saved_card = config.get("pretrained_cfg")
+    saved_card = config.get("weight_card")
     card = WeightCard.from_saved(saved_card, name, config.get("library_version")) if saved_card else None
     model_args = {**config.get("model_args", {}), **overrides}
+    names = label_names(config, name)
     model = _build(config["architecture"], model_args, card, None if pretrained is False else opened, loading)
+    if names is not None and len(names) == getattr(model, "num_classes", 0):  # else num_classes= made a new head
+        setattr(model, "label_names", names)  # noqa: B010 - not every Model has classes
     report = getattr(model, "load_report", None)
     if report and not overrides and loading["strict"] and (report.missing or report.unused):
         lost = ", ".join([*report.missing, *report.unused][:6])

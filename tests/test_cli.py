@@ -268,8 +268,8 @@ def test_convert_with_a_tag_keeps_its_card(tmp_path: Path) -> None:
     result = run("convert", tmp_path / "gl.pth", tmp_path / "out", "--model", tag, *short)
     assert result.exit_code == 0, result.stderr
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["pretrained_cfg"]["tag"] == tag
-    assert config["pretrained_cfg"]["input"] == medgmae.weight_card(tag).to_json()["input"]
+    assert config["weight_card"]["tag"] == tag
+    assert config["weight_card"]["input"] == medgmae.weight_card(tag).to_json()["input"]
     result = run("convert", tmp_path / "out", tmp_path / "again")
     assert result.exit_code == 0, result.stderr
     assert json.loads((tmp_path / "again/config.json").read_text()) == config

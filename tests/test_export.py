@@ -60,7 +60,7 @@ def test_card_travels_with_the_weights(tmp_path: Path) -> None:
     model = tiny()
     model.pretrained_cfg = card.to_json()
     save_pretrained(model, tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    saved = json.loads((tmp_path / "config.json").read_text())["weight_card"]
     assert {key: saved[key] for key in ("tag", "license", "input", "citation", "page")} == {
         key: card.to_json()[key] for key in ("tag", "license", "input", "citation", "page")
     }
@@ -266,3 +266,37 @@ def test_what_onnx_has_no_operators_for_says_so(name: str, monkeypatch: pytest.M
     model = medgmae.create_model(name).eval()
     with pytest.raises(NotImplementedError, match=r"ONNX has no operator for \w+.*torch\.export"):
         torch.export.export(model, (torch.rand(1, 1, 32, 32, 32),), strict=False)
+
+
+def test_names_of_classes_come_back(tmp_path: Path) -> None:
+    model = medgmae.create_model("vit_nano_patch8_32", num_classes=2)
+    model.label_names = ["healthy", "nodule"]
+    medgmae.save_pretrained(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["id2label"] == {"0": "healthy", "1": "nodule"}
+    assert "pipeline_tag: image-classification" in (tmp_path / "README.md").read_text()
+    again = medgmae.create_model(f"local-dir:{tmp_path}")
+    assert again.label_names == ["healthy", "nodule"]
+    assert medgmae.create_model(f"local-dir:{tmp_path}", num_classes=3, strict=False).label_names is None
+    again.reset_classifier(2)
+    assert again.label_names is None
+    model.label_names = ["healthy"]
+    with pytest.raises(WeightsError, match="expected 2 names, one per class"):
+        medgmae.save_pretrained(model, tmp_path)
+
+
+@pytest.mark.parametrize("named", [["a", "b"], {"0": "a", "2": "b"}, {"0": 1}, "ab"])
+def test_wrong_names_of_classes_are_refused(named: object, tmp_path: Path) -> None:
+    medgmae.save_pretrained(medgmae.create_model("vit_nano_patch8_32", num_classes=2), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": named}))
+    with pytest.raises(WeightsError, match="id2label"):
+        medgmae.create_model(f"local-dir:{tmp_path}")
+
+
+def test_no_other_library_takes_the_folder_for_its_own(tmp_path: Path) -> None:
+    """transformers hands a config with pretrained_cfg to timm, and names an unknown model_type."""
+    medgmae.save_pretrained(medgmae.create_model("vit_nano_patch8_32"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "medgmae"
+    assert "pretrained_cfg" not in config

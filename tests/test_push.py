@@ -104,7 +104,7 @@ def test_a_card_of_a_newer_version(model: torch.nn.Module, tmp_path: Path, caplo
     medgmae.save_pretrained(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     old = {name: value for name, value in card.items() if name != "notes"}
-    config |= {"pretrained_cfg": {**old, "doi": "10.1/x"}, "library_version": "9.8.7"}
+    config |= {"weight_card": {**old, "doi": "10.1/x"}, "library_version": "9.8.7"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = medgmae.create_model(f"local-dir:{tmp_path}")
     assert loaded.pretrained_cfg == {**card, "notes": None}

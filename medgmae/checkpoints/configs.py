@@ -57,6 +57,22 @@ def described_model(config: Mapping[str, Any], state: Mapping[str, Tensor], orig
     return model
 
 
+def label_names(config: Mapping[str, Any], origin: str) -> list[str] | None:
+    """The names of the classes that a config holds.
+
+    Raises:
+        WeightsError: it holds something else.
+    """
+    named = config.get("id2label")
+    if named is None:
+        return None
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise WeightsError(f"{origin}: the config's id2label is {str(named)[:100]}: expected a name for every class")
+    if set(named) != {str(number) for number in range(len(named))}:
+        raise WeightsError(f"{origin}: the config's id2label has the keys {list(named)[:8]}: expected 0, 1, 2, ...")
+    return [named[str(number)] for number in range(len(named))]
+
+
 def _check_numbers(model_args: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> None:
     """Raise for numbers that the tensors cannot bear out: what would take long or much memory to build."""
     widest = max((size for tensor in state.values() for size in tensor.shape), default=0)

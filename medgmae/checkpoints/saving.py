@@ -39,7 +39,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     Every file is replaced whole or not at all; other files in the folder stay. A wrapper such as
     ``DistributedDataParallel`` or ``torch.compile`` is taken off first. Load the folder with
-    ``create_model("local-dir:FOLDER")`` or ``load_pretrained(model, FOLDER)``.
+    ``create_model("local-dir:FOLDER")`` or ``load_pretrained(model, FOLDER)``. The names of the classes, if
+    ``model.label_names`` has them, go along.
 
     Args:
         model: a model of this library, made by ``create_model`` or by its class.
@@ -118,7 +119,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     """What ``config.json`` says of a model, in the layout that timm made common.
 
     ``architecture`` and ``model_args`` build it again: a registered name and its options or, for a model that was made
-    by its class, the class and its arguments. ``grid`` is that of its table of positions; ``pretrained_cfg`` is the
+    by its class, the class and its arguments. ``grid`` is that of its table of positions; ``weight_card`` is the
     card of the weights it started from, without where to fetch them; the rest is there for readers.
 
     Raises:
@@ -127,16 +128,29 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     made = _recipe(model)
     encoder = encoder_of(model)
     config = {
+        "model_type": "medgmae",  # by which transformers knows that the model is not its own, nor timm's
         "architecture": made["architecture"],
         "num_classes": getattr(model, "num_classes", 0),
+        "id2label": _labels(model),
         "num_features": getattr(model, "num_features", None),
         "model_args": made["model_args"],
         "grid": list(encoder.grid_size) if hasattr(encoder, "grid_size") else made.get("grid"),
-        "pretrained_cfg": _origin(getattr(model, "pretrained_cfg", None)),
+        "weight_card": _origin(getattr(model, "pretrained_cfg", None)),
         "library_name": "medgmae",
         "library_version": __version__,
     }
     return _as_json(config)
+
+
+def _labels(model: nn.Module) -> dict[str, str] | None:
+    """The names of a model's classes by number, as the hub's pages read them."""
+    names: Any = getattr(model, "label_names", None)
+    if names is None:
+        return None
+    classes = getattr(model, "num_classes", 0)
+    if isinstance(names, str) or len(names) != classes or not all(isinstance(name, str) for name in names):
+        raise WeightsError(f"model.label_names is {names!r}: expected {classes} names, one per class, or None")
+    return {str(number): name for number, name in enumerate(names)}
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,11 +216,11 @@ def model_readme(config: Mapping[str, Any], repo_id: str | None = None) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    card = config["pretrained_cfg"] or {}
+    card = config["weight_card"] or {}
     data = ModelCardData(
         license=card.get("license"),
         library_name="medgmae",
-        pipeline_tag="image-feature-extraction",
+        pipeline_tag="image-classification" if config["num_classes"] else "image-feature-extraction",
         tags=["medical-imaging", "3d", "masked-autoencoder"],
     )
     source = f"{HUB_PREFIX}{repo_id}" if repo_id else "local-dir:."

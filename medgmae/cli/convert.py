@@ -125,7 +125,7 @@ def _load(file: Path, name: str | None, options: dict[str, Any], source_grid: tu
     if name is None:
         facts: dict[str, Any] = {**medgmae.inspect_checkpoint(path, source_grid=source_grid)}
         name, options = _inferred(facts, options)
-        card = (facts["config"] or {}).get("pretrained_cfg")
+        card = (facts["config"] or {}).get("weight_card")
     try:
         model = model_with_weights(name, str(path), source_grid=source_grid, **options)
     except TypeError as error:  # an option that the architecture does not have

@@ -145,6 +145,7 @@ class Encoder(Model, Readable):
             raise ValueError(f"head_hidden needs a pooled vector, got global_pool={self.global_pool!r}")
         check_classes(num_classes)
         self.num_classes, self.head_hidden = num_classes, tuple(head_hidden)
+        self.label_names: list[str] | None = None  # of the classes; a caller's to set, saved and loaded
         self.head = make_head(self.num_features, num_classes, self.head_hidden)
         self.apply(initialize)
 
@@ -364,7 +365,7 @@ class Encoder(Model, Readable):
             )
         head = make_head(pooled_width(self.embed_dim, pool), num_classes, self.head_hidden).apply(initialize)
         self.head = head.to(self.pos_embed).train(self.training)
-        self.num_classes, self.global_pool = num_classes, pool
+        self.num_classes, self.global_pool, self.label_names = num_classes, pool, None
 
     def set_input_size(self, img_size: Size) -> None:
         """Make the table of positions for another size, resampled from the present one.
