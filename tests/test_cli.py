@@ -339,3 +339,18 @@ def test_convert_refuses(options: list[str], message: str, code: int, tmp_path: 
     assert result.exit_code == code
     assert message in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_tab_key_completes_names_and_tags() -> None:
+    from click.shell_completion import ShellComplete
+
+    from medgmae.cli import main
+
+    def completed(*words: str) -> set[str]:
+        shell = ShellComplete(main, {}, "medgmae", "_MEDGMAE_COMPLETE")
+        return {item.value for item in shell.get_completions(list(words[:-1]), words[-1])}
+
+    names = completed("features", "--model", "vit_tiny")
+    assert names == {"vit_tiny_patch8_64", "vit_tiny_patch8_64.demo"}
+    assert completed("info", "vit_tiny") == names
+    assert completed("features", "--input-of", "vit_tiny") == {"vit_tiny_patch8_64.demo"}

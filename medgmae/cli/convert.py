@@ -15,6 +15,7 @@ from medgmae.cli.files import check_name
 from medgmae.cli.names import shown
 from medgmae.cli.options import (
     assignments,
+    complete_name,
     json_option,
     model_with_weights,
     overwrite_option,
@@ -28,7 +29,10 @@ from medgmae.cli.options import (
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
-    "--model", "name", help="Architecture, or a tag whose card (licence, preprocessing) is written with the weights."
+    "--model",
+    "name",
+    shell_complete=complete_name,
+    help="Architecture, or a tag whose card (licence, preprocessing) is written with the weights.",
 )
 @click.option(
     "--set",

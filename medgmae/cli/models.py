@@ -19,7 +19,7 @@ from medgmae.cli.common import (
     megabytes,
     reports_errors,
 )
-from medgmae.cli.options import json_option, per_axis, source_grid_option
+from medgmae.cli.options import complete_name, json_option, per_axis, source_grid_option
 
 # How weights are obtained, in the words of the table.
 AVAILABILITY = {"package": "shipped", "hub": "hub", "url": "download", "page": "by hand", "none": "not published"}
@@ -63,7 +63,7 @@ def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
 
 
 @click.command("info")
-@click.argument("what", metavar="NAME|TAG|FILE")
+@click.argument("what", metavar="NAME|TAG|FILE", shell_complete=complete_name)
 @source_grid_option
 @json_option
 @reports_errors

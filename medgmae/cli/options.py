@@ -55,6 +55,17 @@ class Machine:
     threads: int | None
 
 
+def complete_tag(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Tags that begin so, for the shell's tab key."""
+    return [tag for tag in medgmae.list_weights() if tag.startswith(incomplete)]
+
+
+def complete_name(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Architectures and tags that begin so, for the shell's tab key."""
+    names = [name for name in medgmae.list_models() if name.startswith(incomplete)]
+    return sorted([*names, *complete_tag(ctx, param, incomplete)])
+
+
 def gathered(argument: str, kind: type[Any], *options: Callable[[Any], Any]) -> Callable[[F], F]:
     """Add options to a command that takes their values together, as ``argument=kind(...)``, a dataclass."""
     names = [field.name for field in fields(kind)]
@@ -153,7 +164,11 @@ def input_options(instead_of: str) -> Callable[[F], F]:
         "inputs",
         InputChoice,
         click.option(
-            "--input-of", "tag", metavar="TAG", help=f"Preprocess as this weight card says instead of {instead_of}."
+            "--input-of",
+            "tag",
+            metavar="TAG",
+            shell_complete=complete_tag,
+            help=f"Preprocess as this weight card says instead of {instead_of}.",
         ),
         click.option(
             "--input",
@@ -176,6 +191,7 @@ def model_options(required: bool = True) -> Callable[[F], F]:
             "--model",
             "name",
             required=required,
+            shell_complete=complete_name,
             help="Architecture, architecture.tag, hf-hub:org/repo or local-dir:FOLDER.",
         ),
         click.option(
