@@ -176,7 +176,7 @@ def test_a_grid_that_contradicts_the_model(tmp_path: Path) -> None:
     folder = medgmae.save_pretrained(medgmae.create_model("vit_nano_patch8_32"), tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "grid": [2, 4, 8]}))  # as long as its own, 4 x 4 x 4
-    message = r"its grid is \[2, 4, 8\], that of the model it describes is \[4, 4, 4\]"
+    message = r"the config's grid is \[2, 4, 8\], its model_args make \[4, 4, 4\]"
     with pytest.raises(WeightsError, match=message):
         medgmae.create_model(f"local-dir:{folder}")
     with pytest.raises(WeightsError, match=message):

@@ -39,7 +39,11 @@ def parse_json(text: str | bytes, origin: str, remedy: str = "", longest: int = 
     try:
         config = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
         json.dumps(config, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:  # halves of characters and NaN are found in the second step
+    except UnicodeError as error:  # halves of characters are found in the second step, as NaN is
+        raise WeightsError(f"{origin}: the configuration is not UTF-8 text ({error}){remedy}") from error
+    except RecursionError as error:
+        raise WeightsError(f"{origin}: the configuration is nested too deeply{remedy}") from error
+    except ValueError as error:
         raise WeightsError(f"{origin}: the configuration is not valid JSON: {str(error)[:200]}{remedy}") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{origin}: the configuration should be a JSON object, got {type(config).__name__}{remedy}")
