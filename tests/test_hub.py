@@ -258,7 +258,7 @@ out["card"], out["text"] = card.data.to_dict(), card.text
     assert out["encoder"]
     assert out["config"] == [{"num_classes": 3, "in_chans": 2}, 3]
     assert out["card"]["library_name"] == "medgmae"
-    assert out["card"]["pipeline_tag"] == "image-feature-extraction"
+    assert out["card"]["pipeline_tag"] == "image-classification"
     assert 'create_model("hf-hub:lab/net")' in out["text"]
     assert out["own"].startswith(f"{hub.url}/me/net/tree/")
     assert hub.repos["me/net"].private
