@@ -14,6 +14,11 @@ from medgmae.layers.positions import resample_pos_embed
 Inflate = Literal["average", "center"]
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in float32 at least: sums of half-precision weights lose digits, or become infinite."""
+    return tensor.float() if tensor.itemsize < 4 else tensor
+
+
 def adapt_table(table: Tensor, source_grid: Sequence[int], target_grid: Sequence[int]) -> Tensor:
     """A table of positions (1, N, E) on another grid; a 2D table is repeated along the depth of a 3D grid.
 

@@ -219,6 +219,17 @@ def _fill(model: nn.Module, slots: dict[str, Tensor], tensors: dict[str, Tensor]
             setattr(model.get_submodule(owner_name), leaf, tensor.to(slot.dtype))
 
 
+def _give_storage(module: nn.Module) -> None:
+    """Uninitialised memory for what a module itself has on the meta device; torch's to_empty imports its compiler."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.is_meta:
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.is_meta:
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
+
+
 def materialize(model: nn.Module, loaded: Iterable[str]) -> None:
     """Give storage and a random start to whatever the file did not fill (a new head, say).
 
@@ -237,8 +248,8 @@ def materialize(model: nn.Module, loaded: Iterable[str]) -> None:
     for module in model.modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if any(tensor.is_meta for _, tensor in own):
-            filled = {name: tensor.detach() for name, tensor in own if not tensor.is_meta}
-            module.to_empty(device="cpu", recurse=False)
+            filled = {name: tensor.detach().clone() for name, tensor in own if not tensor.is_meta}
+            _give_storage(module)
             initialize(module)
             with torch.no_grad():
                 for name, tensor in filled.items():

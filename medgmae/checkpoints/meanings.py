@@ -12,6 +12,10 @@ class DamagedError(Exception):
     """The bytes are not those of a file that torch.save wrote."""
 
 
+class ForeignError(Exception):
+    """A sound file of another kind than those that are read; the text says of which, and what to do."""
+
+
 class Named(NamedTuple):
     """A class or function by its name: "torch.FloatStorage"."""
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from medgmae.checkpoints.adapt import Inflate, adapt_stem, adapt_table
+from medgmae.checkpoints.adapt import Inflate, adapt_stem, adapt_table, wide
 from medgmae.checkpoints.dialects.entries import ENCODER, Converted
 from medgmae.checkpoints.settings import compare_settings, encoder_of, model_settings
 from medgmae.layers.patches import Shape
@@ -22,6 +22,9 @@ HEAD = ("head.", "fc_norm.")
 # What can be fitted to another model, in either part.
 TABLE = "pos_embed"
 STEM = "patch_embed.proj.weight"
+
+# Voxels along an axis of a patch: to resize one takes matrices of so many rows and columns.
+MAX_PATCH = 512
 
 
 class Rules(NamedTuple):
@@ -276,13 +279,14 @@ def fit(name: str, tensor: Tensor, slot: Tensor, rules: Rules) -> Decision:
     if name == TABLE and source != target and tensor.shape[1:2] == (math.prod(source),):
         if len(source) > len(target):
             return Decision(tensor)  # volumes into images: there is no rule
-        return Decision(adapt_table(tensor, source, target), resized=f"grid {source} to {target}")
+        return Decision(adapt_table(wide(tensor), source, target), resized=f"grid {source} to {target}")
     if name == STEM and tensor.shape != slot.shape and _is_stem_for(tensor, slot):
-        adapted, changes = adapt_stem(tensor, slot.shape, rules.inflate)
+        adapted, changes = adapt_stem(wide(tensor), slot.shape, rules.inflate)
         return Decision(adapted, adapted="; ".join(changes))
     return Decision(tensor)
 
 
 def _is_stem_for(tensor: Tensor, slot: Tensor) -> bool:
-    """Whether a patch weight can be adapted: as wide, of no more dimensions, with no empty axis."""
-    return 4 <= tensor.dim() <= slot.dim() and len(tensor) == len(slot) and tensor.numel() > 0
+    """Whether a patch weight can be adapted: as wide, of no more dimensions, with no axis empty or out of measure."""
+    fits = 4 <= tensor.dim() <= slot.dim() and len(tensor) == len(slot) and tensor.numel() > 0
+    return fits and max(tensor.shape[2:]) <= MAX_PATCH

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from medgmae.checkpoints.cards import WeightsError
+from medgmae.checkpoints.formats import HEAD, foreign, is_safetensors
 from medgmae.checkpoints.json_files import parse_json
 from medgmae.checkpoints.meanings import Described, Inert
+from medgmae.checkpoints.safetensors_files import read_safetensors
 from medgmae.checkpoints.tensors import MAX_NAME, check_names, check_tensors, listed
 from medgmae.checkpoints.torch_files import read_torch_file
 
@@ -59,27 +61,15 @@ def read_checkpoint(path: str | Path, wanted: str = "") -> Checkpoint:
         raise WeightsError(f"{path}: no such file")
     try:
         with path.open("rb") as file:
-            head = file.read(16)
+            head = file.read(HEAD)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    if path.suffix == ".safetensors" or head[8:10] == b'{"':
-        return _read_safetensors(path, wanted)
-    held = read_torch_file(path)
-    return find_state(held.content, str(path), wanted, held.tensor)
-
-
-def _read_safetensors(path: Path, wanted: str) -> Checkpoint:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
-            check_names(names, str(path))
-            state = {name: file.get_tensor(name) for name in names}
-    except WeightsError:
-        raise
-    except Exception as error:  # safetensors raises several kinds for damaged files
-        raise WeightsError(f"{path}: not a readable safetensors file ({error}); fetch it again") from error
+    if what := foreign(head):
+        raise WeightsError(f"{path}: {what}")
+    if not is_safetensors(path, head):
+        held = read_torch_file(path)
+        return find_state(held.content, str(path), wanted, held.tensor)
+    state, metadata = read_safetensors(path)
     if not state:
         raise WeightsError(f"{path}: the file holds no tensors")
     config = None

@@ -10,10 +10,11 @@ from torch import Tensor
 from medgmae.checkpoints.cards import WeightsError
 from medgmae.checkpoints.json_files import read_json
 from medgmae.checkpoints.reading import Checkpoint, read_checkpoint
+from medgmae.checkpoints.tensors import check_names
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _MOST_SHARDS = 1000
-_LONGEST = 100_000_000  # bytes of an index
+_LONGEST = 8 << 20  # bytes of an index
 
 
 def read_weights(path: Path, wanted: str = "") -> Checkpoint:
@@ -26,11 +27,12 @@ def read_weights(path: Path, wanted: str = "") -> Checkpoint:
         return read_checkpoint(path, wanted)
     if wanted:
         raise WeightsError(f"{path}: an index has one set of weights, not several; leave out {wanted!r}")
-    places = _weight_map(path)
+    due_in: dict[str, set[str]] = {name: set() for name in shard_names(path)}
+    for tensor, name in _weight_map(path).items():
+        due_in[name].add(tensor)
     state: dict[str, Tensor] = {}
-    for name in shard_names(path):
+    for name, due in due_in.items():
         shard = read_checkpoint(path.parent / name)
-        due = {tensor for tensor, file in places.items() if file == name}
         if due != set(shard.state):
             missing, unknown = sorted(due - set(shard.state)), sorted(set(shard.state) - due)
             raise WeightsError(
@@ -66,4 +68,5 @@ def _weight_map(index: Path) -> dict[str, str]:
     places: Any = read_json(index, longest=_LONGEST).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise WeightsError(f"{index}: expected a 'weight_map' of tensors to files")
+    check_names(places, str(index))
     return places

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from medgmae.checkpoints.cards import WeightsError
-from medgmae.checkpoints.meanings import DamagedError, Described, Storage
+from medgmae.checkpoints.formats import begins_as_text, foreign_zip
+from medgmae.checkpoints.meanings import DamagedError, Described, ForeignError, Storage
 from medgmae.checkpoints.pickles import MAX_BYTES, ForbiddenError, read_pickle
 
 # The directory of a zip file: 60,000 tensors take 4 MB.
@@ -26,6 +27,7 @@ MAX_DIRECTORY = 4 << 20
 
 MAX_DIMENSIONS = 16
 
+_BIG_ENDIAN = "its bytes are not in little-endian order; save it again on a machine with the usual order"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -94,11 +96,13 @@ def read_torch_file(path: Path) -> TorchFile:
     Raises:
         WeightsError: it is no such file, damaged, or names objects that are not read.
     """
+    text = ""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if not size:
                 raise DamagedError("the file is empty")
+            text = begins_as_text(file.read(60))
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             zipped = memory[:4] == b"PK\x03\x04"
             return _read_zip(file, memory) if zipped else _read_legacy(memory)
@@ -108,8 +112,13 @@ def read_torch_file(path: Path) -> TorchFile:
             "Only tensors, plain containers, argparse.Namespace and numpy scalars are read. If you trust the "
             "file, open it yourself, keep the state dictionary and save that with torch.save"
         ) from error
+    except ForeignError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be mapped into memory ({error.strerror or error})") from error
     except Exception as error:  # zipfile, mmap and struct raise over ten kinds for damaged files
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        first = f"it is text, which begins with {text!r}" if text else first
         raise WeightsError(f"{path}: cannot be read as a PyTorch checkpoint ({first}); fetch it again") from error
 
 
@@ -119,18 +128,18 @@ def _read_zip(file: BinaryIO, memory: mmap.mmap) -> TorchFile:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(entries) != len(archive.infolist()):
             raise DamagedError("two entries have one name")
+        if what := foreign_zip(entries):
+            raise ForeignError(what)
         roots = [
             name.removesuffix("/data.pkl") for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")
         ]
         if len(roots) != 1:
             raise DamagedError(f"expected one entry data.pkl, found {len(roots)}")
         root = roots[0]
-        if f"{root}/constants.pkl" in entries:
-            raise DamagedError("it is a TorchScript archive: load it with torch.jit.load and save its state_dict()")
         order = entries.get(f"{root}/byteorder")
         places = {name: _place(memory, entry) for name, entry in entries.items()}
-        if order is not None and archive.read(order) != b"little":  # read() compares the checksum
-            raise DamagedError("its bytes are in big-endian order: save it again on a machine with the usual order")
+        if order is not None and (order.file_size > 16 or archive.read(order) != b"little"):  # compares the checksum
+            raise ForeignError(_BIG_ENDIAN)
         pickle = entries[f"{root}/data.pkl"]
         if pickle.file_size > MAX_BYTES:
             raise DamagedError(f"its pickle has {pickle.file_size} bytes, a checkpoint's has less than {MAX_BYTES}")
@@ -173,14 +182,12 @@ def _place(memory: mmap.mmap, entry: zipfile.ZipInfo) -> Place:
 
 def _read_legacy(memory: mmap.mmap) -> TorchFile:
     """The layout before torch 1.6: five pickles, then the storages as the last one lists them, a count before each."""
-    if memory[257:262] == b"ustar":
-        raise DamagedError("it is a tar file of torch 0.1: load it with torch of its time and save it again")
     file = io.BytesIO(memory[:MAX_BYTES])
     magic, version, machine = (read_pickle(file, limit=1000).content for _ in range(3))
     if magic != _LEGACY_MAGIC or version != 1001:
         raise DamagedError("it is not a file of torch.save")
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        raise DamagedError("its bytes are in big-endian order: save it again on a machine with the usual order")
+        raise ForeignError(_BIG_ENDIAN)
     pickled, keys = read_pickle(file), read_pickle(file).content
     if not isinstance(keys, list) or not all(type(key) is str and key in pickled.storages for key in keys):
         raise DamagedError("its list of storages is not that of its tensors")

@@ -7,6 +7,7 @@ import re
 
 import torch
 
+from medgmae.checkpoints.adapt import wide
 from medgmae.checkpoints.cards import WeightsError
 from medgmae.checkpoints.dialects.entries import STEM, Converted, File, stem_dims, table_grid, take_decoder_table
 from medgmae.checkpoints.dialects.recognise import register_dialect
@@ -103,7 +104,7 @@ def _fold_layer_scale(file: File) -> None:
             tensor = file.numbers(part)
             if gamma.shape != tensor.shape[:1]:
                 raise WeightsError(f"{file.origin}: {name!r} of shape {tuple(gamma.shape)} does not fit {part!r}")
-            file.replace(part, tensor * factor)
+            file.replace(part, wide(tensor) * wide(factor))
         file.drop(name, f"folded into {linear}")
 
 
@@ -114,6 +115,6 @@ def _take_table(file: File, class_row: bool) -> None:
         token = file.table("cls_token")
         if token.shape != table[:, :1].shape:
             raise WeightsError(f"{file.origin}: 'cls_token' is {tuple(token.shape)}, not as wide as the table")
-        file.take("cls_token", "encoder.cls_token", token + table[:, :1])
+        file.take("cls_token", "encoder.cls_token", wide(token) + wide(table[:, :1]))
         table = table[:, 1:]
     file.take("pos_embed", "encoder.pos_embed", table)
