@@ -14,6 +14,7 @@ from medgmae.checkpoints.cards import HUB_ORG, WeightCard, WeightsError, list_we
 from medgmae.checkpoints.configs import described_model, label_names
 from medgmae.checkpoints.loading import load_pretrained, materialize
 from medgmae.checkpoints.opening import OpenSource, Source, open_source
+from medgmae.checkpoints.paths import check_source
 from medgmae.data.geometry import VolumeError
 from medgmae.data.preparation import Preparation
 from medgmae.models.encoder import Encoder, Model
@@ -104,7 +105,10 @@ def create_model(
     fetching["force_download"] = force_download
     loading = {"strict": strict, "source_grid": source_grid, "inflate": inflate, **fetching}
     loading["allow_nonfinite"] = allow_nonfinite
+    if checkpoint_path:
+        check_source(checkpoint_path)
     if isinstance(name, os.PathLike):
+        check_source(name)
         name = f"local-dir:{os.fspath(name)}"
     if not isinstance(name, str):
         raise TypeError(f"the name of a model is text or a path, got {name!r}; list_models() gives the names")
@@ -112,6 +116,8 @@ def create_model(
         if checkpoint_path:
             raise ValueError(f"{name} brings its own weights; drop checkpoint_path={os.fspath(checkpoint_path)!r}")
         return _from_saved(name, pretrained, overrides, loading, fetching)
+    if "://" in name:
+        raise ValueError(f"{name!r} is an address, not a model name; expected 'hf-hub:org/repo' or 'local-dir:FOLDER'")
     if "/" in name or os.sep in name:
         raise ValueError(f"{name!r} is not a model name; did you mean {_meant(name)}?")
     architecture, dot, tag = name.partition(".")
@@ -151,7 +157,8 @@ def _choose(architecture: str, tag: str, pretrained: bool | Source | None) -> tu
         known = [t for t in (pretrained, f"{architecture}.{pretrained}") if t in list_weights(f"{architecture}.*")]
         pretrained = weight_card(known[0]) if known else pretrained
     if not pretrained or not isinstance(pretrained, str | os.PathLike | WeightCard | Mapping | OpenSource):
-        raise TypeError(f"pretrained must be True, False, a tag, a file, a folder or weights, got {pretrained!r}")
+        got = repr(pretrained) if isinstance(pretrained, str | int | float) else type(pretrained).__name__
+        raise TypeError(f"pretrained must be True, False, a tag, a file, a folder or weights, got {got}")
     return pretrained if isinstance(pretrained, WeightCard) else None, pretrained
 
 
@@ -189,6 +196,11 @@ def _from_saved(
     card = WeightCard.from_saved(saved_card, name, config.get("library_version")) if saved_card else None
     model_args = {**config.get("model_args", {}), **overrides}
     names = label_names(config, name)
+    if names is not None and config.get("num_classes") != len(names):
+        raise WeightsError(
+            f"{name}: the config has {len(names)} names in id2label and num_classes {config.get('num_classes')!r}; "
+            "correct the one that is wrong"
+        )
     model = _build(config["architecture"], model_args, card, None if pretrained is False else opened, loading)
     if names is not None and len(names) == getattr(model, "num_classes", 0):  # else num_classes= made a new head
         setattr(model, "label_names", names)  # noqa: B010 - not every Model has classes

@@ -153,8 +153,8 @@ def test_things_that_are_no_files(tmp_path: Path) -> None:
     refused(tmp_path, "expected model.safetensors in this folder, found nothing")
     (tmp_path / "text.pth").write_text("404: Not Found")
     refused(tmp_path / "text.pth", "cannot be read as a PyTorch checkpoint")
-    (tmp_path / "text.safetensors").write_text("<html>")
-    refused(tmp_path / "text.safetensors", "not a readable safetensors file")
+    (tmp_path / "text.safetensors").write_text("no weights at all")
+    refused(tmp_path / "text.safetensors", "not a safetensors file")
 
 
 def test_tensors_without_values_are_refused(tmp_path: Path) -> None:

@@ -33,6 +33,13 @@ _OPTIONAL = {"page_file"}
 class WeightsError(RuntimeError):
     """Weights cannot be found, fetched, verified, read, fitted to the model, saved or uploaded."""
 
+    def __str__(self) -> str:
+        """The message; what a file or a path smuggled into it cannot steer a terminal."""
+        text = super().__str__()
+        return "".join(
+            char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
+        )
+
 
 @dataclass(frozen=True, repr=False)
 class WeightCard:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from medgmae.checkpoints import loading, opening
 from medgmae.checkpoints.cards import WeightsError
-from medgmae.checkpoints.dialects.entries import Converted, Target
+from medgmae.checkpoints.dialects.entries import Converted, Target, grid_argument
 from medgmae.checkpoints.dialects.recognise import convert
+from medgmae.checkpoints.paths import as_path, check_source
+from medgmae.checkpoints.reading import SET_MARK
 from medgmae.checkpoints.report import html_table
 from medgmae.checkpoints.settings import encoder_of, model_settings
 from medgmae.checkpoints.sharded import weight_bytes
@@ -115,9 +117,11 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | Non
     Raises:
         WeightsError: the file is not readable or not recognised.
     """
-    path = Path(path).expanduser()
-    opened = opening.open_source(path)
-    path = Path(opening.split_set(path)[0])
+    source_grid = grid_argument(source_grid)
+    check_source(path)
+    file, wanted = opening.split_set(path)
+    path = as_path(file)
+    opened = opening.open_source(Path(f"{path}{SET_MARK}{wanted}") if wanted else path)
     config = opened.config if opened.config and "architecture" in opened.config else None
     converted, chosen = _recognise(opened, source_grid)
     reading = _read(converted)

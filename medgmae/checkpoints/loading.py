@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from medgmae.checkpoints.adapt import Inflate
 from medgmae.checkpoints.cards import HUB_ORG, WeightsError
-from medgmae.checkpoints.dialects.entries import Target
+from medgmae.checkpoints.dialects.entries import Target, grid_argument
 from medgmae.checkpoints.dialects.recognise import convert
 from medgmae.checkpoints.opening import OpenSource, Source, open_source
 from medgmae.checkpoints.plan import make_plan
@@ -22,7 +22,7 @@ from medgmae.checkpoints.settings import encoder_of
 from medgmae.checkpoints.tensors import Spans, listed, not_finite, overlaps_itself
 from medgmae.layers.blocks import initialize
 from medgmae.layers.patches import Shape
-from medgmae.models.parts import unwrap
+from medgmae.models.parts import check_choice, unwrap
 
 log = logging.getLogger("medgmae")
 
@@ -72,8 +72,11 @@ def load_pretrained(
         WeightsError: the source cannot be fetched, read or recognised, an encoder entry is missing, a shape cannot be
             adapted, the file holds parts that the model would silently ignore, or values are NaN or infinite. The
             message lists the names.
-        TypeError: the model is not one of this library.
+        TypeError: the model is not one of this library, or the source nothing that names weights.
+        ValueError: ``source_grid`` or ``inflate`` is none.
     """
+    check_choice("inflate", inflate, get_args(Inflate))
+    source_grid = grid_argument(source_grid)
     model = unwrap(model)
     _target(model)  # raises before anything is fetched
     config = getattr(model, "config", None) or {}

@@ -10,6 +10,7 @@ from typing import Any
 
 from medgmae.checkpoints.cards import HUB_ORG, WeightCard, WeightsError
 from medgmae.checkpoints.hub import Fetching
+from medgmae.checkpoints.paths import check_source
 from medgmae.checkpoints.reading import SET_MARK, Checkpoint, find_state
 from medgmae.checkpoints.settings import saved_settings
 from medgmae.checkpoints.sharded import read_weights
@@ -68,6 +69,7 @@ def open_source(
         return _open_timm(source)
     wanted = ""
     if not isinstance(source, WeightCard):
+        check_source(source)
         source, wanted = split_set(source)
     resolved = resolve(source, architecture, Fetching(cache_dir, hub_org, token, force_download, progress))
     try:
@@ -78,7 +80,11 @@ def open_source(
         remedy = "if the download was damaged, force_download=True fetches it again"
         raise type(error)(f"{resolved.name}: {error}; {remedy}") from error
     config = resolved.config or checkpoint.config
-    return OpenSource(resolved.name, checkpoint, config, saved_settings(config, checkpoint.state, resolved.name))
+    # The config in the header was written with the weights; the one beside the file may be another edition's.
+    settings = saved_settings(config, checkpoint.state, resolved.name)
+    if checkpoint.config and checkpoint.config != config:
+        settings |= saved_settings(checkpoint.config, checkpoint.state, resolved.name)
+    return OpenSource(resolved.name, checkpoint, config, settings)
 
 
 def split_set(source: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], str]:

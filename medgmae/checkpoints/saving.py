@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from medgmae._version import __version__
-from medgmae.checkpoints.cards import WeightsError
+from medgmae.checkpoints.cards import WeightCard, WeightsError
+from medgmae.checkpoints.configs import described_model
 from medgmae.checkpoints.download import writing
 from medgmae.checkpoints.hub import HUB_PREFIX
+from medgmae.checkpoints.json_files import parse_json
+from medgmae.checkpoints.paths import as_path
 from medgmae.checkpoints.refusals import check_names, push_errors
 from medgmae.checkpoints.settings import encoder_of
-from medgmae.checkpoints.sources import CONFIG_FILE, SUFFIXES, WEIGHTS_FILE
+from medgmae.checkpoints.sources import CONFIG_FILE, LOCAL_PREFIX, SUFFIXES, WEIGHTS_FILE
 from medgmae.checkpoints.wire import check_reachable
 from medgmae.models.parts import unwrap
 from medgmae.models.registry import model_builder
@@ -56,8 +60,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     model = unwrap(model)
     config = model_config(model)
     tensors = _tensors(model)
-    _check_rebuilds(config, model)
-    folder = Path(folder).expanduser()
+    _check_rebuilds(config, model, tensors)
+    folder = _place_of(folder)
     if folder.suffix in SUFFIXES:
         raise WeightsError(f"{folder}: a model is saved as a folder; leave out {folder.suffix!r}")
     with writing(folder, "choose another folder"):
@@ -67,6 +71,13 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             for file in (WEIGHTS_FILE, CONFIG_FILE, README_FILE):
                 os.replace(Path(name, file), folder / file)
     return folder
+
+
+def _place_of(folder: str | os.PathLike[str]) -> Path:
+    """The folder that is meant, also by the name under which it will be loaded."""
+    if isinstance(folder, str) and folder.startswith(HUB_PREFIX):
+        raise WeightsError(f"{folder}: a folder is expected; push_to_hub(model, 'org/repo') uploads a model")
+    return as_path(folder.removeprefix(LOCAL_PREFIX) if isinstance(folder, str) else folder)
 
 
 def push_to_hub(
@@ -148,18 +159,29 @@ def _labels(model: nn.Module) -> dict[str, str] | None:
     if names is None:
         return None
     classes = getattr(model, "num_classes", 0)
-    if isinstance(names, str) or len(names) != classes or not all(isinstance(name, str) for name in names):
-        raise WeightsError(f"model.label_names is {names!r}: expected {classes} names, one per class, or None")
+    if not isinstance(names, list | tuple) or len(names) != classes or not all(isinstance(name, str) for name in names):
+        raise WeightsError(
+            f"model.label_names is {names!r}: expected a list of {classes} names, one per class, or None"
+        )
     return {str(number): name for number, name in enumerate(names)}
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A dictionary as JSON gives it back."""
+    """A dictionary as JSON gives it back, by the rules that loading has."""
     try:
-        loaded: dict[str, Any] = json.loads(json.dumps(config, allow_nan=False))
+        text = json.dumps(config, allow_nan=False, default=_plain_number)
     except (TypeError, ValueError) as error:
         raise WeightsError(f"model.config does not fit into JSON: {error}; use numbers, text and lists") from error
-    return loaded
+    return parse_json(text, "model.config with the names of the classes and the weight card")
+
+
+def _plain_number(value: object) -> int | float:
+    """A number of numpy's as one of Python's."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def _recipe(model: nn.Module) -> Mapping[str, Any]:
@@ -274,7 +296,14 @@ def _origin(card: Mapping[str, Any] | None) -> dict[str, Any]:
 
     Without a card an empty object and not null: timm then says that it does not know the architecture.
     """
-    return {name: None if name in _SOURCES else value for name, value in (card or {}).items()}
+    if card is not None and not isinstance(card, Mapping):
+        raise WeightsError(
+            f"model.pretrained_cfg is a {type(card).__name__}, expected a weight card's dictionary or {{}}"
+        )
+    plain = {name: None if name in _SOURCES else value for name, value in (card or {}).items()}
+    if plain:
+        WeightCard.from_saved(_as_json(plain), "model.pretrained_cfg", __version__)  # or it could not be loaded again
+    return plain
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -295,7 +324,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
+def _check_rebuilds(config: Mapping[str, Any], model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raise unless ``config`` builds the model again: what was changed by hand would be lost."""
     if not hasattr(model, "options"):
         return  # a module of the caller's own
@@ -312,6 +341,7 @@ def _check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
             f"loaded again: {', '.join(changed[:6])} changed. Use create_model's options, reset_classifier, or "
             "set_input_size of the whole model instead of replacing parts, or save your own state_dict()"
         )
+    described_model(config, tensors, "the model")  # its bounds are those of loading
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

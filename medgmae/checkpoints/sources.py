@@ -14,6 +14,7 @@ from medgmae.checkpoints.download import Item, download
 from medgmae.checkpoints.hashes import HashMismatchError, verify
 from medgmae.checkpoints.hub import HUB_PREFIX, AbsentError, Fetching, HubFile, fetch_hub_file, fetch_hub_json
 from medgmae.checkpoints.json_files import read_json
+from medgmae.checkpoints.paths import as_path
 from medgmae.checkpoints.sharded import INDEX_SUFFIX, shard_names
 
 WEIGHTS_FILE = "model.safetensors"
@@ -75,7 +76,7 @@ def resolve(
         fetched = fetch(source, how)
         card = source if isinstance(source, WeightCard) else None
         return ResolvedSource(fetched.path, fetched.config, card, card.tag if card else str(source), fetched.fetched)
-    path = Path(source).expanduser()
+    path = as_path(source)
     fetched = FetchedFile(path) if path.is_file() else read_folder(path)
     return ResolvedSource(fetched.path, fetched.config, None, str(path))
 
@@ -84,14 +85,16 @@ def _parse_source(source: str, architecture: str | None) -> WeightCard | Path | 
     """A card, a path, or the unchanged hub address."""
     if source.startswith(HUB_PREFIX):
         return source
-    path = Path(source.removeprefix(LOCAL_PREFIX)).expanduser()
-    if source.startswith(LOCAL_PREFIX) or os.sep in source or path.name.endswith((*SUFFIXES, INDEX_SUFFIX)):
-        return path
+    if source.startswith(LOCAL_PREFIX) or not source or "\0" in source or "://" in source:
+        return as_path(source.removeprefix(LOCAL_PREFIX))
+    path = Path(source)
+    if os.sep in source or source.startswith("~") or path.name.endswith((*SUFFIXES, INDEX_SUFFIX)):
+        return as_path(source)
     # A tag wins over a file that happens to have its name: what "tangerine" means must not depend on the folder.
     try:
         return weight_card(source, architecture)
     except WeightsError as error:
-        if path.exists():
+        if os.path.exists(source):
             return path
         raise WeightsError(f"{error}. There is no file or folder of that name either") from None
 
@@ -204,7 +207,8 @@ def read_folder(folder: Path) -> FetchedFile:
         WeightsError: no such folder, no ``model.safetensors`` in it, or ``config.json`` is not readable.
     """
     if not folder.is_dir():
-        raise WeightsError(f"{folder}: no such file or folder")
+        special = folder.exists()
+        raise WeightsError(f"{folder}: " + ("neither a file nor a folder" if special else "no such file or folder"))
     config = folder / CONFIG_FILE
     weights = next((folder / name for name in (WEIGHTS_FILE, INDEX_FILE) if (folder / name).is_file()), None)
     if weights is None:

@@ -33,6 +33,12 @@ def check_names(names: Iterable[object], origin: str) -> None:
         kind = getattr(odd, "kind", type(odd).__name__)
         raise WeightsError(f"{origin}: the name of a weight is of type {kind}, expected text; fetch the file again")
     long = next((name for name in names if isinstance(name, str) and len(name) > MAX_NAME), None)
+    odd = next((name for name in names if not name or not str(name).isprintable()), None)
+    if odd is not None:
+        raise WeightsError(
+            f"{origin}: the name of a weight is {odd!r}, expected text that can be printed; no module has such a name, "
+            "so the file is damaged or meant to deceive"
+        )
     if long is not None:
         raise WeightsError(
             f"{origin}: the name of a weight has {len(long)} characters, expected {MAX_NAME} at most; rename it"

@@ -17,6 +17,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
+        if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+            raise ValueError(f"num_heads must be a whole number from 1, got {num_heads!r}")
         if dim % num_heads:
             raise ValueError(f"embed_dim (={dim}) must be divisible by num_heads (={num_heads})")
         self.num_heads = num_heads
@@ -65,6 +67,7 @@ class Block(nn.Module):
         self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, norm_eps: float = 1e-6
     ) -> None:
         super().__init__()
+        check_eps(norm_eps)
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
@@ -75,6 +78,12 @@ class Block(nn.Module):
         """(B, N, E) to (B, N, E)."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+
+
+def check_eps(eps: float) -> None:
+    """Raise ValueError unless this can be the epsilon of a norm."""
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < 1:
+        raise ValueError(f"norm_eps must be a small number from 0, got {eps!r}")
 
 
 def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

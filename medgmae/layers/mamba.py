@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medgmae.layers.blocks import DropPath, initialize
+from medgmae.layers.blocks import DropPath, check_eps, initialize
 from medgmae.layers.patches import Shape
 from medgmae.layers.rope import Rope, Rotary, rotate, widened
 from medgmae.ops import causal_conv1d, selective_scan
@@ -25,6 +25,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
+        check_eps(eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 

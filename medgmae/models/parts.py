@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -119,6 +119,6 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
     Raises:
         ValueError: a rate that is not between 0 and 1.
     """
-    if not isinstance(last, (int, float)) or not 0 <= last <= 1:
+    if not isinstance(last, Real) or not 0 <= last <= 1:
         raise ValueError(f"drop_path_rate must be between 0 and 1, got {last!r}")
     return [last * i / max(depth - 1, 1) for i in range(depth)]

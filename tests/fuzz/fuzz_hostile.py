@@ -31,7 +31,7 @@ from typing import Any
 import checkout  # noqa: F401 - sets the path and the number of threads
 import torch
 from hostile_pickles import hostile_value, inject
-from hostile_states import TENSORS, hostile_config, with_metadata
+from hostile_states import NAMES, TENSORS, hostile_config, hostile_header, with_metadata
 from small_models import randomize, state_copy
 
 import medgmae
@@ -87,12 +87,21 @@ class Cases:
     def tensors(self, rng: random.Random, path: Path) -> str:
         """One tensor of another kind; names that share memory; a state in memory that lives in the model."""
         state, name = dict(self.state), rng.choice(list(self.state))
-        kind = rng.choice([*TENSORS, "shared", "own memory"])
+        kind = rng.choice([*TENSORS, "shared", "own memory", "header", "name", "long patch"])
+        if kind == "header":
+            path = path.with_suffix(".safetensors")
+            path.write_bytes(hostile_header((self.saved["vit"] / "model.safetensors").read_bytes(), rng))
+            return f"{kind}: {self._load(path, rng, {})}"
         if kind == "own memory":
             return f"{kind}: {self._own_memory(rng)}"
         if kind == "shared":
             alike = [other for other in state if state[other].shape == state[name].shape]
             state[name] = state[rng.choice(alike)]
+        elif kind == "name":
+            state[rng.choice(NAMES)] = torch.ones(2)
+        elif kind == "long patch":  # to resize it by a matrix would take gigabytes
+            name = "patch_embed.proj.weight"
+            state[name] = torch.zeros(len(state[name]), 1, rng.choice([600, 50_000]), 1, 1)
         else:
             try:
                 state[name] = TENSORS[kind](state[name], rng)
@@ -181,6 +190,8 @@ class Cases:
 
 
 def _check_message(error: Exception) -> None:
+    if not all(char.isprintable() or char == "\n" for char in str(error)):
+        raise Finding("a message that steers a terminal")
     if not 10 < len(str(error)) < 20_000:
         raise Finding(f"a message of {len(str(error))} characters")
 

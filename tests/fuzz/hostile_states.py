@@ -53,6 +53,9 @@ TENSORS: dict[str, Callable[[Tensor, random.Random], Any]] = {
     "list": lambda value, rng: value.flatten().tolist(),
 }
 
+# Names of one more tensor: what steers a terminal, cannot be seen, or looks like an address of something else.
+NAMES = ("norm.\x1b[2J", "norm.\u202eweight", "norm.weight\0", "blocks.0.x\nfine", "", "..", "reg_token\r", "a" * 600)
+
 NUMBERS: tuple[Any, ...] = (
     *(0, -1, 1, 2, 3, 7, 1e6, 1e30, 10**6, 3 * 10**7, 2**31, 2**62, 2**63, 2**64, 10**400, 0.5, -0.5, 1e-320, 1e308),
     *(
@@ -151,6 +154,20 @@ def hostile_config(config: dict[str, Any], rng: random.Random) -> bytes:
             text[:-1].encode() + b', "x": ' + b"[" * deep + b"]" * deep + b"}",
         ]
     )
+
+
+def hostile_header(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file whose header names two tensors twice, swapped, or is padded out of measure."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header, values = data[8 : 8 + length].rstrip(), data[8 + length :]
+    if rng.random() < 0.5:
+        header = header.ljust(rng.choice([9 << 20, 60 << 20]))
+    else:
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        one, two = rng.sample(list(entries), 2)
+        swapped = json.dumps({one: entries[two], two: entries[one]}).encode()
+        header = header[:-1] + b", " + swapped[1:]
+    return struct.pack("<Q", len(header)) + header + values
 
 
 def with_metadata(data: bytes, text: bytes) -> bytes:

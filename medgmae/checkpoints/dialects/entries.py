@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -227,6 +228,24 @@ class File:
         )
 
 
+def grid_argument(grid: Sequence[int] | None) -> Shape | None:
+    """A patch grid as a caller passes it, in plain whole numbers.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if grid is None:
+        return None
+    try:
+        sizes = tuple(operator.index(size) for size in grid)
+        valid = len(sizes) in (2, 3) and min(sizes) > 0 and not any(isinstance(size, bool) for size in grid)
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"source_grid must be patches per axis, such as (6, 6, 6), got {grid!r}")
+    return sizes
+
+
 def split_place(place: str) -> tuple[Part, str]:
     """ "encoder.norm.weight" as ("encoder", "norm.weight")."""
     part, _, name = place.partition(".")
@@ -276,6 +295,11 @@ def table_grid(file: File, table: Tensor, dims: int, class_row: bool) -> tuple[S
     """
     rows, asked = table.shape[1], file.source_grid
     choices = [(rows - has_row, has_row) for has_row in sorted({class_row, False}, reverse=True)]
+    if asked is not None and len(asked) != dims:
+        raise WeightsError(
+            f"{file.origin}: source_grid={asked} has {len(asked)} axes, the file's patches have {dims}; pass the grid "
+            "that the file was trained with"
+        )
     if asked is not None:
         grids = {(tuple(asked), has_row) for n, has_row in choices if math.prod(asked) == n}
     else:
