@@ -10,7 +10,7 @@ Faults are asked for by path: ``hub.cut[path] = 1000`` ends the next body after 
 0]`` resets the connection after as many bytes of the next bodies, ``hub.status[path] = [503]`` answers the next request
 so (or with headers and a body: ``[(429, {"Retry-After": "1"}, b"...")]``), ``hub.headers[path]`` replaces headers,
 ``hub.announce[path]`` is a length that is not true, ``hub.corrupt`` has the paths whose bodies are changed at equal
-length.
+length. What is planned for a file of a branch is also for that file of the branch's commit.
 """
 
 from __future__ import annotations
@@ -164,10 +164,13 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.log.append((method, path, self.headers.get("Range")))
         self.hub.on_request(path, self.headers)
+        path = self._planned_name(path)
         planned = self.hub.status.get(path)
         if planned:
             plan = planned.pop(0)
-            status, headers, content = (*plan, {}, b"")[:3] if isinstance(plan, tuple) else (plan, {}, b"")
+            status, headers, content = (
+                (*plan, *({}, b"")[len(plan) - 1 :]) if isinstance(plan, tuple) else (plan, {}, b"")
+            )
             return self._send(status, content, headers)
         if path in self.hub.files:
             return self._content(method, path, self.hub.files[path], {"ETag": '"file"'})
@@ -178,6 +181,16 @@ class _Handler(BaseHTTPRequestHandler):
                     return self._send(401)
                 return action(self, method, match, body)
         self._send(404)
+
+    def _planned_name(self, path: str) -> str:
+        """A file of a commit has the faults that are planned for the branch, unless it has its own."""
+        match = re.fullmatch(_FILE, path)
+        plans = (self.hub.cut, self.hub.announce, self.hub.resets, self.hub.headers, self.hub.status, self.hub.corrupt)
+        if match is None or any(path in plan for plan in plans):
+            return path
+        refs = self.hub.repos[match["repo"]].refs if match["repo"] in self.hub.repos else {}
+        branch = next((name for name, commit in refs.items() if commit == match["rev"]), match["rev"])
+        return f"/{match['repo']}/resolve/{branch}/{match['file']}"
 
     def _may_write(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
@@ -371,8 +384,9 @@ def etag(name: str, content: bytes) -> str:
 
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
+_FILE = rf"/{_REPO}/resolve/(?P<rev>[^/]+)/(?P<file>.+)"
 _ROUTES: list[tuple[str, str, Any]] = [
-    ("GET", rf"/{_REPO}/resolve/(?P<rev>[^/]+)/(?P<file>.+)", _Handler.resolve),
+    ("GET", _FILE, _Handler.resolve),
     ("GET", rf"/api/models/{_REPO}(/revision/(?P<rev>.+))?", _Handler.info),
     ("POST", r"/api/repos/create", _Handler.create_repo),
     ("POST", r"/api/validate-yaml", _Handler.validate_yaml),

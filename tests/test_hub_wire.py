@@ -95,11 +95,11 @@ def test_redirects_from_https_to_http(tmp_path: Path) -> None:
     both.write_text(certificate.read_text() + (tmp_path / "key.pem").read_text())
     with HubServer() as plain, HubServer(both) as hub:
         plain.files["/big.pth"] = hub.files["/safe.pth"] = WEIGHTS
-        commit = hub.add("lab/net", FILES)
-        hub.add("lab/store", FILES)
+        hub.add("lab/net", FILES)
+        stored = hub.add("lab/store", FILES)
         hub.status["/big.pth"] = [(302, {"Location": f"{plain.url}/big.pth"})]
         hub.status["/lab/net/resolve/main/model.safetensors"] = [(307, {"Location": f"{plain.url}/big.pth"})]
-        headers = {"X-Repo-Commit": commit, "X-Linked-Etag": f'"{hashlib.sha256(WEIGHTS).hexdigest()}"'}
+        headers = {"X-Repo-Commit": stored, "X-Linked-Etag": f'"{hashlib.sha256(WEIGHTS).hexdigest()}"'}
         store = (302, {**headers, "X-Linked-Size": "300000", "Location": f"{plain.url}/big.pth"})
         hub.status["/lab/store/resolve/main/model.safetensors"] = [store, store]
         code = f"""

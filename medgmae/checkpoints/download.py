@@ -8,16 +8,18 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from medgmae.checkpoints import wire
 from medgmae.checkpoints.cards import WeightsError
 from medgmae.checkpoints.hashes import Digests, HashMismatchError, check_hashes, discard, remember, verify
 from medgmae.checkpoints.json_files import refuse_folder
-from medgmae.checkpoints.wire import Attempts, Interrupted, answer
+from medgmae.checkpoints.wire import Attempts, Interrupted, answer, shown
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _MOVE = "set HF_HOME, or pass cache_dir=, to a folder with room that you may write to"
@@ -194,7 +196,7 @@ def _stream_all(item: Item, progress: bool) -> None:
                 return _stream(item, bar, attempts)
             except Interrupted as failure:
                 kept = _length(part)
-                progressed, most = kept > most, max(kept, most)
+                progressed, most = kept - most >= wire.LEAST, max(kept, most)
                 try:
                     attempts.failed(Interrupted(str(failure), progress=progressed, wait=failure.wait))
                 except WeightsError as error:
@@ -240,14 +242,22 @@ def _stream(item: Item, bar: Any, attempts: Attempts) -> None:
 def _append(item: Item, response: Any, have: int, bar: Any) -> None:
     part = item.unfinished
     if response.status_code not in (200, 206):
-        raise WeightsError(f"{item.url}: the server answers {response.status_code} {response.reason_phrase}, no file")
+        raise WeightsError(
+            f"{item.url}: the server answers {response.status_code} {response.reason_phrase}, no file; call again later"
+        )
+    coding = response.headers.get("Content-Encoding", "identity")
+    if coding != "identity":
+        raise WeightsError(
+            f"{item.url}: the server sends it compressed ({shown(coding)}), which was not asked for; check whether a "
+            "proxy answers in its place, or fetch the file by hand and load it by its path"
+        )
     start = have if response.status_code == 206 else 0  # a server that ignores ranges sends everything
     length = response.headers.get("Content-Length", "")
     end = start + int(length) if length else item.size
-    if start:
-        place = re.match(rf"bytes {start}-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+    if response.status_code == 206:
+        place = re.fullmatch(rf"bytes {start}-[0-9]+/([0-9]{{1,18}}|\*)", response.headers.get("Content-Range", ""))
         if place is None:
-            part.unlink()
+            part.unlink(missing_ok=True)
             raise Interrupted("the server continues at another place than it was asked to")
         end = int(place[1]) if place[1] != "*" else end
     if item.size is not None and end != item.size:
@@ -255,7 +265,7 @@ def _append(item: Item, response: Any, have: int, bar: Any) -> None:
     bar.total, bar.n = end, start
     _check_space(part.parent, end - start if end else 0)
     with _opened(part, "ab" if start else "wb") as stream:
-        for chunk in response.iter_raw():
+        for chunk in _in_time(response):
             with writing(part.parent):
                 _write(stream, chunk)
             bar.update(len(chunk))
@@ -266,6 +276,18 @@ def _append(item: Item, response: Any, have: int, bar: Any) -> None:
             os.fsync(stream.fileno())
     if end is not None and _length(part) < end:
         raise Interrupted(f"the connection ended at byte {_length(part)} of {end}")
+
+
+def _in_time(response: Any) -> Iterator[bytes]:
+    """The bytes of an answer, while enough of them come: the time limit of a read begins again with each."""
+    since, few = time.monotonic(), 0
+    for chunk in response.iter_raw():
+        yield chunk
+        few += len(chunk)
+        if few >= wire.LEAST:
+            since, few = time.monotonic(), 0
+        elif time.monotonic() - since > wire.TIMEOUT:
+            raise Interrupted(f"the server sends fewer than {wire.LEAST} bytes in {wire.TIMEOUT:.0f} seconds")
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -6,6 +6,7 @@ client trusts names and hashes that a server sends, and does not go on where a c
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -115,6 +116,13 @@ class Announced:
     etag: str
     size: int | None
 
+    def content(self, file: str) -> str:
+        """The content's name in the cache, which a hash may be alone; other ETags repeat over files and commits."""
+        if announced_digests(self.etag):
+            return self.etag
+        place = hashlib.sha256(f"{self.commit}/{file}".encode()).hexdigest()[:16]
+        return f"{self.etag[:100]}-{place}"
+
 
 def fetch_hub_file(wanted: HubFile, how: Fetching, digests: Digests | None = None) -> Path:
     """Bring one file to the cache, or find it there, and verify it.
@@ -139,7 +147,7 @@ def fetch_hub_file(wanted: HubFile, how: Fetching, digests: Digests | None = Non
             return _verified(wanted, path, known, how)
         pinned_or_offline = constants.HF_HUB_OFFLINE or _COMMIT.fullmatch(wanted.revision)
         if pinned_or_offline and not how.force_download and wanted.absent(how, commit).is_file():
-            raise _absent(wanted)
+            raise _absent(wanted, " (noted in the cache; force_download=True asks again)")
         try:
             announced = _announce(wanted, how, Attempts(1 if path else None))
         except (AbsentError, RevisionNotFoundError):
@@ -239,19 +247,18 @@ def _parse_announced(wanted: HubFile, headers: Any) -> Announced:
     if _COMMIT.fullmatch(wanted.revision) and commit != wanted.revision:
         raise WeightsError(f"{wanted}: the server answers with another commit, {commit}; check HF_ENDPOINT")
     size = headers.get("X-Linked-Size") or ("" if "Location" in headers else headers.get("Content-Length", ""))
-    return Announced(commit, etag, int(size) if size.isdecimal() else None)
+    return Announced(commit, etag, int(size) if re.fullmatch("[0-9]{1,18}", size) else None)
 
 
 def _says_absent(error: Any) -> bool:
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    plain = error.response.status_code == 404 and "X-Error-Code" not in error.response.headers
-    return plain or isinstance(error, RemoteEntryNotFoundError)
+    return isinstance(error, RemoteEntryNotFoundError)  # a bare 404 may be a proxy's, or another server's
 
 
-def _absent(wanted: HubFile) -> AbsentError:
+def _absent(wanted: HubFile, noted: str = "") -> AbsentError:
     remedy = "name another file as 'hf-hub:org/repo@revision:file'"
-    return AbsentError(f"{wanted}: the repository has no such file; {remedy}")
+    return AbsentError(f"{wanted}: the repository has no such file{noted}; {remedy}")
 
 
 def _note_absent(wanted: HubFile, commit: str, how: Fetching) -> None:
@@ -279,12 +286,13 @@ def _bring(wanted: HubFile, announced: Announced, digests: Digests, how: Fetchin
     from huggingface_hub.file_download import are_symlinks_supported
 
     folder = wanted.folder(how)
-    blob, path = folder / "blobs" / announced.etag, folder / "snapshots" / announced.commit / wanted.file
+    blob = folder / "blobs" / announced.content(wanted.file)
+    path = folder / "snapshots" / announced.commit / wanted.file
     refuse_folder(path)
     refuse_folder(blob)
     linked = are_symlinks_supported(how.hub_cache)
     item = Item(
-        url=hf_hub_url(wanted.repo, wanted.file, revision=wanted.revision),
+        url=hf_hub_url(wanted.repo, wanted.file, revision=announced.commit),  # the branch may have moved on since
         target=blob if linked else path,
         digests=digests,
         size=announced.size,

@@ -35,8 +35,9 @@ def hub_errors(what: str) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise WeightsError(f"{what}: not the name of a repository ({first_line(error)}); expected org/name") from error
     except errors.HfHubHTTPError as error:
-        remedy = f"; {_LOGIN}" if error.response.status_code in (401, 403) else ""
-        raise WeightsError(f"{what}: {constants.ENDPOINT} does not serve it ({first_line(error)}){remedy}") from error
+        remedy = _LOGIN if error.response.status_code in (401, 403) else "call again later; if it stays so, check "
+        remedy += "" if remedy == _LOGIN else "HF_ENDPOINT, and whether a proxy answers in its place"
+        raise WeightsError(f"{what}: {constants.ENDPOINT} does not serve it ({_said(error)}); {remedy}") from error
     except errors.OfflineModeIsEnabled as error:
         raise WeightsError(f"{what}: HF_HUB_OFFLINE is set; unset it and call again") from error
     except errors.LocalTokenNotFoundError as error:
@@ -114,6 +115,12 @@ def check_names(what: str, repo: str, names: Mapping[str, str], token: str | boo
             raise WeightsError(f"{what}: {name!r} is not the name of a {kind} in a repository")
     if isinstance(token, str) and not (token.isascii() and token.isprintable()):
         raise WeightsError(f"{what}: token= holds characters that no hub token has; copy it again")
+
+
+def _said(error: Any) -> str:
+    """The status of a refusal, and what the server says of it."""
+    status = f"{error.response.status_code} {error.response.reason_phrase}".strip()
+    return f"{status}: {' '.join(error.server_message.split())}" if error.server_message else status
 
 
 def first_line(error: BaseException) -> str:

@@ -49,24 +49,25 @@ def weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def shard_names(index: Path) -> list[str]:
+def shard_names(index: Path, remedy: str = "") -> list[str]:
     """The files that an index names.
 
     Raises:
-        WeightsError: the index is damaged, or names something else than files beside it.
+        WeightsError: the index is damaged, or names something else than files beside it; the message ends with
+            ``remedy``.
     """
-    names = sorted(set(_weight_map(index).values()))
+    names = sorted(set(_weight_map(index, remedy).values()))
     for name in names:
         if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name or not name.isprintable():
-            raise WeightsError(f"{index}: names {name!r}, expected safetensors files beside the index")
+            raise WeightsError(f"{index}: names {name[:200]!r}, expected safetensors files beside the index{remedy}")
     if len(names) > _MOST_SHARDS:
-        raise WeightsError(f"{index}: names {len(names)} files, at most {_MOST_SHARDS} are read")
+        raise WeightsError(f"{index}: names {len(names)} files, at most {_MOST_SHARDS} are read{remedy}")
     return names
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    places: Any = read_json(index, longest=_LONGEST).get("weight_map")
+def _weight_map(index: Path, remedy: str = "") -> dict[str, str]:
+    places: Any = read_json(index, remedy, _LONGEST).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise WeightsError(f"{index}: expected a 'weight_map' of tensors to files")
+        raise WeightsError(f"{index}: expected a 'weight_map' of tensors to files{remedy}")
     check_names(places, str(index))
     return places

@@ -22,6 +22,7 @@ INDEX_FILE = f"model{INDEX_SUFFIX}"
 CONFIG_FILE = "config.json"
 LOCAL_PREFIX = "local-dir:"
 
+AGAIN = "if the download was damaged, force_download=True fetches it again"
 _HUB_SOURCE = re.compile(r"(?P<repo>[^@:\s]+)(@(?P<revision>[^:\s]+))?(:(?P<file>\S+))?")
 SUFFIXES = {".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin"}
 
@@ -195,7 +196,7 @@ def _fetch_repository(source: str, how: Fetching) -> FetchedFile:
     edition = replace(wanted, revision=path.parents[wanted.file.count("/")].name)
     if path.name.endswith(INDEX_SUFFIX):
         folder = wanted.file.removesuffix(path.name)
-        for name in shard_names(path):
+        for name in shard_names(path, f"; {AGAIN}"):
             fetch_hub_file(replace(edition, file=folder + name), how)
     return FetchedFile(path, fetch_hub_json(replace(edition, file=CONFIG_FILE), how), fetched=True)
 

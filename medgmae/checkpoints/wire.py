@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import email.utils
+import json
 import logging
 import socket
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
+from datetime import timezone
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -22,7 +24,9 @@ TIMEOUT = 30.0  # seconds without a byte from a host that has answered before
 ATTEMPTS = 5  # without progress
 BACKOFF = 1.0  # seconds before the second attempt; doubles with each one after it
 LONGEST_WAIT = 120.0  # seconds of a Retry-After that are waited for
+LEAST = 1000  # bytes that are progress, and that must come within TIMEOUT
 _REDIRECTS = 10
+_MOST_TOLD = 1 << 16  # bytes of the body of a refusal
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 
 _log = logging.getLogger("medgmae")
@@ -101,13 +105,13 @@ def answer(method: str, url: str, headers: Mapping[str, str], attempts: Attempts
         try:
             _check_name(url)
             options: dict[str, Any] = {"headers": headers, "timeout": attempts.timeout(), "follow_redirects": False}
-            with client.get_session().stream(method, url, **options) as response:
+            with closing(_sent(method, url, **options)) as response:
                 attempts.answered = True
                 if response.status_code in _AGAIN:
                     status = f"{response.status_code} {response.reason_phrase}"
                     raise Interrupted(f"the server answers {status}", wait=_retry_after(response))
                 if not response.has_redirect_location or (method == "HEAD" and "X-Linked-Etag" in response.headers):
-                    client.hf_raise_for_status(response)
+                    _raise_refusal(response)
                     yield response
                     return
                 target = urljoin(url, response.headers["Location"])
@@ -116,12 +120,14 @@ def answer(method: str, url: str, headers: Mapping[str, str], attempts: Attempts
         except (httpx.TransportError, httpx.StreamError) as error:
             raise Interrupted(_network_message(error)) from error
         except (httpx.InvalidURL, ValueError) as error:
-            raise WeightsError(f"{url}: cannot be asked for ({error})") from error
+            raise WeightsError(f"{shown(url)}: cannot be asked for ({str(error)[:200]}); check the address") from error
         _check_redirect(url, target)
         if urlsplit(url)[:2] != urlsplit(target)[:2]:
             headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
         url = target
-    raise WeightsError(f"{url}: more than {_REDIRECTS} redirects, one after the other")
+    raise WeightsError(
+        f"{shown(url)}: more than {_REDIRECTS} redirects, one after the other; check whether a proxy answers for it"
+    )
 
 
 def check_reachable(url: str, what: str) -> None:
@@ -153,12 +159,90 @@ def _scale() -> float:
     return max(1.0, constants.HF_HUB_ETAG_TIMEOUT / constants.DEFAULT_ETAG_TIMEOUT)
 
 
+def shown(text: str) -> str:
+    """What a server says, for a message: short, and nothing that a terminal obeys."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _sent(method: str, url: str, **options: Any) -> Any:
+    """Send a request; the answer, when its headers are there.
+
+    The time limits of the HTTP library begin again with each byte. A thread bounds them all together.
+    """
+    session, limits = _client().get_session(), options["timeout"]
+    outcome: list[Any] = []
+    given_up = threading.Event()
+
+    def send() -> None:
+        try:
+            follow = options.pop("follow_redirects")
+            response = session.send(session.build_request(method, url, **options), stream=True, follow_redirects=follow)
+        except BaseException as error:
+            outcome.append(error)
+            return
+        outcome.append(response)
+        if given_up.is_set():
+            response.close()
+
+    seconds = limits.connect + limits.read
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        given_up.set()
+        raise Interrupted(f"the server did not finish the headers of its answer within {seconds:.0f} seconds")
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _raise_refusal(response: Any) -> None:
+    """Let the hub's client say what a refusal means.
+
+    It expects JSON of one form, and reads bodies of any length, compressed ones too: so it gets what we have read.
+    """
+    client, status = _client(), response.status_code
+    if 300 <= status < 400 and not response.has_redirect_location:
+        said = f"the server answers {status} {response.reason_phrase}, no file"
+        raise WeightsError(f"{shown(str(response.url))}: {said}; check whether a proxy answers in its place")
+    if status < 400:
+        return
+    names = ("X-Error-Code", "X-Error-Message", "X-Repo-Commit", "X-Request-Id", "Content-Range")
+    headers = {name: shown(response.headers[name]).encode() for name in names if name in response.headers}
+    body = {"error": _told(response) or None}
+    client.hf_raise_for_status(client.httpx.Response(status, headers=headers, json=body, request=response.request))
+
+
+def _told(response: Any) -> str:
+    """What the body of a refusal says, if it says it briefly."""
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        return ""
+    text, end = b"", time.monotonic() + ANSWER
+    with suppress(_client().httpx.TransportError, _client().httpx.StreamError):
+        for chunk in response.iter_raw():
+            text += chunk
+            if len(text) > _MOST_TOLD or time.monotonic() > end:
+                break
+    if len(text) > _MOST_TOLD:
+        return ""
+    if "json" not in response.headers.get("Content-Type", ""):
+        return shown(text.decode("ascii", "replace").strip()) if text and b"<" not in text else ""
+    with suppress(ValueError, RecursionError):
+        said = json.loads(text)
+        errors = said.get("errors") if isinstance(said, dict) else None
+        found = [said.get("error")] if isinstance(said, dict) else []
+        found += [item.get("message") for item in errors if isinstance(item, dict)] if isinstance(errors, list) else []
+        return shown("; ".join(item for item in found if isinstance(item, str)))
+    return ""
+
+
 def _check_redirect(url: str, target: str) -> None:
     before, after = urlsplit(url).scheme, urlsplit(target).scheme
     if after not in ("http", "https") or (before == "https" and after == "http"):
         raise WeightsError(
-            f"{url}: the server redirects from {before} to {after} ({target}), which is not followed; "
-            "fetch the file by hand if you trust it, and load it by its path"
+            f"{shown(url)}: the server redirects from {before} to {after[:20]} ({shown(target)}), which is not followed"
+            "; fetch the file by hand if you trust it, and load it by its path"
         )
 
 
@@ -189,7 +273,7 @@ def _network_message(error: Exception) -> str:
     if "Timeout" in name:
         return "the server fell silent (timed out)"
     text = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"the connection failed ({text or name})"
+    return f"the connection failed ({shown(text) or name})"
 
 
 def _retry_after(response: Any) -> float | None:
@@ -198,6 +282,8 @@ def _retry_after(response: Any) -> float | None:
     if text.isdecimal() and text.isascii():
         return float(text[:12])
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+        date = email.utils.parsedate_to_datetime(text)
+        date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)  # HTTP knows no other
+        return max(0.0, date.timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
         return None
