@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -41,6 +41,9 @@ class UNETR(Model):
         ValueError: an encoder that normalises the pooled vector, taps that do not exist or are not as many as the
             decoder reads, an axis that does not exist.
     """
+
+    TASK: ClassVar[str] = "image-segmentation"
+    """What the model does, as the Hugging Face hub calls it."""
 
     decoder: UNETRDecoder
 
@@ -175,7 +178,7 @@ def unetr_vit(
         num_classes: see :class:`UNETR`; likewise ``feature_size``, ``taps``, ``pooled`` and ``slice_axis``.
         **encoder_options: what :class:`~medgmae.ViT` takes; positions are learned by default.
     """
-    defaults = {"pos_embed": "learned", "fc_norm": False, "num_classes": 0}
+    defaults = {"pos_embed": "learned", "global_pool": "avg", "fc_norm": False}
     encoder = ViT(**{**defaults, **encoder_options})
     return UNETR(encoder, num_classes, feature_size, taps, pooled=pooled, slice_axis=slice_axis)
 
