@@ -119,7 +119,7 @@ class UNETRDecoder(Part, Readable):
         x = last
         if self.pooled:
             pool = F.avg_pool3d if last.dim() == 5 else F.avg_pool2d
-            x = pool(last, 3, stride=2, padding=1)
+            x = pool(F.pad(last, (1, 1) * (last.dim() - 2)), 3, stride=2)  # whose own padding refuses thin maps
         # Each skip connection is made where it is needed, so that no two fine ones are held at once.
         for level in reversed(range(len(self.stages))):
             path, source = (self.skips[level - 1], taps[level - 1]) if level else (self.stem, image)
