@@ -147,6 +147,16 @@ def test_a_scan_that_changes_or_vanishes_meanwhile(tmp_path: Path, model: str) -
     assert "Traceback" not in done.stderr
 
 
+def test_a_scan_for_which_the_memory_is_too_small_is_left_out(tmp_path: Path, model: str) -> None:
+    for i in range(3):
+        small_scan(tmp_path / f"scans/{i}.nii", i)
+    action = "import torch; torch.empty(1 << 60, dtype=torch.uint8)"
+    done = happening(2, action, "features", tmp_path / "scans", "--model", model, "--out", tmp_path / "f.csv")
+    assert done.returncode == 1
+    assert "2 of 3 scans" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 def test_a_data_file_that_has_changed_is_read_again(tmp_path: Path, model: str) -> None:
     header = "NDims = 3\nDimSize = 8 8 8\nElementSpacing = 1 1 1\nElementType = MET_UCHAR\nElementDataFile = {}.raw\n"
     (tmp_path / "scans").mkdir()
