@@ -41,7 +41,9 @@ def is_reported(error: Exception) -> bool:
 
     # VolumeError is a ValueError.
     kinds = (medgmae.WeightsError, ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError)
-    return isinstance(error, kinds) and not click.get_current_context().find_root().params.get("debug")
+    # what torch raises where a machine has no more memory has no class of its own
+    reported = isinstance(error, kinds) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    return reported and not click.get_current_context().find_root().params.get("debug")
 
 
 class NotRecognisedError(click.ClickException):

@@ -14,7 +14,7 @@ import click
 import medgmae
 from medgmae.cli.common import echo_json, echo_table, is_reported, reports_errors
 from medgmae.cli.files import keep_inputs, refuse_existing
-from medgmae.cli.journal import Journal, journal_of, weights_digest
+from medgmae.cli.journal import Journal, journal_of, state_of, weights_digest
 from medgmae.cli.manifest import read_manifest
 from medgmae.cli.names import shown
 from medgmae.cli.options import (
@@ -217,7 +217,10 @@ class _Run:
                 try:
                     facts = before.get(scan.name)
                     if facts is None:
+                        state = state_of(scan)
                         facts, tensors = self._extract(scan)
+                        if state_of(scan) != state:
+                            raise OSError(f"{scan.path} was changed while it was read; expected it to stay as it is")
                 except Exception as error:
                     if not is_reported(error):
                         raise
@@ -227,7 +230,7 @@ class _Run:
                         click.echo(f"Error: {listing.errors[-1]['error']}", err=True)
                 else:
                     if scan.name not in before:
-                        journal.put(scan, facts, tensors)
+                        journal.put(scan, state, facts, tensors)
                     self.done[scan.name] = {**scan.described, **facts}
                 bar.update()
 
@@ -239,7 +242,9 @@ class _Run:
         block = self.preprocessing.input
         of_series = scan.series is not None
         given: Any = (
-            medgmae.read_volume(scan.path, series=scan.series, channels=block["channels"]) if of_series else scan.path
+            medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=block["channels"])
+            if of_series
+            else scan.path
         )
         features = medgmae.extract_features(
             self.model,

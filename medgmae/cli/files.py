@@ -37,7 +37,7 @@ def keep_inputs(inputs: Sequence[Path], outputs: Sequence[Path | None]) -> None:
     """Raise a usage error where an output is one of the inputs, which --overwrite must not replace."""
     for output in outputs:
         for one in inputs:
-            if output is not None and output.exists() and one.exists() and output.samefile(one):
+            if output is not None and os.path.exists(output) and os.path.exists(one) and output.samefile(one):
                 raise click.UsageError(f"{shown(output)} is an input; choose another name for the output")
 
 

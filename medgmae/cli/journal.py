@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import medgmae
 from medgmae.cli.files import locked
 from medgmae.cli.names import shown
 from medgmae.cli.scans import Scan
@@ -44,7 +45,7 @@ class Journal:
         text = json.dumps(description, indent=2, sort_keys=True)
         run = self.folder / _RUN
         others = [path for path in self.folder.iterdir() if path.name not in (_RUN, _LOCK)]
-        if others and (not run.exists() or run.read_text() != text):
+        if others and (not run.exists() or run.read_bytes() != text.encode()):
             if not overwrite or not run.exists():
                 raise click.UsageError(
                     f"{shown(self.folder)} holds results of another run ({len(others)} file(s): other weights, options "
@@ -63,7 +64,7 @@ class Journal:
         try:
             with safe_open(self._file(scan), "pt") as file:
                 kept = json.loads(file.metadata()["medgmae"])
-                return kept["facts"] if kept["state"] == _state(scan.path) else None
+                return kept["facts"] if kept["state"] == state_of(scan) else None
         except (OSError, SafetensorError, ValueError, TypeError, KeyError):  # none, or cut off with the machine's power
             return None
 
@@ -73,11 +74,11 @@ class Journal:
 
         return dict(sorted(load_file(self._file(scan)).items()))
 
-    def put(self, scan: Scan, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Keep what came of a scan; it is on disk when this returns."""
+    def put(self, scan: Scan, state: list[int], facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Keep what came of a scan, whose state was that before it was read; it is on disk when this returns."""
         from safetensors.torch import save
 
-        kept = json.dumps({"facts": facts, "state": _state(scan.path)})
+        kept = json.dumps({"facts": facts, "state": state})
         contiguous = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
         _write(self._file(scan), save(contiguous, {"medgmae": kept}))
 
@@ -125,10 +126,13 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def _state(path: Path) -> list[int]:
+def state_of(scan: Scan) -> list[int]:
     """What changes when a scan is replaced: number, bytes and latest time of its files."""
-    files = [file.stat() for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
-    return [len(files), sum(file.st_size for file in files), max((file.st_mtime_ns for file in files), default=0)]
+    files = scan.files
+    if files is None:
+        files = tuple(scan.path.rglob("*") if scan.path.is_dir() else medgmae.data.files_of(scan.path))
+    states = [file.stat() for file in files if file.is_file()]
+    return [len(states), sum(one.st_size for one in states), max((one.st_mtime_ns for one in states), default=0)]
 
 
 def weights_digest(model: nn.Module) -> str:

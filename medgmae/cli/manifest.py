@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 import re
 from pathlib import Path
 
 import click
 
 from medgmae.cli.names import path_of, shown, unique_names
-from medgmae.cli.scans import Listing, Scan
+from medgmae.cli.scans import Listing, Scan, unreachable
 
 _WRITTEN = re.compile(r"name|f\d+")  # columns of the results themselves
 
@@ -33,10 +35,10 @@ def read_manifest(file: Path) -> Listing:
             raise click.UsageError(f"{shown(file)}, row {number}: the {'id' if row['path'] else 'path'} is empty")
         labels = {name: cell for name, cell in row.items() if name not in ("path", "series")}
         path = _found(file.parent, row["path"])
-        if path.exists():
-            listing.scans.append(Scan(path, row.get("series") or None, row.get("id", ""), labels=labels))
+        if problem := unreachable(path):
+            listing.fail(path, f"{problem} ({shown(file)}, row {number})")
         else:
-            listing.fail(path, f"no such file or folder ({shown(file)}, row {number})")
+            listing.scans.append(Scan(path, row.get("series") or None, row.get("id", ""), labels=labels))
     _check_unique(file, listing.scans)
     if "id" not in columns:
         names = unique_names([scan.path / scan.series if scan.series else scan.path for scan in listing.scans])
@@ -46,13 +48,15 @@ def read_manifest(file: Path) -> Listing:
 
 def _rows(file: Path) -> list[list[str]]:
     try:
-        text = file.read_text("utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise click.UsageError(f"{shown(file)} is not UTF-8 ({error}); save the table as CSV in UTF-8") from None
-    first = text.partition("\n")[0]
+    first = re.split("[\r\n]", re.sub('"[^"]*"', "", text[:10_000]), maxsplit=1)[0]  # names may hold separators
     separator = max(",;\t", key=first.count)
     try:
-        rows = [row for row in csv.reader(text.splitlines(keepends=True), delimiter=separator, strict=True) if row]
+        # by line ends alone: str.splitlines would also split at form feeds and other characters within a cell
+        lines = io.StringIO(text, newline="")
+        rows = [row for row in csv.reader(lines, delimiter=separator, strict=True) if row]
     except csv.Error as error:
         raise click.UsageError(f"{shown(file)} is not a table: {error}") from None
     columns = [name.strip() for name in rows[0]] if rows else []
@@ -70,7 +74,7 @@ def _rows(file: Path) -> list[list[str]]:
 def _found(folder: Path, text: str) -> Path:
     """A path as it stands, or where there is none such, with its ``\\xNN`` read as bytes."""
     path = folder / text
-    return path if path.exists() else folder / path_of(text)
+    return path if os.path.lexists(path) else folder / path_of(text)
 
 
 def _check_unique(file: Path, scans: list[Scan]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # What the names of scan files end in; DICOM files are known by their content.
-SCANS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh", ".hdr")
+SCANS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh", ".mgh.gz", ".hdr", ".hdr.gz")
 
 
 def shown(path: str | os.PathLike[str], keep: str = "") -> str:
@@ -45,6 +45,8 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
     seen: Counter[str] = Counter()
     for i, name in enumerate(names):  # a series, and a folder of its name beside it
         seen[name] += 1
+        while seen[name] > 1 and f"{name}#{seen[name]}" in names:
+            seen[name] += 1
         names[i] = f"{name}#{seen[name]}" if seen[name] > 1 else name
     return [shown(name) for name in names]
 

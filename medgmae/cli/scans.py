@@ -21,24 +21,26 @@ _BESIDE = {
     ".pdf .doc .docx .log .bval .bvec .bvals .bvecs .md5 .sha1 .sha256 .py .sh .ipynb",
     "a picture": ".png .jpg .jpeg .gif .bmp .svg .webp .tif .tiff .eps",
     "arrays, features or weights": ".npy .npz .safetensors .pt .pth .ckpt .h5 .hdf5 .mat .ply",
-    "voxels that belong to a header": ".raw .zraw .img",
+    "voxels that belong to a header": ".raw .zraw .img .img.gz",
 }
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One row of the result: a file or folder, or one series in a folder; ``labels`` are columns of a manifest."""
+    """One row of the result: a file or folder, or one series in a folder, of which ``files`` are the slices if they are
+    known; ``labels`` are columns of a manifest."""
 
     path: Path
     series: str | None = None
     name: str = ""
     about: str = ""
     labels: dict[str, str] = field(default_factory=dict)
+    files: tuple[Path, ...] | None = None
 
     @property
     def described(self) -> dict[str, Any]:
         """What the results say of the scan."""
-        series = {} if self.series is None else {"series": self.series, "description": self.about}
+        series = {} if self.series is None else {"series": shown(self.series), "description": self.about}
         return {"path": shown(self.path), **series, **({"labels": self.labels} if self.labels else {})}
 
 
@@ -58,7 +60,7 @@ class Listing:
 
     def fail(self, path: Path, reason: str) -> None:
         """Note what should have been read."""
-        self.errors.append({"path": shown(path), "error": f"{shown(path)}: {reason}"})
+        self.errors.append({"path": shown(path), "error": f"{shown(path)}: {shown(reason, keep=chr(10))}"})
 
 
 def find_scans(
@@ -72,7 +74,7 @@ def find_scans(
     search = _Search(Listing(), contrasts, [pattern.lower() for pattern in series])
     for path in arguments:
         before = len(search.listing.errors), search.met
-        if path.is_dir():
+        if os.path.isdir(path):
             search.folder(path)
             if before == (len(search.listing.errors), search.met):
                 search.listing.fail(path, "no scan in this folder")
@@ -115,8 +117,8 @@ class _Search:
 
     def argument(self, path: Path) -> None:
         """A file that was named: what is known not to be a scan is left, all else is tried."""
-        if not path.exists():
-            self.listing.fail(path, "no such file or folder")
+        if problem := unreachable(path):
+            self.listing.fail(path, problem)
         elif not path.is_file():
             self.listing.fail(path, "not a regular file")
         elif _is_text_or_picture(path):
@@ -160,14 +162,18 @@ class _Search:
             name = path.name.lower()
             if name.startswith("."):
                 self.listing.skip(path, "hidden", expected=True)
+            elif problem := unreachable(path):
+                if os.path.islink(path):  # Path.is_symlink fails in a folder that is closed
+                    self.listing.skip(path, "a link to nowhere")
+                else:
+                    self.listing.fail(path, problem)
             elif path.is_dir():
-                if name.endswith(".partial") and ((path / "run.json").exists() or (path / "lock").exists()):
+                if name.endswith(".partial") and any(os.path.exists(path / file) for file in ("run.json", "lock")):
                     self.listing.skip(path, "results of a run that is not finished", expected=True)
                 else:
                     subfolders.append(path)
             elif not path.is_file():
-                broken = path.is_symlink() and not path.exists()
-                self.listing.skip(path, "a link to nowhere" if broken else "not a regular file")
+                self.listing.skip(path, "not a regular file")
             elif name.endswith(SCANS):
                 self.add(Scan(path))
             elif _is_text_or_picture(path):
@@ -187,6 +193,8 @@ class _Search:
             all_series = medgmae.data.find_series(folder, recursive=False)
         except (medgmae.VolumeError, OSError) as error:  # a slice that cannot be read may be of any of them
             reason = str(error).removeprefix(f"{folder}: ")
+            if isinstance(error, OSError) and error.filename:
+                reason = f"{Path(error.filename).name} cannot be read: {error.strerror}"
             self.met += 1
             self.listing.fail(folder, reason)
             return
@@ -195,40 +203,54 @@ class _Search:
             if path not in images:
                 self.listing.skip(path, "a DICOM object that is no image", expected=True)
         for series in all_series:
-            about = f"{series.modality} {series.description}".strip()
-            self.series.append(f"{series.uid}  {about}  {len(series.slices)} file(s) in {shown(folder)}")
+            about = shown(f"{series.modality} {series.description}".strip())
+            self.series.append(f"{shown(series.uid)}  {about}  {len(series.slices)} file(s) in {shown(folder)}")
             if self.patterns and not any(
                 fnmatch.fnmatchcase(text.lower(), pattern)
-                for text in (series.uid, series.description)
+                for text in (series.uid, shown(series.uid), series.description)
                 for pattern in self.patterns
             ):
                 self.met += 1
-                self.listing.skip(folder, f"series {series.uid} ({about}) is not chosen by --series", expected=True)
+                self.listing.skip(
+                    folder, f"series {shown(series.uid)} ({about}) is not chosen by --series", expected=True
+                )
                 continue
             self.chosen += 1
             flat = len(series.slices) == 1 and not series.slices[0].enhanced
             places = frozenset(one.position for one in series.slices)
-            self.add(Scan(folder, series.uid, about=shown(about)))
+            self.add(Scan(folder, series.uid, about=about, files=tuple(one.path for one in series.slices)))
             self.parts[folder, series.uid] = _Part(top, places, series.slices[0].path if flat else None)
 
     def joined(self) -> list[Scan]:
         """The scans. A series whose slices lie in several folders, each at places of its own, is one scan of the folder
-        above them; copies of a series share their places, and stay apart. A single 2-D image is no scan."""
+        above them; copies of a series share their places, and stay apart; where only some places are shared, nobody
+        can tell which slices are one scan. A single 2-D image is no scan."""
         keys_of: dict[tuple[Path, str], list[tuple[Path, str]]] = {}
         for key, part in self.parts.items():
             keys_of.setdefault((part.top, key[1]), []).append(key)
         for (_, uid), keys in keys_of.items():
             places = [self.parts[key].places for key in keys]
-            if uid and len(keys) > 1 and len(frozenset().union(*places)) == sum(map(len, places)):
-                folder = Path(os.path.commonpath([path for path, _ in keys]))
-                self.scans[keys[0]] = replace(self.scans[keys[0]], path=folder)
+            together, folder = frozenset().union(*places), Path(os.path.commonpath([path for path, _ in keys]))
+            if uid and len(together) < sum(map(len, places)) and any(one != together for one in places):
+                where = ", ".join(shown(path) for path, _ in keys[:5])
+                self.listing.fail(
+                    folder,
+                    f"series {uid} lies in {len(keys)} folders that have some of its slices in common, and others not: "
+                    f"{where}; expected copies, or parts that share nothing",
+                )
+                for key in keys:
+                    del self.scans[key]
+                continue
+            if uid and len(keys) > 1 and len(together) == sum(map(len, places)):
+                files = [file for key in keys for file in self.scans[key].files or ()]
+                self.scans[keys[0]] = replace(self.scans[keys[0]], path=folder, files=tuple(files))
                 for key in keys[1:]:
                     del self.scans[key]
                 continue
             for key in keys:
                 if (file := self.parts[key].file) is not None:
                     about = self.scans.pop(key).about
-                    self.listing.skip(file, f"series {uid} ({about}) is one 2-D image")
+                    self.listing.skip(file, f"series {shown(uid)} ({about}) is one 2-D image")
         return list(self.scans.values())
 
 
@@ -243,7 +265,21 @@ def _case(folder: Path, contrasts: Sequence[str]) -> set[Path]:
 
 def _beside(path: Path) -> str:
     """What a file is that lies beside scans; empty when its ending does not say it."""
-    return next((what for what, endings in _BESIDE.items() if path.suffix.lower() in endings.split()), "")
+    name = path.name.lower()
+    ending = ".img.gz" if name.endswith(".img.gz") else path.suffix.lower()
+    return next((what for what, endings in _BESIDE.items() if ending in endings.split()), "")
+
+
+def unreachable(path: Path) -> str:
+    """Why nothing can be said of a path: it is not there, a folder above it is closed, its name is too long. Empty when
+    it is there."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return "no such file or folder"
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return ""
 
 
 def _is_text_or_picture(path: Path) -> bool:
@@ -251,12 +287,12 @@ def _is_text_or_picture(path: Path) -> bool:
 
 
 def _is_dicom(path: Path) -> bool:
-    """By content, or by name: a broken slice is not another kind of file."""
+    """By content, or by name: a broken slice is not another kind of file, nor is one that cannot be opened."""
     if path.suffix.lower() in (".dcm", ".ima"):
         return True
     with contextlib.suppress(OSError), path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
-    return False
+    return True
 
 
 def _named(scans: Sequence[Scan]) -> list[Scan]:

@@ -6,6 +6,7 @@ They are made from the journal when all scans are done, one scan in memory at a 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +59,10 @@ def _tensors(place: Path, journal: Journal, scans: Sequence[Scan], facts: Mappin
 def _table(place: Path, journal: Journal, scans: Sequence[Scan], facts: Mapping[str, Any]) -> None:
     """Columns name, path, series, those of a manifest, f0, f1 ... with 9 digits, which is exact for float32."""
     with place.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(_rows(journal, scans))
+        for row in _rows(journal, scans):
+            line = io.StringIO(newline="")
+            csv.writer(line).writerow(row)  # its own line end is what makes it quote carriage returns in a cell
+            file.write(line.getvalue().removesuffix("\r\n") + "\n")
     with place.open(encoding="utf-8", newline="") as file:
         for written, read in zip(_rows(journal, scans), csv.reader(file), strict=True):
             _check(written == read)

@@ -1,6 +1,7 @@
 """Scans: reading and writing with geometry, and the preparation that a checkpoint expects."""
 
 from medgmae.data.contrasts import find_contrasts
+from medgmae.data.formats.beside import files_of
 from medgmae.data.formats.dicom import find_series
 from medgmae.data.geometry import Grid, VolumeError, centred_start
 from medgmae.data.io import read_volume, write_volume
@@ -27,6 +28,7 @@ __all__ = [
     "crop_foreground",
     "crop_or_pad",
     "feature_map",
+    "files_of",
     "find_contrasts",
     "find_series",
     "patch_labels",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -104,6 +104,7 @@ def read_volume(
     path: str | os.PathLike[str] | ScanLike,
     *,
     series: str | None = None,
+    files: Sequence[Path] | None = None,
     channels: int | None = None,
     max_bytes: int | None = None,
     allow_outside: bool = False,
@@ -121,6 +122,7 @@ def read_volume(
             searched with its subfolders for DICOM; or an image of SimpleITK, nibabel, MONAI (``MetaTensor``) or
             TorchIO. Compressed and multi-frame DICOM need the extra ``medgmae[dicom]``.
         series: SeriesInstanceUID, needed when a folder holds several.
+        files: of a folder, look at these files alone, such as the slices that ``data.find_series`` found.
         channels: the number of channels expected; ``None`` accepts any number of a 3-D image.
         max_bytes: what the voxels that a header claims may take in memory, at four bytes each or more; by default a
             quarter of the memory that is free. Reading takes at most three times the float32 volume, and the file.
@@ -134,8 +136,9 @@ def read_volume(
             has no geometry (:func:`~medgmae.data.as_volume` takes it).
     """
     if not isinstance(path, str | os.PathLike):
-        if series is not None:
-            raise VolumeError(f"series={series!r} is for DICOM folders, and this is a {type(path).__name__}")
+        if series is not None or files is not None:
+            what = "files=..." if series is None else f"series={series!r}"
+            raise VolumeError(f"{what} is for DICOM folders, and this is a {type(path).__name__}")
         return _read_image(path, channels)
     path = Path(path)
     limits = Limits(allow_outside=allow_outside) if max_bytes is None else Limits(max_bytes, allow_outside)
@@ -145,9 +148,12 @@ def read_volume(
         raise VolumeError(f"{str(path)!r}: not a path: {error}; expected {_READABLE}") from None
     if not exists:
         raise VolumeError(f"{path}: no such file or folder; expected {_READABLE}")
-    if series is not None and not is_folder:
-        raise VolumeError(f"{path}: series={series!r} is for DICOM folders, and this is a file")
-    image = _guarded(path, lambda: dicom.read_folder(path, series, limits) if is_folder else _read_file(path, limits))
+    if not is_folder and (series is not None or files is not None):
+        what = "files=..." if series is None else f"series={series!r}"
+        raise VolumeError(f"{path}: {what} is for DICOM folders, and this is a file")
+    image = _guarded(
+        path, lambda: dicom.read_folder(path, series, limits, files) if is_folder else _read_file(path, limits)
+    )
     return _guarded_volume(path, image, channels)
 
 

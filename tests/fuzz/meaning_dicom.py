@@ -50,7 +50,7 @@ def _wrong(one: Dataset, rng: random.Random) -> str:
         "short", "long", "spacing0", "no spacing", "one spacing", "no orientation", "zero orientation", "skewed",
         "scaled axes", "no position", "nan position", "slope0", "slope text", "half rescale", "rows",
         "columns", "samples", "bits", "high", "photometric", "frames", "table", "no pixels", "reference", "moved",
-        "turned", "samples3", "representation", "two spacings", "inf",
+        "turned", "samples3", "representation", "two spacings", "inf", "study", "modality", "dose", "no rescale",
     ))  # fmt: skip
     values: dict[str, dict[str, Any]] = {
         "short": {"PixelData": one.PixelData[:-20]}, "long": {"PixelData": one.PixelData + bytes(20)},
@@ -64,6 +64,7 @@ def _wrong(one: Dataset, rng: random.Random) -> str:
         "frames": {"NumberOfFrames": rng.choice((2, 10**9))}, "reference": {"FrameOfReferenceUID": "1.2.3"},
         "moved": {"ImagePositionPatient": files.position(rng.choice((0.4, 40, -7)))},
         "turned": {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}, "representation": {"PixelRepresentation": 7},
+        "study": {"StudyInstanceUID": "1.9"}, "modality": {"Modality": "PT"}, "dose": {"DoseGridScaling": "0.5"},
     }  # fmt: skip
     for name, value in values.get(what, {}).items():
         setattr(one, name, value)
@@ -74,6 +75,8 @@ def _wrong(one: Dataset, rng: random.Random) -> str:
     }  # fmt: skip
     if what in missing:
         delattr(one, missing[what])
+    if what == "no rescale":
+        del one.RescaleSlope, one.RescaleIntercept
     texts = {"nan position": "ImagePositionPatient", "slope text": "RescaleSlope", "inf": "RescaleIntercept"}
     if what in texts:
         one[texts[what]]._value = {"nan position": "nan\\0\\0", "slope text": "1x", "inf": "1e999"}[what]

@@ -236,7 +236,9 @@ def gzip_case(rng: random.Random, folder: Path) -> Case:
     kind = rng.choice(("u1", "i2", "u2", "i4", "f4", "f8"))
     shape = [rng.randint(2, 6) for _ in range(3)]
     values = np.random.default_rng(rng.randrange(1 << 30)).integers(0, 100, shape).astype(kind)
-    what = rng.choice(("plain", "members", "tail", "cut", "crc", "beyond", "scale", "dims", "bomb", "mgz", "pair"))
+    what = rng.choice(
+        ("plain", "members", "tail", "cut", "crc", "beyond", "scale", "dims", "bomb", "mgz", "pair", "offset")
+    )
     if what == "beyond":
         values = np.full(shape, rng.choice((1e39, 1e300, -1e308, 3e38)))
     affine = _affine(rng)
@@ -268,6 +270,9 @@ def gzip_case(rng: random.Random, folder: Path) -> Case:
             gzip.compress(plain[: 40 + 2 * axis] + size.to_bytes(2, "little", signed=True) + plain[42 + 2 * axis :]),
             True,
         )
+    elif what == "offset":  # before the first byte that may be a voxel
+        place = np.float32(rng.randint(348, 351)).tobytes()
+        packed, refuse = gzip.compress(plain[:108] + place + plain[112:]), True
     elif what == "bomb":
         packed, refuse = gzip.compress(plain + bytes(8 << 20)), True
     path = folder / name

@@ -7,7 +7,10 @@ No file is passed over because it is broken, and no stack is put together that t
 from __future__ import annotations
 
 import logging
+import os
+import stat
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,11 +40,14 @@ _NOT_IMAGES = (
     "1.2.840.10008.1.3.10",  # media directory (DICOMDIR)
     "1.2.840.10008.5.1.4.1.1.11.",  # presentation states
     "1.2.840.10008.5.1.4.1.1.9.",  # waveforms
-    "1.2.840.10008.5.1.4.1.1.66",  # registrations, segmentations, surfaces
+    "1.2.840.10008.5.1.4.1.1.66",  # raw data, registrations, segmentations, surfaces
+    "1.2.840.10008.5.1.4.1.1.67",  # real-world value maps
+    "1.2.840.10008.5.1.4.1.1.4.2",  # MR spectra
     "1.2.840.10008.5.1.4.1.1.88.",  # structured reports
     "1.2.840.10008.5.1.4.1.1.104.",  # encapsulated documents
     "1.2.840.10008.5.1.4.1.1.481.3",  # radiotherapy structures
     "1.2.840.10008.5.1.4.1.1.481.5",  # radiotherapy plans
+    "1.3.12.2.1107.5.9.1",  # Siemens: what is no image
 )
 
 
@@ -109,9 +115,36 @@ def _read_slice(path: Path) -> Slice:
 
 
 def _files(folder: Path, recursive: bool = True) -> list[Path]:
-    """What may be slices: hidden files are other programs', such as the "._" files that macOS leaves on disks."""
-    found = folder.rglob("*") if recursive else folder.iterdir()
-    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+    """What may be slices, links followed, each folder once. What is hidden is other programs', such as the "._" files
+    that macOS leaves on disks.
+
+    Raises:
+        VolumeError: something that cannot be looked at, and may hold slices.
+    """
+    found: list[Path] = []
+    waiting, visited = [folder], set()
+    while waiting:
+        here = waiting.pop()
+        try:
+            state = here.stat()
+            entries = list(here.iterdir()) if (state.st_dev, state.st_ino) not in visited else []
+        except OSError as error:
+            raise VolumeError(f"{here}: cannot be searched: {error.strerror or error}") from None
+        visited.add((state.st_dev, state.st_ino))
+        for path in entries:
+            if path.name.startswith("."):
+                continue
+            try:
+                mode = path.stat().st_mode
+            except OSError as error:
+                if os.path.islink(path) and not isinstance(error, PermissionError):  # it leads nowhere
+                    continue
+                raise VolumeError(f"{path}: cannot be read: {error.strerror or error}") from None
+            if stat.S_ISDIR(mode) and recursive:
+                waiting.append(path)
+            elif stat.S_ISREG(mode):
+                found.append(path)
+    return sorted(found)
 
 
 def find_series(folder: Path, *, recursive: bool = True) -> list[Series]:
@@ -121,8 +154,12 @@ def find_series(folder: Path, *, recursive: bool = True) -> list[Series]:
     Raises:
         VolumeError: an image file that cannot be read.
     """
+    return _series_of(_files(folder, recursive))
+
+
+def _series_of(files: Sequence[Path]) -> list[Series]:
     by_uid: dict[str, Series] = {}
-    for path in _files(folder, recursive):
+    for path in files:
         if _is_dicom(path) and not _class_uid(path).startswith(_NOT_IMAGES):
             one = _read_slice(path)
             uid, modality, description = (one.data.text(tag) for tag in (0x0020000E, 0x00080060, 0x0008103E))
@@ -130,10 +167,10 @@ def find_series(folder: Path, *, recursive: bool = True) -> list[Series]:
     return [by_uid[uid] for uid in sorted(by_uid)]
 
 
-def _choose(folder: Path, series: str | None) -> Series:
-    all_series = find_series(folder)
+def _choose(folder: Path, series: str | None, files: Sequence[Path]) -> Series:
+    all_series = _series_of(files)
     if not all_series:
-        others = len(_files(folder))
+        others = len(files)
         what = f"{others} file(s), none of them a DICOM image" if others else "no files"
         raise VolumeError(f"{folder}: the folder holds {what}; expected the slices of a DICOM series")
     listing = "\n  ".join(map(str, all_series))
@@ -160,6 +197,12 @@ def _one_kind(folder: Path, series: Series, places: list[Place]) -> None:
         kinds["orientation"][tuple((place if turned else first).direction[:, :2].T.ravel().round(3).tolist())] += 1
         kinds["kind of pixels"][one.pixels.kind] += 1
         kinds["frame of reference"][one.data.text(0x00200052)] += 1
+        kinds["study"][one.data.text(0x0020000D)] += 1
+        kinds["modality"][one.data.text(0x00080060)] += 1
+        kinds["rescaling"]["a slope" if one.data.text(0x00281053) else "no slope"] += 1
+        for name, tag in (("type of rescaling", 0x00281054), ("units", 0x00541001)):
+            if text := one.data.text(tag):
+                kinds[name][text] += 1
     for name, values in kinds.items():
         if len(values) > 1:
             listing = ", ".join(f"{value} in {count} file(s)" for value, count in values.items())
@@ -225,14 +268,14 @@ def _stack(folder: Path, series: Series, limits: Limits) -> Image:
     return Image(voxels, affine, notes=tuple(notes))
 
 
-def read_folder(folder: Path, series: str | None, limits: Limits) -> Image:
-    """The series of a folder, slices sorted by position along the normal of their plane; or the one enhanced
-    multi-frame file that it holds.
+def read_folder(folder: Path, series: str | None, limits: Limits, files: Sequence[Path] | None = None) -> Image:
+    """The series of a folder, or of these ``files`` in it, slices sorted by position along the normal of their plane;
+    or the one enhanced multi-frame file that it holds.
 
     Raises:
         VolumeError: no series, several and none chosen, or slices that do not form a regular stack.
     """
-    chosen = _choose(folder, series)
+    chosen = _choose(folder, series, _files(folder) if files is None else files)
     first = chosen.slices[0]
     _log.debug("%s: series %s, %d file(s)", folder, chosen.uid, len(chosen.slices))
     enhanced = [one for one in chosen.slices if one.enhanced]

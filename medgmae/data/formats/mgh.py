@@ -53,7 +53,7 @@ def read_mgh(path: Path, limits: Limits) -> Image:
     affine[:3, 3] = _RAS_TO_LPS @ (header["centre"].astype(np.float64) - linear @ (np.array(sizes[:3]) / 2.0))
     shape = spatial_shape(sizes)
     with path.open("rb") as file:
-        part = Part(path, "gzip" if is_gzip(file.read(3)) else "raw", offset=_VOXELS)
+        part = Part(path, "gzip" if is_gzip(file.read(3)) else "raw", offset=_VOXELS, tail=True)
     # scan parameters and tags may follow the voxels
     voxels, odd = read_voxels([part], Stored(np.dtype(_TYPES[int(header["type"])]), shape), limits)
     return Image(voxels, affine, shape[0] if shape[0] > 1 else 0, odd)

@@ -75,7 +75,7 @@ def _header(start: bytes) -> Header:
             raise VolumeError(f"the image is {len(shape)}-D with colours; expected a 3-D volume")
         shape = (*shape, 1, _COLOURS[code])
     single, offset = bytes(fields["magic"])[:3] in (b"n+1", b"n+2"), fields["vox_offset"]
-    smallest = fields.dtype.itemsize if single else 0
+    smallest = fields.dtype.itemsize + 4 if single else 0  # four bytes say whether extensions follow
     if not smallest <= offset <= 1 << 30 or offset % 1:
         raise VolumeError(f"the header puts the voxels at byte {offset:g}; expected {smallest} or somewhat more")
     little = fields.dtype["dim"].base.byteorder in "<="
@@ -89,7 +89,8 @@ def _fields(start: bytes) -> Any:
     if len(start) < layout.itemsize:
         raise VolumeError(f"the file ends within its header, after {len(start)} bytes; expected {layout.itemsize}")
     fields = np.frombuffer(start, layout, count=1)[0]
-    if bytes(fields["magic"])[:3] not in ((b"n+2", b"ni2") if version_two else (b"n+1", b"ni1")):
+    magic = bytes(fields["magic"]).partition(b"\0")[0]
+    if magic not in ((b"n+2", b"ni2") if version_two else (b"n+1", b"ni1")):
         raise VolumeError(
             f"the header's magic is {bytes(fields['magic'])!r}; expected NIfTI ('n+1', 'ni1', 'n+2' or 'ni2'), not "
             "Analyze, which says nothing of left and right"

@@ -42,6 +42,13 @@ _TO_LPS = {
     "right-anterior-superior": (-1, -1, 1), "ras": (-1, -1, 1),
 }  # fmt: skip
 _FRAMES = ("domain", "space", "time", "none", "???")  # kinds of an axis along which images follow each other
+_SPATIAL = ("domain", "space", "none", "???")  # kinds of an axis that may have a direction
+_UNSIDED = (
+    "",
+    "scanner-xyz",
+    "3d-right-handed",
+    "3d-left-handed",
+)  # spaces that do not say where the patient's left is
 _VECTOR = re.compile(r"none|\([^()]*\)")
 
 
@@ -69,6 +76,12 @@ def _axes(fields: dict[str, str], vectors: list[str]) -> _Axes:
     shape = " x ".join(map(str, sizes))
     if rank - len(other) != 3 or len(other) > 1 or other not in ([], [0], [rank - 1]):
         raise VolumeError(f"the image is {rank}-D, {shape}, with {rank - len(other)} axes in space; expected a volume")
+    contradiction = next((kinds[axis] for axis in range(rank) if vectors and vectors[axis] != "none"
+                          and kinds[axis] not in _SPATIAL), None)  # fmt: skip
+    if contradiction:
+        raise VolumeError(
+            f"an axis has a direction in space and is of the kind {contradiction!r}; expected one of them"
+        )
     kind = kinds[other[0]] if other else "list"
     if kind.startswith("complex") or "matrix" in kind or "quaternion" in kind:
         raise VolumeError(f"the voxels are of the kind {kind!r}; expected numbers, vectors or colours")
@@ -79,6 +92,8 @@ def _axes(fields: dict[str, str], vectors: list[str]) -> _Axes:
 def _affine(fields: dict[str, str], axes: _Axes, vectors: list[str]) -> tuple[Floats, tuple[str, ...]]:
     space, notes = fields.get("space", "").lower().removesuffix("-time"), []
     signs = _TO_LPS.get(space.removesuffix("t") if len(space) == 4 else space)
+    if signs is None and space not in _UNSIDED:
+        raise VolumeError(f"the header's space is {space!r}; expected one that the format knows, such as LPS or RAS")
     if signs is None:
         notes.append(f"the header's space is {space or 'not said'}: axes along those of the body (LPS) are assumed")
     rank, columns = len(axes.sizes), np.eye(3)
@@ -96,9 +111,12 @@ def _affine(fields: dict[str, str], axes: _Axes, vectors: list[str]) -> tuple[Fl
     else:
         notes.append("the header has no space directions and no spacings: voxels of 1 mm are assumed")
     for name in ("space units", "units"):
-        for unit in re.findall(r'"([^"]*)"', fields.get(name, "")):
+        text = fields.get(name, "")
+        for unit in re.findall(r'"([^"]*)"', text) or text.split():
             if unit.lower() not in ("", "mm", "millimeter", "millimeters", "s", "ms", "sec"):
                 raise VolumeError(f"the header's {name} are {fields[name]}; expected millimetres")
+    if "space origin" not in fields and any(name in fields for name in ("axis mins", "axismins")):
+        notes.append("the header has axis mins and no space origin: the first voxel is assumed to lie at 0")
     origin = fields.get("space origin", "(0,0,0)")
     affine = np.eye(4)
     affine[:3, :3] = columns

@@ -13,6 +13,7 @@ from medgmae.data.formats.elements import BIG, DEFLATED, EXPLICIT, IMPLICIT, Dat
 from medgmae.data.formats.streams import scaled
 from medgmae.data.geometry import Floats, VolumeError
 
+_RLE = "1.2.840.10008.1.2.5"
 NATIVE = (IMPLICIT, EXPLICIT, BIG, DEFLATED)
 
 _PERPENDICULAR = 1e-3  # cosines are given with as few as 4 digits
@@ -56,6 +57,8 @@ def _rescale(data: Dataset) -> tuple[float, float]:
     texts = [data.text(tag) for tag in (0x00281053, 0x00281052)]
     if 0x00283000 in data.values:
         raise VolumeError(f"{data.path}: the pixels go through a table (ModalityLUTSequence); expected a slope at most")
+    if 0x3004000E in data.values:
+        raise VolumeError(f"{data.path}: a radiotherapy dose (DoseGridScaling); expected an image")
     if not any(texts):
         return 1.0, 0.0
     values = [data.numbers(tag, 1) for tag in (0x00281053, 0x00281052)]
@@ -138,6 +141,11 @@ def decode(data: Dataset, pixels: Pixels, decoder: Decoder) -> NDArray[Any]:
         raise VolumeError(f"{data.path}: compressed colours ({data.syntax}); expected one number per pixel")
     if pixels.stored < pixels.allocated:  # other bits may hold an overlay, or nothing
         spare = pixels.allocated - pixels.stored
+        if data.syntax not in (*NATIVE, _RLE) and (flat.max() >> pixels.stored or flat.min() < pixels.bounds[0]):
+            raise VolumeError(
+                f"{data.path}: the compressed pixels reach from {flat.min()} to {flat.max()}; expected numbers of "
+                f"{pixels.stored} bits, as the header says"
+            )
         flat = (flat.astype(pixels.dtype) << spare) >> spare
     if pixels.samples == 1:
         return flat.reshape(1, pixels.rows, pixels.columns)

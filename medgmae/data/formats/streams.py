@@ -37,6 +37,7 @@ class Part(NamedTuple):
     start: int = 0  # byte of the file at which the packed stream starts
     offset: int = 0
     packed: int | None = None  # bytes of the packed stream, where a header says so
+    tail: bool = False  # whether the format has other data after raw voxels
 
 
 def regular(path: Path) -> os.stat_result:
@@ -246,7 +247,8 @@ def read_voxels(parts: Sequence[Part], stored: Stored, limits: Limits) -> tuple[
     """
     target = _target(stored)
     share = int(np.prod(stored.shape, dtype=object)) // len(parts)
-    starts = [_start(part, share * stored.dtype.itemsize, named_shape(stored.shape)) for part in parts]
+    needed = share * stored.dtype.itemsize
+    starts = [_start(part, needed, named_shape(stored.shape)) for part in parts]
     limits.check(stored.shape, target)
     voxels = np.empty(stored.shape, target)
     channels = stored.shape[0]
@@ -269,8 +271,10 @@ def read_voxels(parts: Sequence[Part], stored: Stored, limits: Limits) -> tuple[
                     columns = slice(first // len(flat), (first + size) // len(flat))
                     flat[:, columns] = _settled(block, stored).reshape(-1, len(flat)).T
             stream.finish()
-            if stream.trailing:
-                notes.append(f"{stream.trailing} bytes after the {part.packing} stream in {part.path.name} are ignored")
+            more = part.path.stat().st_size - start - needed if part.packing == "raw" and not part.tail else 0
+            if more or stream.trailing:
+                what = f"the {part.packing} stream" if stream.trailing else "the voxels"
+                notes.append(f"{stream.trailing or more} bytes after {what} in {part.path.name} are ignored")
     if as_stored and not stored.dtype.isnative:
         voxels.byteswap(inplace=True)
     return voxels, tuple(notes)
