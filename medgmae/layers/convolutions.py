@@ -46,7 +46,10 @@ def _prime_factors(number: int) -> list[int]:
 
 def instance_norm(x: Tensor) -> Tensor:
     """Every channel of every sample with mean 0 and variance 1, without parameters; x: (B, C, *size)."""
-    # torch's functional form refuses a map of one place, whose norm is 0.
+    # Both are the same sums. torch's group norm is the quicker one on the CPU; on a GPU it has a block per channel
+    # only. The forms in torch.nn.functional refuse a map of one place, whose norm is 0.
+    if x.device.type == "cpu":
+        return torch.group_norm(x, x.shape[1], None, None, EPS)
     return torch.instance_norm(x, None, None, None, None, True, 0.0, EPS, torch.backends.cudnn.enabled)
 
 
