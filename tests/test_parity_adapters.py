@@ -21,6 +21,7 @@ MODELS = [
     "glmae/encoder_aniso",
     "glmae/mae3d_sibling_normpix",
     "selfmedmae/mae3d_uva_linear_c1",
+    "selfmedmae/mae2d_c3",
     "medgmae/mae3d_baseline",
     "medgmae/model_sincos",
     "medgmae/model_perceptron_imagenorm",
@@ -34,6 +35,7 @@ MODELS = [
 
 # Cases without a file of weights in a container.
 PARTS = [
+    "selfmedmae/fourier_losses",
     "medgmae/decoder",
     "medgmae/ssim3d",
     "medgmae/render_batch",

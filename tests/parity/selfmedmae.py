@@ -138,6 +138,10 @@ def manifest(case: Case) -> None:
         overrides = {"num_classes": spec["num_classes"]}
     elif kind == "MAE3D":
         overrides = {}
+    elif kind == "MAE (2D)":
+        shapes = {name: triple(shape, len(shape)) for name, shape in spec["state_dict"].items()}
+        pixels = math.prod(triple(spec["patch_size"], dims)) * spec["in_chans"]
+        overrides = {"fourier_frequencies": shapes["decoder.head.weight"][0] // (2 * pixels)}
     else:
         raise AssertionError(f"{case.path}: a model of kind {kind!r} is not supported yet")
     manifest = Manifest(spec, dims, overrides)
