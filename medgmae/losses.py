@@ -109,7 +109,7 @@ def fourier_decode(code: Tensor, temperature: float = 0.01, bounds: tuple[float,
     entries = fourier_code(table, len(omega), temperature).float().T
     rows = max(1, (1 << 23) // count)  # 32 MB of products at a time
     step = (high - low) / (count - 1)
-    found = [_nearest(part, table, entries, omega, step) for part in sines_cosines.split(rows)]
+    found = [_nearest(part, table, entries, omega, step) for part in torch.split(sines_cosines, rows)]
     return torch.cat(found).reshape(code.shape[:-1]).to(code.dtype)
 
 
@@ -149,8 +149,8 @@ def fourier_mse(pred: Tensor, target: Tensor, frequencies: int, temperature: flo
     """
     if pred.shape != target.shape:
         raise ValueError(f"fourier_mse needs one shape, got {tuple(pred.shape)} and {tuple(target.shape)}")
-    codes = [fourier_code(values, frequencies, temperature, lowest=1.0) for values in (pred, target)]
-    return F.mse_loss(*codes)
+    difference = fourier_code(pred, frequencies, temperature, 1.0) - fourier_code(target, frequencies, temperature, 1.0)
+    return difference.square().mean()
 
 
 def image_norm(volume: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ class MaskedAutoencoder(Autoencoder):
         target = patchify(x, self.patch_size)
         pred = self.forward(x, masking).pred.to(target.dtype)
         if self.fourier_frequencies:
-            code = pred.unflatten(-1, (target.shape[-1], 2 * self.fourier_frequencies))
+            code = pred.reshape(*target.shape, 2 * self.fourier_frequencies)
             pred = fourier_decode(code, self.fourier_temperature)
         if self.norm_target is not None:
             mean, std = patch_statistics(target, self.norm_target)

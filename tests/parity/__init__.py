@@ -36,6 +36,7 @@ def run(case: Case) -> None:
         medgmae_render,
         selfmedmae,
         selfmedmae_2d,
+        selfmedmae_data,
         tangerine,
         tangerine_scans,
     )
