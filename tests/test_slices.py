@@ -115,6 +115,8 @@ def test_png_files(bits: Any, tmp_path: Path) -> None:
     stored = np.asarray(Image.open(tmp_path / "a.png"))  # an independent reader
     assert stored.dtype == (np.uint8 if bits == 8 else np.uint16)
     assert np.array_equal(stored, np.rint(scan.data[0, 0].double().numpy() * (2**bits - 1)))
+    write_png(scan.with_data(scan.data * 1.0000002 - 1e-7), tmp_path / "c.png", bits=bits)  # rounding of a window
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "c.png")), stored)
     labels = scan.with_data(torch.arange(60).reshape(1, 1, 6, 10))
     write_png(labels, tmp_path / "b.png", bits=bits)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), labels.data[0, 0])

@@ -15,8 +15,8 @@ _BITS = 22  # of the fraction of a weight: Pillow computes in whole numbers
 def resize_uint8(pixels: Pixels, size: Sequence[int]) -> Pixels:
     """An image (H, W) of uint8 at another size (h, w): bilinear, antialiased where it shrinks, rounded after each axis.
 
-    Equal to ``PIL.Image.resize(..., BILINEAR)``: columns first, then rows, with weights in fixed point. (From version 13
-    on, Pillow takes the rows first where they shrink far more than the columns; not where the aspect is kept.)
+    Equal to ``PIL.Image.resize(..., BILINEAR)``: columns first, then rows, with weights in fixed point. From version
+    13 on, Pillow takes the rows first where they shrink far more than the columns; not where the aspect is kept.
     """
     height, width = size
     wide = _along_rows(pixels, width)

@@ -231,14 +231,15 @@ def write_png(one: ScanLike, path: str | os.PathLike[str], *, bits: Literal[8, 1
         raise VolumeError(f"{path} must end in .png")
     pixels, largest = np.asarray(volume)[0, 0], (1 << bits) - 1
     top = 1.0 if pixels.dtype.kind == "f" else largest
-    if not (pixels.min() >= 0 and pixels.max() <= top):
+    slack = 1e-5 if pixels.dtype.kind == "f" else 0  # a window's float32 arithmetic can end at 1.0000001
+    if not (pixels.min() >= -slack and pixels.max() <= top + slack):
         hint = "window or percentiles scale it" if pixels.dtype.kind == "f" else "bits=16 holds more"
         raise VolumeError(
             f"{volume.source}: the slice reaches from {pixels.min():g} to {pixels.max():g}; a {bits}-bit PNG holds 0 "
             f"to {top:g}: {hint}"
         )
     if pixels.dtype.kind == "f":
-        pixels = np.rint(pixels.astype(np.float64) * largest)
+        pixels = np.rint(pixels.astype(np.float64).clip(0, 1) * largest)
     stored = np.ascontiguousarray(pixels.astype(np.uint8 if bits == 8 else np.uint16))
     sitk = simpleitk()
     try:
