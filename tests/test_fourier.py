@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from dialects import to_mae3d
 from small_models import small, state_copy, volume
+from test_cli import run
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -138,3 +140,10 @@ def test_a_file_says_how_many_frequencies_it_has(tmp_path: Any) -> None:
     assert facts["model_args"]["fourier_frequencies"] == 5
     with pytest.raises(medgmae.WeightsError, match="fourier_frequencies=5"):
         medgmae.create_model("mae2d_vit_nano_patch8_32", pretrained=file)
+
+
+def test_info_says_it() -> None:
+    done = run("info", NAME, "--json")
+    facts = json.loads(done.stdout)
+    assert (facts["fourier_frequencies"], facts["fourier_temperature"]) == (4, 0.01)
+    assert "fourier_frequencies" not in json.loads(run("info", "mae_vit_nano_patch8_32", "--json").stdout)

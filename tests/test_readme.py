@@ -1,4 +1,4 @@
-"""The README and docs/slices.md are true: their blocks run as written; the tables of docs/models.md are the registry's and the cards'."""
+"""README and docs/slices.md are true: their blocks run; the tables of docs/models.md are the registry's and cards'."""
 
 from __future__ import annotations
 

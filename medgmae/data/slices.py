@@ -275,7 +275,9 @@ class Record:
         Raises:
             VolumeError: another size than that of the slice.
         """
-        values = as_volume(torch.as_tensor(data)[None] if data.ndim == 2 else torch.as_tensor(data)[:, None]).data
+        # A copy: arrays of other programs may be read-only.
+        values = data if isinstance(data, Tensor) else torch.from_numpy(np.array(data))
+        values = as_volume(values[None] if values.ndim == 2 else values[:, None]).data
         if tuple(values.shape[1:]) != self.grid.size:
             raise VolumeError(
                 f"{self.file}: a prediction of {tuple(data.shape)}; expected {self.grid.size[1:]} pixels, or channels "

@@ -195,7 +195,9 @@ def val_transforms(case: Case) -> None:
         "resample": {"to": "spacing", "origin": "first_voxel"},
         "normalize": "zscore_nonzero",
     }
-    regions, roi = label_channels(files["mr_label"], REGIONS), [brats(f"roi_{axis}") for axis in "xyz"]
+    regions = label_channels(files["mr_label"], REGIONS)
+    whole = medgmae.create_transform(block)(files["mr"]).size
+    roi = [min(brats(f"roi_{axis}"), n) for axis, n in zip("xyz", whole, strict=True)]  # crops never pad there
     brats.done()
     _offer(case, "brats_val", files["mr"], regions, {**block, "crop": ["foreground"]})
     _offer(case, "brats_vis", files["mr"], regions, {**block, "crop": ["center"], "size": roi})
@@ -210,5 +212,6 @@ def _offer(
     case.offer(f"{name}_val_image" if roi else f"{name}_image", image.data, "image")
     case.offer(f"{name}_val_label" if roi else f"{name}_label", mask.data.float(), "label")
     if roi:
+        roi = list(map(min, roi, image.size))
         case.offer(f"{name}_vis_image", crop_or_pad(image, roi).data, "image")
         case.offer(f"{name}_vis_label", crop_or_pad(mask, roi).data.float(), "label")
