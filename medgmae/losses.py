@@ -44,6 +44,115 @@ def patch_mse(pred: Tensor, target: Tensor, mask: Tensor, norm: NormTarget | Non
     return (per_patch * mask).sum() / mask.sum().clamp(min=1)
 
 
+def fourier_code(values: Tensor, frequencies: int, temperature: float = 0.01, lowest: float = 2 * math.pi) -> Tensor:
+    """Each number as sines and cosines, (..., 2 K): sin(t w_0) .. sin(t w_K-1), cos(t w_0) .. cos(t w_K-1).
+
+    w_k = lowest / temperature^(k / K), float32 but for float64. The 2D masked autoencoder of SelfMedMAE predicts this
+    code of every pixel (lib/models/mae.py, FourierMSELossv2); its ``fourier_embed_dim`` is 2 K times the channels.
+
+    Args:
+        values: (...) numbers t.
+        frequencies: K, at least 1.
+        temperature: between 0 and 1 for frequencies that grow; the published one is 0.01.
+        lowest: w_0 in radians per unit of t.
+
+    Raises:
+        ValueError: no frequencies, or a temperature that is not positive.
+    """
+    values = values if values.dtype == torch.float64 else values.float()
+    angles = values.unsqueeze(-1) * _angular(frequencies, temperature, lowest, values)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def _angular(frequencies: int, temperature: float, lowest: float, like: Tensor) -> Tensor:
+    """(K,) radians per unit, in the type of ``like``."""
+    check_fourier(frequencies, temperature)
+    exponents = torch.arange(frequencies, dtype=like.dtype, device=like.device) / frequencies
+    return lowest / temperature**exponents
+
+
+def check_fourier(frequencies: int, temperature: float) -> None:
+    """Raise ValueError unless these describe a code."""
+    if frequencies < 1 or not temperature > 0:
+        raise ValueError(
+            f"a Fourier code needs at least one frequency and a positive temperature, got {frequencies} and "
+            f"{temperature}"
+        )
+
+
+@torch.no_grad()
+def fourier_decode(code: Tensor, temperature: float = 0.01, bounds: tuple[float, float] = (-3.0, 3.0)) -> Tensor:
+    """The numbers (...) whose :func:`fourier_code` is nearest to ``code`` (..., 2 K), within ``bounds``.
+
+    The lowest frequency alone has a period of 1, and so says a number up to whole steps; the others tell them apart, as
+    far as their ratios are no whole numbers: with one frequency, bounds wider than 1 leave the answer open. The four
+    best places of a table with eight entries per period of the highest frequency are refined by Newton's method, in
+    float64, and the best of them is taken. An exact code gives its number back within 1e-6. With normal
+    noise of 0.3 on every number of a code of 12 frequencies, half of the errors are below 0.0004 and 2 in 100,000 above
+    0.1; of 4 frequencies, 3 in 10 are.
+
+    Args:
+        code: (..., 2 K), of any length: only its direction counts.
+        temperature: that of the code.
+        bounds: lowest and highest number looked for; the default holds images normalised as the published ones are.
+
+    Raises:
+        ValueError: an odd number of values, or bounds that do not increase.
+    """
+    low, high = bounds
+    if code.shape[-1] % 2 or not low < high:
+        raise ValueError(f"expected sines and as many cosines, and bounds low < high, got {code.shape[-1]}, {bounds}")
+    sines_cosines = code.double().reshape(-1, code.shape[-1])
+    omega = _angular(code.shape[-1] // 2, temperature, 2 * math.pi, sines_cosines)
+    count = 2 + math.ceil((high - low) * 8 * float(omega.max()) / (2 * math.pi))
+    table = torch.linspace(low, high, count, dtype=torch.float64, device=code.device)
+    entries = fourier_code(table, len(omega), temperature).float().T
+    rows = max(1, (1 << 23) // count)  # 32 MB of products at a time
+    step = (high - low) / (count - 1)
+    found = [_nearest(part, table, entries, omega, step) for part in torch.split(sines_cosines, rows)]
+    return torch.cat(found).reshape(code.shape[:-1]).to(code.dtype)
+
+
+def _nearest(code: Tensor, table: Tensor, entries: Tensor, omega: Tensor, step: float) -> Tensor:
+    """The numbers (n,) of codes (n, 2 K): ``table`` holds candidates, ``entries`` (2 K, m) their codes."""
+    agreement = F.pad(code.float() @ entries, (1, 1), value=-math.inf)
+    middle = agreement[:, 1:-1]
+    peak = (middle >= agreement[:, :-2]) & (middle >= agreement[:, 2:])
+    best = middle.masked_fill(~peak, -math.inf).topk(min(4, len(table)), dim=1).indices
+    # From the table's entry to the top of the agreement, at most one entry away.
+    start = values = table[best]
+    sines, cosines = code.unsqueeze(1).chunk(2, dim=-1)
+    for _ in range(4):
+        angles = values.unsqueeze(-1) * omega
+        slope = (omega * (sines * angles.cos() - cosines * angles.sin())).sum(-1)
+        curvature = (omega.square() * (sines * angles.sin() + cosines * angles.cos())).sum(-1)
+        change = torch.where(curvature > 0, slope / curvature.clamp(min=1e-12), 0.0)
+        values = (values + change).clamp(start - step, start + step).clamp(table[0], table[-1])
+    angles = values.unsqueeze(-1) * omega
+    exact = (sines * angles.sin() + cosines * angles.cos()).sum(-1)
+    return values.gather(1, exact.argmax(1, keepdim=True)).squeeze(1)
+
+
+def fourier_mse(pred: Tensor, target: Tensor, frequencies: int, temperature: float = 0.01) -> Tensor:
+    """Mean squared difference of the Fourier codes of two tensors, a scalar: SelfMedMAE's first Fourier loss.
+
+    Its lowest frequency is 1 radian per unit. The reference defines it (lib/models/mae.py, FourierMSELoss) and trains
+    with the other one, where the prediction is the code: :func:`patch_mse` with :func:`fourier_code` of the target.
+
+    Args:
+        pred: any shape.
+        target: the same shape.
+        frequencies: K of :func:`fourier_code`; likewise ``temperature``.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if pred.shape != target.shape:
+        raise ValueError(f"fourier_mse needs one shape, got {tuple(pred.shape)} and {tuple(target.shape)}")
+    difference = fourier_code(pred, frequencies, temperature, 1.0) - fourier_code(target, frequencies, temperature, 1.0)
+    return difference.square().mean()
+
+
 def image_norm(volume: Tensor) -> Tensor:
     """Every channel of a crop (B, C, D, H, W) with mean 0 and biased variance 1, epsilon 1e-6: MedGMAE's image norm."""
     return F.layer_norm(volume, volume.shape[-3:], eps=PATCH_EPS)

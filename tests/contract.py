@@ -50,6 +50,12 @@ def prediction(model: Any, x: Tensor, masking: Masking) -> Tensor:
     return out.volume if hasattr(out, "volume") else out.pred
 
 
+def patch_length(model: Any) -> int:
+    """Numbers that a masked autoencoder of voxels predicts of a patch: one per voxel and channel, or a Fourier code."""
+    voxels: int = model.encoder.in_chans * torch.Size(model.encoder.patch_size).numel()
+    return voxels * (2 * model.fourier_frequencies or 1)
+
+
 def loss_of(model: Any, x: Tensor) -> Tensor:
     """A scalar that depends on every trained parameter."""
     return model(x, masking_for(x, model)).loss if is_autoencoder(model) else model(x).square().sum()

@@ -17,6 +17,7 @@ from contract import (
     loss_of,
     masking_for,
     one_of_each_kind,
+    patch_length,
     plain,
     prediction,
     run,
@@ -72,8 +73,7 @@ def test_the_registered_size_runs_without_storage(name: str) -> None:
             ]
             assert model(x).volume.shape == x.shape
         else:
-            length = encoder.in_chans * torch.Size(encoder.patch_size).numel()
-            assert model.decoder(tokens).shape == (1, encoder.pos_embed.shape[1], length)
+            assert model.decoder(tokens).shape == (1, encoder.pos_embed.shape[1], patch_length(model))
 
 
 @every_encoder
@@ -93,9 +93,9 @@ def test_autoencoder_shapes(name: str) -> None:
     model, x = small(name), volume(name)
     masking = masking_for(x, model)
     out = model(x, masking)
-    length = x.shape[1] * torch.Size(model.encoder.patch_size).numel()
     assert out.loss.shape == ()
-    assert prediction(model, x, masking).shape == (x.shape if renders(name) else (2, masking.mask.shape[1], length))
+    wanted = x.shape if renders(name) else (2, masking.mask.shape[1], patch_length(model))
+    assert prediction(model, x, masking).shape == wanted
     assert torch.equal(out.mask, masking.mask)
     assert model.reconstruct(x, masking).shape == x.shape
 

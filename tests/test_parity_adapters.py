@@ -21,6 +21,7 @@ MODELS = [
     "glmae/encoder_aniso",
     "glmae/mae3d_sibling_normpix",
     "selfmedmae/mae3d_uva_linear_c1",
+    "selfmedmae/mae2d_c3",
     "medgmae/mae3d_baseline",
     "medgmae/model_sincos",
     "medgmae/model_perceptron_imagenorm",
@@ -34,6 +35,10 @@ MODELS = [
 
 # Cases without a file of weights in a container.
 PARTS = [
+    "selfmedmae/fourier_losses",
+    "selfmedmae/pseudo3d_noaffine",
+    "selfmedmae/slice2d",
+    "selfmedmae/val_transforms",
     "medgmae/decoder",
     "medgmae/ssim3d",
     "medgmae/render_batch",
@@ -79,6 +84,8 @@ def copy(name: str, folder: Path, **spec: Any) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({**json.loads(source.read_text()), **spec}))
     shutil.copy(source.with_suffix(".safetensors"), target.with_suffix(".safetensors"))
+    if (scans := source.parent / "data").is_dir():
+        shutil.copytree(scans, target.parent / "data", dirs_exist_ok=True)
     return target
 
 

@@ -1,4 +1,4 @@
-"""The README is true: its blocks run as written; the tables of docs/models.md are the registry's and the cards'."""
+"""README and docs/slices.md are true: their blocks run; the tables of docs/models.md are the registry's and cards'."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import medgmae
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SLICES = (ROOT / "docs/slices.md").read_text(encoding="utf-8")
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")
@@ -27,7 +28,8 @@ SLOW = ("monai", "medgmae fit")
 def blocks() -> list[ParameterSet]:
     """Language and text of every block of code, under its heading."""
     cases, title = [], ""
-    for heading, language, code in re.findall(r"^#+ ([^\n]+)$|^```(python|bash)\n(.*?)^```", README, flags=re.S | re.M):
+    pattern = r"^#+ ([^\n]+)$|^```(python|bash)\n(.*?)^```"
+    for heading, language, code in re.findall(pattern, README + SLICES, flags=re.S | re.M):
         title = heading or title
         if code and not any(word in code for word in BUILDS):
             slow = [pytest.mark.slow] if any(word in code for word in SLOW) else []
@@ -57,7 +59,8 @@ def test_block_runs_and_leaves_nothing(language: str, code: str, tmp_path: Path)
 
 
 def test_every_block_is_run() -> None:
-    assert len(blocks()) == README.count("```python") + README.count("```bash") - 1  # but the one that builds
+    text = README + SLICES
+    assert len(blocks()) == text.count("```python") + text.count("```bash") - 1  # but the one that builds
 
 
 def test_model_table_is_the_registry() -> None:

@@ -76,6 +76,7 @@ def test_names_of_models_have_types() -> None:
         "vit2d_*",
         "vim_*",
         "mae_vit_*",
+        "mae2d_vit_*",
         "mae_vim_*",
         "gmae_vit_*",
     ]  # others work without their names there
@@ -88,7 +89,7 @@ def test_names_of_models_have_types() -> None:
     assert {n for group in listed.values() for n in group} == every
     for kind, group in listed.items():
         for name in group:
-            prefix = {"Encoder": "vi", "MaskedAutoencoder": "mae_", "GaussianMAE": "gmae_"}[kind]
+            prefix = {"Encoder": "vi", "MaskedAutoencoder": "mae", "GaussianMAE": "gmae_"}[kind]
             assert name.startswith(prefix)
 
 

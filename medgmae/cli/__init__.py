@@ -1,4 +1,4 @@
-"""The command line: ``medgmae list``, ``info``, ``features``, ``reconstruct``, ``latent-map``, ``fit``,
+"""The command line: ``medgmae list``, ``info``, ``features``, ``reconstruct``, ``latent-map``, ``fit``, ``slices``,
 ``convert``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
@@ -18,6 +18,7 @@ from medgmae.cli.fit import fit_command
 from medgmae.cli.latent_map import latent_map_command
 from medgmae.cli.models import info_command, list_command
 from medgmae.cli.reconstruct import reconstruct_command
+from medgmae.cli.slices import slices_command
 
 __all__ = ["main"]
 
@@ -38,4 +39,5 @@ main.add_command(features_command)
 main.add_command(reconstruct_command)
 main.add_command(latent_map_command)
 main.add_command(fit_command)
+main.add_command(slices_command)
 main.add_command(convert_command)

@@ -115,7 +115,7 @@ def features_command(
     wrong usage.
     """
     if only_list:
-        _show(_listing(scans, series, _contrasts(choice, inputs, machine)), strict, as_json)
+        show_listing(list_scans(scans, series, _contrasts(choice, inputs, machine)), strict, as_json)
         return
     if choice.name is None or out is None:
         raise click.UsageError(f"missing option '{'--out' if choice.name else '--model'}'")
@@ -126,8 +126,8 @@ def features_command(
     with journal_of(out) as journal:
         model, weights = open_model(choice, machine)
         run = _Run(model, preprocessing_of(model, inputs), how, weights)
-        listing = _listing(scans, series, run.preprocessing.input["contrasts"])
-        _say_skipped(listing)
+        listing = list_scans(scans, series, run.preprocessing.input["contrasts"])
+        report_skipped(listing)
         parts = {"pooled": how.pooled, "map": how.want_map, "digest": weights_digest(model)}
         journal.begin({**run.about(), **parts}, overwrite)
         run.extract_all(listing, journal)
@@ -139,10 +139,10 @@ def features_command(
     else:
         total = len(run.done) + len(listing.errors)
         click.echo(f"{len(run.done)} of {total} scans: {shown(out)}" if run.done else "nothing was written")
-    _exit(listing, strict)
+    leave(listing, strict)
 
 
-def _listing(arguments: Sequence[Path], series: Sequence[str], contrasts: Sequence[str] | None) -> Listing:
+def list_scans(arguments: Sequence[Path], series: Sequence[str], contrasts: Sequence[str] | None) -> Listing:
     """What the arguments name: a CSV file alone is a table of scans."""
     if len(arguments) == 1 and arguments[0].suffix.lower() == ".csv" and arguments[0].is_file():
         if series:
@@ -161,26 +161,28 @@ def _contrasts(choice: ModelChoice, inputs: InputChoice, machine: Machine) -> An
     return preprocessing_of(open_model(choice, machine)[0], inputs).input["contrasts"]
 
 
-def _show(listing: Listing, strict: bool, as_json: bool) -> None:
+def show_listing(listing: Listing, strict: bool, as_json: bool) -> None:
     """Print what would be read, and on stderr what would not."""
     rows = [{"name": scan.name, **scan.described} for scan in listing.scans]
     if as_json:
         echo_json({"scans": rows, "errors": listing.errors, "skipped": listing.skipped})
     else:
-        _say_skipped(listing)
+        report_skipped(listing)
         columns = ["name", "path", "series", "description"]
         echo_table([columns, *([row.get(name, "") for name in columns] for row in rows)])
-    _exit(listing, strict)
+    leave(listing, strict)
 
 
-def _say_skipped(listing: Listing) -> None:
+def report_skipped(listing: Listing) -> None:
+    """Print on stderr what is skipped and what should have been read."""
     for line in grouped(listing.skipped):
         click.echo(line, err=True)
     for one in listing.errors:
         click.echo(f"Error: {one['error']}", err=True)
 
 
-def _exit(listing: Listing, strict: bool) -> None:
+def leave(listing: Listing, strict: bool) -> None:
+    """End with exit code 1 where not all was done."""
     if listing.errors or (strict and listing.unexpected):
         sys.exit(1)
 

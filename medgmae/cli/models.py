@@ -152,6 +152,9 @@ def _architecture(name: str) -> dict[str, Any]:
         facts["mask_ratio"] = model.mask_ratio
         if hasattr(model, "norm_target"):
             facts["norm_target"] = model.norm_target
+        if getattr(model, "fourier_frequencies", 0):
+            facts["fourier_frequencies"] = model.fourier_frequencies
+            facts["fourier_temperature"] = model.fourier_temperature
     return facts
 
 

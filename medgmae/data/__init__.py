@@ -1,11 +1,12 @@
 """Scans: reading and writing with geometry, and the preparation that a checkpoint expects."""
 
+from medgmae.data import slices
 from medgmae.data.contrasts import find_contrasts
 from medgmae.data.formats.beside import files_of
 from medgmae.data.formats.dicom import find_series
 from medgmae.data.geometry import Grid, VolumeError, centred_start
 from medgmae.data.io import read_volume, write_volume
-from medgmae.data.labels import patch_labels
+from medgmae.data.labels import label_channels, patch_labels
 from medgmae.data.transforms import (
     crop_foreground,
     crop_or_pad,
@@ -31,12 +32,14 @@ __all__ = [
     "files_of",
     "find_contrasts",
     "find_series",
+    "label_channels",
     "patch_labels",
     "percentiles",
     "read_volume",
     "reorient",
     "resample",
     "resample_like",
+    "slices",
     "stack_channels",
     "window",
     "write_volume",

@@ -69,6 +69,26 @@ def patch_labels(
     return Volume(torch.from_numpy(result.reshape(1, *grid.size)), grid, volume.source)
 
 
+def label_channels(labels: ScanLike, groups: Sequence[int | Sequence[int]]) -> Volume:
+    """A channel per group of labels: (len(groups), D, H, W) of uint8, 1 where a voxel has one of the group's labels.
+
+    ``label_channels(labels, [(2, 3), (1, 2, 3), 2])`` gives tumour core, whole tumour and enhancing tumour as
+    SelfMedMAE takes them of the Medical Segmentation Decathlon's labels (lib/data/med_transforms.py).
+
+    Args:
+        labels: one whole number per voxel, (1, D, H, W), or an image of another library.
+        groups: a label, or several, for each channel; they may overlap.
+
+    Raises:
+        VolumeError: several channels, labels that are not whole numbers, or no groups.
+    """
+    volume = as_volume(labels)
+    if not len(groups):
+        raise VolumeError("groups is empty; expected at least one label, or one list of labels")
+    channels = [torch.from_numpy(_values(volume, group)[1]) for group in groups]
+    return volume.with_data(torch.stack(channels))
+
+
 def _values(labels: Volume, share: int | Sequence[int] | None) -> tuple[NDArray[Any], NDArray[Any]]:
     """The different labels in order, and where they are (D, H, W); for a share: 0 and 1."""
     if labels.channels != 1:

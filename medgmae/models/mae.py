@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from medgmae.layers.blocks import Block, initialize, run_block
 from medgmae.layers.masking import Masking
 from medgmae.layers.patches import Shape, Size, patchify, unpatchify
-from medgmae.losses import PATCH_EPS, NormTarget, patch_mse, patch_statistics
+from medgmae.losses import (
+    PATCH_EPS,
+    NormTarget,
+    check_fourier,
+    fourier_code,
+    fourier_decode,
+    patch_mse,
+    patch_statistics,
+)
 from medgmae.models.autoencoder import Autoencoder
 from medgmae.models.decoder import MaskDecoder
 from medgmae.models.encoder import Encoder
@@ -25,7 +33,8 @@ class MAEOutput(NamedTuple):
     """What a masked autoencoder's forward gives.
 
     loss: scalar.
-    pred: (B, N, prod(patch) * C), raster order, channel fastest; normalised per patch when the target is.
+    pred: (B, N, prod(patch) * C), raster order, channel fastest; normalised per patch when the target is. Of a model
+        with K Fourier frequencies (B, N, prod(patch) * C * 2 K): K sines and K cosines of each intensity.
     mask: (B, N), 1 = masked.
     """
 
@@ -112,22 +121,43 @@ class MaskedAutoencoder(Autoencoder):
         mask_ratio: share of hidden patches when ``forward`` is given neither a masking nor a ratio.
         norm_target: None predicts intensities; "unbiased" or "biased" predicts each patch normalised by its own
             statistics, see :func:`medgmae.losses.patch_statistics`.
+        fourier_frequencies: K above 0 predicts each intensity as its Fourier code of 2 K numbers, see
+            :func:`medgmae.losses.fourier_code`: SelfMedMAE's 2D model. The decoder's ``out_dim`` is 2 K times as long.
+        fourier_temperature: of that code.
+
+    Raises:
+        ValueError: another ``norm_target``, one beside Fourier frequencies, or numbers that describe no code.
     """
 
     def __init__(
-        self, encoder: Encoder, decoder: MaskDecoder, mask_ratio: float = 0.75, norm_target: NormTarget | None = None
+        self,
+        encoder: Encoder,
+        decoder: MaskDecoder,
+        mask_ratio: float = 0.75,
+        norm_target: NormTarget | None = None,
+        fourier_frequencies: int = 0,
+        fourier_temperature: float = 0.01,
     ) -> None:
         built = given(locals())
         super().__init__(encoder, decoder, mask_ratio)
         if norm_target not in (None, "unbiased", "biased"):
             raise ValueError(f"norm_target must be None, 'unbiased' or 'biased', got {norm_target!r}")
+        if fourier_frequencies:
+            check_fourier(fourier_frequencies, fourier_temperature)
+        if fourier_frequencies and norm_target is not None:
+            raise ValueError(
+                f"fourier_frequencies={fourier_frequencies} encodes intensities as they are; leave out "
+                f"norm_target={norm_target!r}"
+            )
         self._built, self.norm_target = built, norm_target
+        self.fourier_frequencies, self.fourier_temperature = fourier_frequencies, fourier_temperature
 
     __call__: Callable[..., MAEOutput]
 
     def settings(self) -> dict[str, Setting]:
-        """The settings of both parts."""
-        return self._part_settings()
+        """The settings of both parts, and the length of the Fourier code where there is one."""
+        own = {"fourier_frequencies": Setting(self.fourier_frequencies, "fourier_frequencies")}
+        return {**self._part_settings(), **(own if self.fourier_frequencies else {})}
 
     def forward(self, x: Tensor, masking: Masking | None = None, mask_ratio: float | None = None) -> MAEOutput:
         """Mask, encode, decode and compare.
@@ -142,6 +172,8 @@ class MaskedAutoencoder(Autoencoder):
         """
         masking = self._masking(x, masking, mask_ratio)
         target = patchify(x, self.patch_size)  # (B, N, L)
+        if self.fourier_frequencies:
+            target = fourier_code(target, self.fourier_frequencies, self.fourier_temperature).flatten(-2)
         tokens = self.encoder.forward_features(x, keep=masking.keep)  # (B, P + n, E)
         pred = self.decoder(tokens, masking.restore, self._grid(x))  # (B, N, L)
         return MAEOutput(patch_mse(pred, target, masking.mask, self.norm_target), pred, masking.mask)
@@ -158,6 +190,9 @@ class MaskedAutoencoder(Autoencoder):
     ) -> Tensor:
         """The volume as the decoder sees it, (B, C, D, H, W) in the units of ``x``.
 
+        A predicted Fourier code becomes the intensity between -3 and 3 whose code is nearest, see
+        :func:`medgmae.losses.fourier_decode`: intensities beyond that are not found.
+
         Args:
             x: (B, C, D, H, W).
             masking: which patches are visible; random when None.
@@ -170,6 +205,9 @@ class MaskedAutoencoder(Autoencoder):
         masking = self._masking(x, masking, mask_ratio)
         target = patchify(x, self.patch_size)
         pred = self.forward(x, masking).pred.to(target.dtype)
+        if self.fourier_frequencies:
+            code = pred.reshape(*target.shape, 2 * self.fourier_frequencies)
+            pred = fourier_decode(code, self.fourier_temperature)
         if self.norm_target is not None:
             mean, std = patch_statistics(target, self.norm_target)
             if denormalize == "reference":
@@ -190,6 +228,8 @@ def masked_vit(
     decoder_num_heads: int = 16,
     sigmoid: bool = False,
     norm_target: NormTarget | None = None,
+    fourier_frequencies: int = 0,
+    fourier_temperature: float = 0.01,
     mask_ratio: float = 0.75,
     mlp_ratio: float = 4.0,
     norm_eps: float = 1e-6,
@@ -200,13 +240,13 @@ def masked_vit(
     Args:
         decoder_embed_dim: width of the decoder; likewise ``decoder_depth`` and ``decoder_num_heads``.
         sigmoid: squash predictions into (0, 1).
-        norm_target: see :class:`MaskedAutoencoder`; likewise ``mask_ratio``.
+        norm_target: see :class:`MaskedAutoencoder`; likewise ``mask_ratio`` and what begins with ``fourier_``.
         **encoder_options: everything else that :class:`~medgmae.models.vit.ViT` takes.
     """
     encoder = ViT(img_size, patch_size, in_chans, mlp_ratio=mlp_ratio, norm_eps=norm_eps, **encoder_options)
     decoder = ViTDecoder(
         encoder.embed_dim,
-        math.prod(encoder.patch_size) * in_chans,
+        math.prod(encoder.patch_size) * in_chans * (2 * fourier_frequencies or 1),
         encoder.grid_size,
         decoder_embed_dim,
         decoder_depth,
@@ -216,10 +256,11 @@ def masked_vit(
         sigmoid=sigmoid,
         norm_eps=norm_eps,
     )
-    return MaskedAutoencoder(encoder, decoder, mask_ratio, norm_target)
+    return MaskedAutoencoder(encoder, decoder, mask_ratio, norm_target, fourier_frequencies, fourier_temperature)
 
 
 # The decoders of the published systems: width, blocks, heads.
+DEC256 = {"decoder_embed_dim": 256, "decoder_depth": 8, "decoder_num_heads": 8}
 DEC384 = {"decoder_embed_dim": 384, "decoder_depth": 8, "decoder_num_heads": 12}
 DEC512 = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 DEC528 = {"decoder_embed_dim": 528, "decoder_depth": 8, "decoder_num_heads": 16}
@@ -310,3 +351,15 @@ def mae_vit_tiny_patch8_64(**overrides: Any) -> MaskedAutoencoder:
 def mae_vit_nano_patch8_32(**overrides: Any) -> MaskedAutoencoder:
     """Two narrow blocks on 32³ and one in the decoder: for tests."""
     return _mae(overrides, 32, 8, NANO, DEC24)
+
+
+@register_model
+def mae2d_vit_base_patch16_224(**overrides: Any) -> MaskedAutoencoder:
+    """MAE with ViT-B/16 on 224² images, decoder 256 wide of Fourier codes: SelfMedMAE's 2D pre-training."""
+    return _mae(overrides, 224, 16, BASE, DEC256, in_chans=3, dims=2, fourier_frequencies=4)
+
+
+@register_model
+def mae2d_vit_nano_patch8_32(**overrides: Any) -> MaskedAutoencoder:
+    """Two narrow blocks on 32² images and one in the decoder of Fourier codes: for tests."""
+    return _mae(overrides, 32, 8, NANO, DEC24, dims=2, fourier_frequencies=4)

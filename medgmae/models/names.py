@@ -45,6 +45,8 @@ EncoderName = Literal[
 """Encoders."""
 
 VoxelName = Literal[
+    "mae2d_vit_base_patch16_224",
+    "mae2d_vit_nano_patch8_32",
     "mae_vim_base_patch16_160",
     "mae_vim_large_patch16_160",
     "mae_vim_nano_patch8_32",

@@ -35,6 +35,8 @@ def run(case: Case) -> None:
         medgmae_gaussians,
         medgmae_render,
         selfmedmae,
+        selfmedmae_2d,
+        selfmedmae_data,
         selfmedmae_unetr,
         tangerine,
         tangerine_scans,

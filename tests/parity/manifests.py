@@ -175,11 +175,14 @@ def _check_our_counts(case: Case, manifest: Manifest, model: nn.Module, encoder:
     voxels = decoder_table if "decoder_pos_embed" not in unused else None
     prefix_row = (1 - (voxels[1] - tokens)) * decoder_width if voxels else 0
     dropped = {name: math.prod(manifest.shapes[name]) for name in unused}
-    more = prefix_row - class_row - sum(dropped.values())
+    # A bridge without a bias gets one of zeros here.
+    bridge = manifest.shape("encoder_to_decoder.weight")
+    bias = bridge[0] if bridge and manifest.shape("encoder_to_decoder.bias") is None else 0
+    more = prefix_row + bias - class_row - sum(dropped.values())
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     learned = class_row if encoder.pos_embed.requires_grad else 0
-    learned += sum(count for name, count in dropped.items() if "pos_embed" not in name)
+    learned += sum(count for name, count in dropped.items() if "pos_embed" not in name) - bias
     expected = manifest.first("params_total", "parameter_count", "parameters_total", "parameters")
     case.same("parameters", total, expected + more)
     expected = manifest.first(

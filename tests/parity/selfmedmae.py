@@ -126,6 +126,10 @@ def manifest(case: Case) -> None:
     elif kind.startswith("UNETR"):
         check_unetr_manifest(case)
         return
+    elif kind == "MAE (2D)":
+        shapes = {name: triple(shape, len(shape)) for name, shape in spec["state_dict"].items()}
+        pixels = math.prod(triple(spec["patch_size"], dims)) * spec["in_chans"]
+        overrides = {"fourier_frequencies": shapes["decoder.head.weight"][0] // (2 * pixels)}
     else:
         raise AssertionError(f"{case.path}: a model of kind {kind!r} is not supported yet")
     manifest = Manifest(spec, dims, overrides)
