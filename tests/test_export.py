@@ -281,7 +281,7 @@ def test_names_of_classes_come_back(tmp_path: Path) -> None:
     again.reset_classifier(2)
     assert again.label_names is None
     model.label_names = ["healthy"]
-    with pytest.raises(WeightsError, match="expected 2 names, one per class"):
+    with pytest.raises(WeightsError, match="expected a list of 2 names, one per class"):
         medgmae.save_pretrained(model, tmp_path)
 
 
