@@ -300,3 +300,11 @@ def test_no_other_library_takes_the_folder_for_its_own(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "medgmae"
     assert "pretrained_cfg" not in config
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = medgmae.create_model("vit_nano_patch8_32", num_classes=2)
+    model.label_names = ["gesund", "Rundherd: ü"]
+    files = {medgmae.save_pretrained(model, tmp_path / str(i)).joinpath("model.safetensors") for i in range(6)}
+    assert len({file.read_bytes() for file in files}) == 1
+    assert medgmae.create_model(tmp_path / "0").label_names == model.label_names

@@ -38,6 +38,29 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise WeightsError(f"{path}: not a readable safetensors file ({why}); {remedy}") from error
 
 
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and metadata: the same ones give the same bytes.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # how safetensors reports a file system that refuses
+        raise OSError(str(error)) from error
+    with path.open("rb+") as file:  # safetensors writes the metadata in an order that changes from run to run
+        length = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # what does not fit stays as it is
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
 def _check_header(path: Path) -> None:
     """Raise for what safetensors would take much memory for, or would read as one of two meanings."""
     with path.open("rb") as file:

@@ -24,6 +24,7 @@ from medgmae.checkpoints.hub import HUB_PREFIX
 from medgmae.checkpoints.json_files import parse_json
 from medgmae.checkpoints.paths import as_path
 from medgmae.checkpoints.refusals import check_names, push_errors
+from medgmae.checkpoints.safetensors_files import write_safetensors
 from medgmae.checkpoints.settings import encoder_of
 from medgmae.checkpoints.sources import CONFIG_FILE, LOCAL_PREFIX, SUFFIXES, WEIGHTS_FILE
 from medgmae.checkpoints.wire import check_reachable
@@ -360,13 +361,7 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", "medgmae": json.dumps(config)})
-    except SafetensorError as error:  # how safetensors reports a file system that refuses
-        raise OSError(str(error)) from error
+    write_safetensors(folder / WEIGHTS_FILE, tensors, {"format": "pt", "medgmae": json.dumps(config)})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / README_FILE).write_text(model_readme(config), encoding="utf-8")
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors makes files that only the owner may read
