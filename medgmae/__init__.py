@@ -32,6 +32,8 @@ _PUBLIC = {
     "GaussianMAE": "medgmae.models.gmae",
     "GaussianMAEOutput": "medgmae.models.gmae",
     "ssim3d": "medgmae.losses",
+    "dice_loss": "medgmae.losses",
+    "dice_ce_loss": "medgmae.losses",
     "Masking": "medgmae.layers.masking",
     "random_masking": "medgmae.layers.masking",
     "patchify": "medgmae.layers.patches",
@@ -52,6 +54,9 @@ _PUBLIC = {
     "Features": "medgmae.inference.features",
     "PooledFeatures": "medgmae.inference.features",
     "inspect_checkpoint": "medgmae.checkpoints.inspection",
+    "segment_scan": "medgmae.inference.segmentation",
+    "predict_logits": "medgmae.inference.segmentation",
+    "Segmentation": "medgmae.inference.segmentation",
     "reconstruct_scan": "medgmae.inference.reconstruction",
     "Reconstruction": "medgmae.inference.reconstruction",
     "psnr": "medgmae.losses",
@@ -108,12 +113,17 @@ if TYPE_CHECKING:
     from medgmae.inference.latents import latent_to_spatial as latent_to_spatial
     from medgmae.inference.reconstruction import Reconstruction as Reconstruction
     from medgmae.inference.reconstruction import reconstruct_scan as reconstruct_scan
+    from medgmae.inference.segmentation import Segmentation as Segmentation
+    from medgmae.inference.segmentation import predict_logits as predict_logits
+    from medgmae.inference.segmentation import segment_scan as segment_scan
     from medgmae.layers.masking import Masking as Masking
     from medgmae.layers.masking import random_masking as random_masking
     from medgmae.layers.patches import patchify as patchify
     from medgmae.layers.patches import unpatchify as unpatchify
     from medgmae.layers.positions import resample_pos_embed as resample_pos_embed
     from medgmae.layers.positions import sincos_pos_embed as sincos_pos_embed
+    from medgmae.losses import dice_ce_loss as dice_ce_loss
+    from medgmae.losses import dice_loss as dice_loss
     from medgmae.losses import psnr as psnr
     from medgmae.losses import ssim3d as ssim3d
     from medgmae.models.encoder import Encoder as Encoder

@@ -48,6 +48,9 @@ PARTS = [
     "mamba_mae/position_tables",
     "mamba_mae/preprocess_zscore",
     "mamba_mae/scan_groups_L19",
+    "selfmedmae/metrics_brats",
+    "selfmedmae/metrics_btcv",
+    "selfmedmae/sliding_window",
 ]
 
 # Wrappings that training code puts around weights: entry of the container ("" for none) and prefix of the names.

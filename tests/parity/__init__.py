@@ -35,6 +35,7 @@ def run(case: Case) -> None:
         medgmae_gaussians,
         medgmae_render,
         selfmedmae,
+        selfmedmae_scores,
         tangerine,
         tangerine_scans,
     )
