@@ -31,6 +31,7 @@ _PUBLIC = {
     "GaussianDecoder": "medgmae.models.gaussian_decoder",
     "GaussianMAE": "medgmae.models.gmae",
     "GaussianMAEOutput": "medgmae.models.gmae",
+    "UNETR": "medgmae.models.unetr",
     "ssim3d": "medgmae.losses",
     "dice_loss": "medgmae.losses",
     "dice_ce_loss": "medgmae.losses",
@@ -136,6 +137,7 @@ if TYPE_CHECKING:
     from medgmae.models.mae import ViTDecoder as ViTDecoder
     from medgmae.models.mae_vim import VimDecoder as VimDecoder
     from medgmae.models.registry import register_model as register_model
+    from medgmae.models.unetr import UNETR as UNETR
     from medgmae.models.vim import Vim as Vim
     from medgmae.models.vit import ViT as ViT
     from medgmae.visualize import fit_figure as fit_figure

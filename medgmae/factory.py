@@ -19,8 +19,9 @@ from medgmae.data.preparation import Preparation
 from medgmae.models.encoder import Encoder, Model
 from medgmae.models.gmae import GaussianMAE
 from medgmae.models.mae import MaskedAutoencoder
-from medgmae.models.names import EncoderName, GaussianName, VoxelName
+from medgmae.models.names import EncoderName, GaussianName, SegmenterName, VoxelName
 from medgmae.models.registry import is_registered, matching, model_builder, model_names
+from medgmae.models.unetr import UNETR
 
 FOLDER_PREFIXES = ("hf-hub:", "local-dir:")
 
@@ -48,6 +49,10 @@ def create_model(name: VoxelName, pretrained: bool | Source | None = ..., **opti
 
 @overload
 def create_model(name: GaussianName, pretrained: bool | Source | None = ..., **options: Any) -> GaussianMAE: ...
+
+
+@overload
+def create_model(name: SegmenterName, pretrained: bool | Source | None = ..., **options: Any) -> UNETR: ...
 
 
 @overload
@@ -79,7 +84,8 @@ def create_model(
     Args:
         name: as above.
         pretrained: False leaves the weights random even if the name has a tag. True takes the one published checkpoint
-            of the architecture. Else a tag, or any source that :func:`~medgmae.load_pretrained` takes.
+            of the architecture. Else a tag, or any source that :func:`~medgmae.load_pretrained` takes; the tag may be
+            another architecture's, such as that of a UNETR's encoder, and its preprocessing then applies.
         checkpoint_path: a file or folder of weights, timm's word for ``pretrained=path``. A tag in ``name`` then says
             what they are: its card's options and preprocessing apply.
         strict: see :func:`~medgmae.load_pretrained`; likewise ``source_grid`` and ``inflate``.
@@ -124,7 +130,8 @@ def create_model(
         raise ValueError(f"checkpoint_path and pretrained={pretrained!r} both name weights; leave one out")
     card, source = _choose(architecture, tag, pretrained)
     source = os.fspath(checkpoint_path) if checkpoint_path else source
-    return _build(architecture, {**dict(card.model_args if card else {}), **overrides}, card, source, loading)
+    model_args = dict(card.model_args) if card and card.architecture == architecture else {}
+    return _build(architecture, {**model_args, **overrides}, card, source, loading)
 
 
 def _meant(name: str) -> str:
@@ -148,7 +155,7 @@ def _choose(architecture: str, tag: str, pretrained: bool | Source | None) -> tu
         card = _only_published(architecture)
         return card, card
     if isinstance(pretrained, str):
-        known = [t for t in (pretrained, f"{architecture}.{pretrained}") if t in list_weights(f"{architecture}.*")]
+        known = [tag for tag in (pretrained, f"{architecture}.{pretrained}") if tag in list_weights()]
         pretrained = weight_card(known[0]) if known else pretrained
     if not pretrained or not isinstance(pretrained, str | os.PathLike | WeightCard | Mapping | OpenSource):
         raise TypeError(f"pretrained must be True, False, a tag, a file, a folder or weights, got {pretrained!r}")

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import encoder_of, full_size
+from small_models import encoder_of, full_size, is_autoencoder, segments
 from torch import Tensor, nn
 
 import medgmae
 from medgmae.layers.masking import Masking
 
 NAMES = medgmae.list_models()
-ENCODERS = [name for name in NAMES if not hasattr(full_size(name), "decoder")]
-AUTOENCODERS = [name for name in NAMES if hasattr(full_size(name), "decoder")]
+ENCODERS = [name for name in NAMES if encoder_of(full_size(name)) is full_size(name)]
+AUTOENCODERS = [name for name in NAMES if is_autoencoder(full_size(name))]
+SEGMENTERS = [name for name in NAMES if segments(name)]
 OTHER_GRID = (1, 3, 2)
 
 every = pytest.mark.parametrize("name", NAMES)
@@ -26,6 +27,7 @@ one_of_each_kind = pytest.mark.parametrize(
     "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
 every_encoder = pytest.mark.parametrize("name", ENCODERS)
+every_segmenter = pytest.mark.parametrize("name", SEGMENTERS)
 every_autoencoder = pytest.mark.parametrize("name", AUTOENCODERS)
 
 
@@ -39,7 +41,7 @@ def masking_for(x: Tensor, model: nn.Module) -> Masking:
 
 def run(model: Any, x: Tensor) -> Tensor:
     """The tensor that a model computes: pooled vector, logits, or what is compared with the input."""
-    return prediction(model, x, masking_for(x, model)) if hasattr(model, "decoder") else model(x)
+    return prediction(model, x, masking_for(x, model)) if is_autoencoder(model) else model(x)
 
 
 def prediction(model: Any, x: Tensor, masking: Masking) -> Tensor:
@@ -50,7 +52,7 @@ def prediction(model: Any, x: Tensor, masking: Masking) -> Tensor:
 
 def loss_of(model: Any, x: Tensor) -> Tensor:
     """A scalar that depends on every trained parameter."""
-    return model(x, masking_for(x, model)).loss if hasattr(model, "decoder") else model(x).square().sum()
+    return model(x, masking_for(x, model)).loss if is_autoencoder(model) else model(x).square().sum()
 
 
 def plain(output: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import medgmae
+from medgmae.models.autoencoder import Autoencoder
 
 torch.set_num_threads(1)  # the tensors are so small that threads would only wait for each other
 
@@ -29,7 +30,20 @@ def encoder_of(model: nn.Module) -> Any:
 def size_of(name: str, grid: tuple[int, ...] = (2, 2, 2)) -> tuple[int, ...]:
     """Voxels per axis of an input with so many patches per axis (the last ones of ``grid`` for images)."""
     patch = encoder_of(full_size(name)).patch_size
-    return tuple(g * p for g, p in zip(grid[-len(patch) :], patch, strict=True))
+    grid = grid[-len(patch) :]
+    if getattr(full_size(name), "slice_axis", None) is not None:
+        grid = (*grid[:2], 1)
+    return tuple(g * p for g, p in zip(grid, patch, strict=True))
+
+
+def is_autoencoder(model: nn.Module) -> bool:
+    """Whether a model takes a masking and gives a loss."""
+    return isinstance(model, Autoencoder)
+
+
+def segments(name: str) -> bool:
+    """Whether the architecture predicts a map of classes."""
+    return isinstance(full_size(name), medgmae.UNETR)
 
 
 def renders(name: str) -> bool:
@@ -50,7 +64,9 @@ def small(name: str, **overrides: Any) -> Any:
     options: dict[str, Any] = {"img_size": size_of(name), "depth": 2, "embed_dim": 24}
     if attends(encoder_of(full_size(name))):
         options |= {"num_heads": 2}
-    if hasattr(full_size(name), "decoder"):
+    if segments(name):
+        options |= {"feature_size": 3, "num_classes": 4, "drop_path_rate": 0.0}
+    if is_autoencoder(full_size(name)):
         options |= {"decoder_embed_dim": 12, "decoder_depth": 1}
         if attends(full_size(name).decoder):
             options |= {"decoder_num_heads": 2}

@@ -25,8 +25,10 @@ from small_models import (
     assert_same_state,
     encoder_of,
     full_size,
+    is_autoencoder,
     randomize,
     renders,
+    segments,
     size_of,
     small,
     state_copy,
@@ -56,7 +58,7 @@ def test_the_registered_size_runs_without_storage(name: str) -> None:
     )
     assert model.config["architecture"] == name
     assert medgmae.create_model.__doc__
-    if hasattr(model, "decoder"):
+    if is_autoencoder(model):
         tokens = torch.empty(
             1, encoder.num_prefix_tokens + encoder.pos_embed.shape[1], encoder.embed_dim, device="meta"
         )
@@ -100,7 +102,7 @@ def test_autoencoder_shapes(name: str) -> None:
 
 @every
 def test_every_trained_parameter_gets_a_gradient(name: str) -> None:
-    model = small(name, **({} if name in AUTOENCODERS else {"num_classes": 3}))
+    model = small(name, **({"num_classes": 3} if name in ENCODERS else {}))
     loss_of(model, volume(name)).backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert [n for n, p in trained.items() if p.grad is None or not p.grad.any()] == []
@@ -202,7 +204,7 @@ def test_autocast_to_bfloat16(name: str) -> None:
 def test_export_with_any_batch(name: str) -> None:
     model, x = small(name).eval(), volume(name, grid=OTHER_GRID)
     batch, other = torch.export.Dim("batch", min=1, max=64), volume(name, batch=3, grid=OTHER_GRID)
-    if hasattr(model, "decoder"):
+    if is_autoencoder(model):
         shapes = {"x": {0: batch}, "masking": Masking({0: batch}, {0: batch}, {0: batch})}
         program = torch.export.export(model, (x, masking_for(x, model)), dynamic_shapes=shapes).module()
         masking = masking_for(other, model)
@@ -216,7 +218,7 @@ def test_export_with_any_batch(name: str) -> None:
 def test_dynamo_sees_one_graph(name: str) -> None:
     torch.compiler.reset()
     model, x = small(name), volume(name, grid=OTHER_GRID)
-    arguments = (x, masking_for(x, model)) if hasattr(model, "decoder") else (x,)
+    arguments = (x, masking_for(x, model)) if is_autoencoder(model) else (x,)
     compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(plain(compiled(*arguments)), plain(model(*arguments)))
 
@@ -248,9 +250,11 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
     model, x = small(name), volume(name)
     kept = torch.autograd.grad(loss_of(model, x), [p for p in model.parameters() if p.requires_grad])
     calls: list[str] = []
-    parts = [encoder_of(model), *([model.decoder] if hasattr(model, "decoder") else [])]
+    parts = [encoder_of(model).blocks]
+    if hasattr(model, "decoder"):
+        parts.append(model.decoder.stages if segments(name) else model.decoder.blocks)
     for part in parts:
-        part.blocks[0].register_forward_pre_hook(lambda *_: calls.append("forward"))
+        part[0].register_forward_pre_hook(lambda *_: calls.append("forward"))
     model.set_grad_checkpointing()
     saved = torch.autograd.grad(loss_of(model, x), [p for p in model.parameters() if p.requires_grad])
     assert len(calls) == 2 * len(parts)  # once forward, once more for the backward pass

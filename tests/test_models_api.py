@@ -26,6 +26,7 @@ from small_models import (
     attends,
     encoder_of,
     full_size,
+    is_autoencoder,
     randomize,
     size_of,
     small,
@@ -43,7 +44,7 @@ from medgmae.models.registry import model_builder
 @every
 def test_intermediates(name: str) -> None:
     model, x = encoder_of(small(name)), volume(name, grid=OTHER_GRID)
-    grid = OTHER_GRID[-len(model.patch_size) :]
+    grid = tuple(s // p for s, p in zip(x.shape[2:], model.patch_size, strict=True))
     tokens, maps = model.forward_intermediates(x)
     torch.testing.assert_close(tokens, model.forward_features(x))
     assert [m.shape for m in maps] == [(2, 24, *grid)] * 2
@@ -64,7 +65,8 @@ def test_intermediates(name: str) -> None:
 @every
 def test_keeping_all_patches_permuted_equals_gathering(name: str) -> None:
     model, x = encoder_of(small(name)).eval(), volume(name, grid=OTHER_GRID)
-    count = torch.Size(OTHER_GRID[-len(model.patch_size) :]).numel()
+    grid = tuple(s // p for s, p in zip(x.shape[2:], model.patch_size, strict=True))
+    count = torch.Size(grid).numel()
     keep = torch.stack([torch.randperm(count), torch.randperm(count)])
     p = model.num_prefix_tokens
     tokens, kept = model.forward_features(x), model.forward_features(x, keep=keep)
@@ -75,7 +77,7 @@ def test_keeping_all_patches_permuted_equals_gathering(name: str) -> None:
     hidden = x.clone()
     mask = torch.ones(2, count).scatter(1, keep[:, :2], 0.0)
     cut = medgmae.patchify(hidden, model.patch_size) * (1 - mask.unsqueeze(-1))
-    hidden = medgmae.unpatchify(cut, model.patch_size, OTHER_GRID[-len(model.patch_size) :], x.shape[1])
+    hidden = medgmae.unpatchify(cut, model.patch_size, grid, x.shape[1])
     assert torch.equal(model.forward_features(hidden, keep=keep[:, :2]), few)  # hidden voxels are never read
 
 
@@ -106,7 +108,7 @@ def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
     model, x = small(name).eval(), volume(name, batch=3)
     masking = masking_for(x, model)
     for i in range(3):
-        if hasattr(model, "decoder"):
+        if is_autoencoder(model):
             one = prediction(model, x[i : i + 1], Masking(*(t[i : i + 1] for t in masking)))
             torch.testing.assert_close(one, prediction(model, x, masking)[i : i + 1], atol=1e-5, rtol=1e-4)
         else:
@@ -207,7 +209,7 @@ def test_what_optimisers_leave_undecayed(name: str) -> None:
     prefix = "encoder." if hasattr(model, "decoder") else ""
     tokens = {"pos_embed", *(["cls_token"] if model.num_prefix_tokens else [])}
     assert {n.removeprefix(prefix) for n in names if n.startswith(prefix) and "blocks" not in n} >= tokens
-    if hasattr(model, "decoder"):
+    if is_autoencoder(model):
         assert any(n.startswith("decoder.") for n in names)
 
 

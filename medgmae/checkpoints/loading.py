@@ -130,7 +130,7 @@ def rehearse(
     slots = _slots(model, plan.tensors)
     if not allow_nonfinite:
         _check_finite(plan.tensors, slots, origin)
-    notes = [*_sets_note(opened), *converted.notes]
+    notes = [*_sets_note(opened), *converted.notes, *plan.notes]
     report = LoadReport(origin, list(plan.tensors), plan.resized, plan.adapted, plan.unused, plan.missing, notes)
     return Outcome(plan.tensors, slots, report)
 

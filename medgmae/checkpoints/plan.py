@@ -19,6 +19,9 @@ from medgmae.layers.patches import Shape
 # Names that belong to a task rather than to the encoder: never required, dropped when they do not fit.
 HEAD = ("head.", "fc_norm.")
 
+# The last layer of a decoder that belongs to a task.
+LAST = "out."
+
 # What can be fitted to another model, in either part.
 TABLE = "pos_embed"
 STEM = "patch_embed.proj.weight"
@@ -57,7 +60,7 @@ class Plan:
     """The outcome; names are the model's, in ``unused`` the file's.
 
     tensors: what is filled in.
-    resized, adapted, unused, missing: see :class:`~medgmae.LoadReport`.
+    resized, adapted, unused, missing, notes: see :class:`~medgmae.LoadReport`.
     errors: reasons why nothing can be loaded.
     """
 
@@ -66,6 +69,7 @@ class Plan:
     adapted: dict[str, str] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     def extend(self, other: Plan) -> None:
@@ -75,6 +79,7 @@ class Plan:
         self.adapted |= other.adapted
         self.unused |= other.unused
         self.missing += other.missing
+        self.notes += other.notes
         self.errors += other.errors
 
 
@@ -89,6 +94,10 @@ def make_plan(
     plan.extend(plan_settings(model, expects, encoder, decoder, strict))
     plan.extend(plan_part(encoder, rules))
     plan.extend(plan_part(decoder, rules))
+    if decoder.is_new():
+        plan.notes.append(
+            f"the decoder is new: none of its {len(decoder.slots)} tensors is in the file, all are random"
+        )
     plan.extend(plan_rest(model, (encoder, decoder), strict))
     return plan
 
@@ -114,7 +123,7 @@ def plan_settings(
     """Compare the settings of the parts that are taken from the file."""
     if decoder.is_other_type():
         expects = {name: value for name, value in expects.items() if name.startswith("encoder.")}
-    alone = decoder.module is None and bool(decoder.tensors)
+    alone = (decoder.module is None or decoder.is_new()) and bool(decoder.tensors)
     compared = compare_settings(model_settings(model), expects, strict=strict, alone=alone)
     hidden = "" if encoder.prefix else "encoder."  # an encoder's own settings have no prefix
     return Plan(
@@ -185,7 +194,20 @@ class EncoderPart(ModelPart):
 
 
 class DecoderPart(ModelPart):
-    """The decoder: ``strict=False`` takes what of it fits."""
+    """The decoder: ``strict=False`` takes what of it fits.
+
+    One that belongs to a task rather than to the pre-training, a UNETR's, may be missing from the file, and its last
+    layer may be for other classes.
+    """
+
+    @property
+    def of_task(self) -> bool:
+        """Whether the model's decoder can begin with random numbers."""
+        return bool(getattr(self.module, "CAN_START_FRESH", False))
+
+    def is_new(self) -> bool:
+        """Whether the model's decoder begins with random numbers: the file has none, or one of another type."""
+        return self.of_task and (not self.tensors or self.is_other_type())
 
     def is_other_type(self) -> bool:
         """Whether the file's decoder is not of the model's class, by that class's own word."""
@@ -198,17 +220,21 @@ class DecoderPart(ModelPart):
         """Left out where the model has no decoder, an error in a strict load."""
         if self.module is None:
             return Decision(unused="decoder")
+        if self.of_task and name.startswith(LAST):
+            return Decision(unused="head")
         if rules.strict and name in self.file_names:
             return Decision(error="the model's decoder has no such part")
         return Decision(unused="unknown to the decoder")
 
     def of_other_shape(self, name: str, shape: Shape, expected: Shape, rules: Rules) -> str:
         """Left out unless strict."""
+        if self.of_task and name.startswith(LAST):
+            return f"head of shape {shape}, the model's is {expected}"
         return "" if rules.strict else "decoder of another shape"
 
     def is_required(self, name: str, rules: Rules) -> bool:
-        """All of it, if strict."""
-        return rules.strict
+        """All of it, if strict; but a whole decoder of a task, or its last layer, may be new."""
+        return rules.strict and not (self.is_new() or (self.of_task and name.startswith(LAST)))
 
 
 def plan_part(part: ModelPart, rules: Rules) -> Plan:
@@ -244,7 +270,7 @@ def _plan_other_type(part: ModelPart, rules: Rules) -> Plan:
     return Plan(
         unused=dict.fromkeys(part.file_names.values(), text),
         missing=[part.prefix + name for name in part.slots],
-        errors=[f"decoder: {text}; strict=False leaves it out"] if rules.strict else [],
+        errors=[f"decoder: {text}; strict=False leaves it out"] if part.is_required("", rules) else [],
     )
 
 

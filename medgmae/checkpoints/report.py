@@ -6,6 +6,8 @@ import html
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+_SHOWN = 8  # names of tensors in a line of text
+
 
 @dataclass(frozen=True, repr=False)
 class LoadReport:
@@ -40,7 +42,7 @@ class LoadReport:
         lines += [f"  {name}: {what}" for name, what in {**self.resized, **self.adapted}.items()]
         lines += [f"  note: {note}" for note in self.notes]
         if self.missing:
-            lines.append(f"  not in the file, randomly initialised: {', '.join(self.missing)}")
+            lines.append(f"  not in the file, randomly initialised: {self._missing()}")
         lines += [f"  unused ({why}): {count} tensors" for why, count in self._reasons().items()]
         return "\n".join(lines)
 
@@ -51,8 +53,13 @@ class LoadReport:
         rows += [("note", note) for note in self.notes]
         rows += [(f"unused: {count} tensors", why) for why, count in self._reasons().items()]
         if self.missing:
-            rows.append((f"missing: {len(self.missing)} tensors, randomly initialised", ", ".join(self.missing)))
+            rows.append((f"missing: {len(self.missing)} tensors, randomly initialised", self._missing()))
         return html_table(rows)
+
+    def _missing(self) -> str:
+        """The names of what is missing, the first ones of many."""
+        more = f" and {len(self.missing) - _SHOWN} more" if len(self.missing) > _SHOWN else ""
+        return ", ".join(self.missing[:_SHOWN]) + more
 
     def _reasons(self) -> dict[str, int]:
         """Reason to the number of entries that were left out for it."""

@@ -130,6 +130,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     config = {
         "model_type": "medgmae",  # by which transformers knows that the model is not its own, nor timm's
         "architecture": made["architecture"],
+        "task": _task(model),
         "num_classes": getattr(model, "num_classes", 0),
         "id2label": _labels(model),
         "num_features": getattr(model, "num_features", None),
@@ -140,6 +141,12 @@ def model_config(model: nn.Module) -> dict[str, Any]:
         "library_version": __version__,
     }
     return _as_json(config)
+
+
+def _task(model: nn.Module) -> str:
+    """What a model does, in the hub's words."""
+    classes = getattr(model, "num_classes", 0)
+    return getattr(model, "TASK", "image-classification") if classes else "image-feature-extraction"
 
 
 def _labels(model: nn.Module) -> dict[str, str] | None:
@@ -220,7 +227,7 @@ def model_readme(config: Mapping[str, Any], repo_id: str | None = None) -> str:
     data = ModelCardData(
         license=card.get("license"),
         library_name="medgmae",
-        pipeline_tag="image-classification" if config["num_classes"] else "image-feature-extraction",
+        pipeline_tag=config["task"],
         tags=["medical-imaging", "3d", "masked-autoencoder"],
     )
     source = f"{HUB_PREFIX}{repo_id}" if repo_id else "local-dir:."

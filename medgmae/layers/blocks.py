@@ -83,11 +83,11 @@ def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         return F.linear(x.to(weight.dtype), weight, bias)
 
 
-def run_block(block: nn.Module, x: Tensor, recompute: bool) -> Tensor:
-    """``block(x)``, which is run again in the backward pass, instead of keeping its activations, if asked."""
+def run_block(block: nn.Module, x: Tensor, recompute: bool, *more: Tensor) -> Tensor:
+    """``block(x, *more)``, which is run again in the backward pass, instead of keeping its activations, if asked."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, x, use_reentrant=False)  # type: ignore[no-any-return]
-    return block(x)  # type: ignore[no-any-return]
+        return checkpoint(block, x, *more, use_reentrant=False)  # type: ignore[no-any-return]
+    return block(x, *more)  # type: ignore[no-any-return]
 
 
 def make_head(features: int, num_classes: int, hidden: Sequence[int] = ()) -> nn.Module:

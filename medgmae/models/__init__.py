@@ -8,10 +8,13 @@ from medgmae.models.gmae import GaussianMAE, GaussianMAEOutput
 from medgmae.models.mae import MAEOutput, MaskedAutoencoder, ViTDecoder
 from medgmae.models.mae_vim import VimDecoder
 from medgmae.models.parts import Setting
+from medgmae.models.unetr import UNETR
+from medgmae.models.unetr_decoder import UNETRDecoder
 from medgmae.models.vim import Vim
 from medgmae.models.vit import ViT
 
 __all__ = [
+    "UNETR",
     "Autoencoder",
     "Encoder",
     "GaussianDecoder",
@@ -22,6 +25,7 @@ __all__ = [
     "MaskedAutoencoder",
     "Model",
     "Setting",
+    "UNETRDecoder",
     "ViT",
     "ViTDecoder",
     "Vim",

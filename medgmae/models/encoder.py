@@ -259,7 +259,7 @@ class Encoder(Model, Readable):
         maps: list[Any] = []
         for i in taps:
             prefix, patches = self._split(self.norm(tapped[i]) if norm else tapped[i])
-            image = patches if output_fmt == "NLC" else patches.transpose(1, 2).reshape(len(x), -1, *grid)
+            image = patches if output_fmt == "NLC" else patches.transpose(1, 2).reshape(x.shape[0], -1, *grid)
             maps.append((image, prefix) if return_prefix_tokens else image)
         return maps if intermediates_only else (self.norm(tokens), maps)
 

@@ -95,3 +95,19 @@ GaussianName = Literal[
     "gmae_vit_wide_patch16_96.medgmae",
 ]
 """Gaussian masked autoencoders."""
+
+SegmenterName = Literal[
+    "unetr2d_vit_base_patch16_224",
+    "unetr_vim_small_patch16_160",
+    "unetr_vim_tiny_patch8_64",
+    "unetr_vit_base_patch16_128",
+    "unetr_vit_base_patch16_224x224x16_slice",
+    "unetr_vit_base_patch16_96",
+    "unetr_vit_base_patch16_96_f48",
+    "unetr_vit_base_patch16_96x96x16",
+    "unetr_vit_base_patch8_96",
+    "unetr_vit_large_patch16_256",
+    "unetr_vit_nano_patch8_32",
+    "unetr_vit_tiny_patch8_64",
+]
+"""UNETRs."""

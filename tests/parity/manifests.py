@@ -78,7 +78,7 @@ def registered() -> dict[str, tuple[Numbers, tuple[int, ...], int]]:
 
     Gaussian decoders of other kinds than the standard one are left out: no manifest has them.
     """
-    models = {name: on_meta(name) for name in medgmae.list_models("*vit*")}
+    models = {name: on_meta(name) for name in medgmae.list_models(["vit*", "mae*_vit*", "gmae_vit*"])}
     return {name: _describe(model) for name, model in models.items() if _kind(model) in ("", "standard")}
 
 

@@ -166,6 +166,23 @@ class File:
         self._rest = {name.removeprefix(prefix): entry for name, entry in self._rest.items()}
         self.notes.append(f"the weights are those under {prefix!r}")
 
+    def strip(self, prefix: str) -> None:
+        """Go on without a prefix of names, where they have it.
+
+        Raises:
+            WeightsError: two entries have the same name without it.
+        """
+        short = {name.removeprefix(prefix): entry for name, entry in self._rest.items()}
+        if len(short) < len(self._rest):
+            raise WeightsError(f"{self.origin}: holds the same names with and without {prefix!r}; save one of them")
+        self._rest = short
+
+    def rename(self, name: str, new: str) -> None:
+        """Give an entry another name, under which its place is found."""
+        if new in self._rest:
+            raise WeightsError(f"{self.origin}: {self.full_name(name)!r} and {self.full_name(new)!r} are both {new!r}")
+        self._rest[new] = self._rest.pop(name)
+
     def take(self, name: str, place: str, tensor: Tensor | None = None) -> None:
         """Move an entry to its place ("encoder.norm.weight"), with another tensor if one is given.
 

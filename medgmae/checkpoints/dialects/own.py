@@ -11,10 +11,13 @@ from medgmae.layers.patches import Shape
 
 SOURCE = "medgmae"
 
+# Names by which a decoder of ours is known.
+_MARKS = ("decoder.mask_token", "decoder.query_tokens", "decoder.stem.conv1.weight")
 
-def is_own_autoencoder(file: File) -> bool:
-    """Whether a file has our names of a masked autoencoder."""
-    return file.has("encoder.pos_embed") and (file.has("decoder.mask_token") or file.has("decoder.query_tokens"))
+
+def is_own_pair(file: File) -> bool:
+    """Whether a file has our names of an encoder and a decoder."""
+    return file.has("encoder.pos_embed") and any(map(file.has, _MARKS))
 
 
 def is_own_encoder(file: File) -> bool:
@@ -33,7 +36,7 @@ def convert_saved(file: File) -> Converted:
     return _take(file, tuple(grid))
 
 
-@register_dialect("masked autoencoders with medgmae's names", order=40, matches=is_own_autoencoder)
+@register_dialect("encoders and decoders with medgmae's names", order=40, matches=is_own_pair)
 @register_dialect("encoders with medgmae's names", order=90, matches=is_own_encoder)
 def convert_own(file: File) -> Converted:
     """Our own names without a config."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medgmae.checkpoints.cards import WeightsError
 from medgmae.checkpoints.dialects.entries import STEM, Converted, File, stem_dims, take_decoder_table
-from medgmae.checkpoints.dialects.own import convert_own, is_own_autoencoder, is_own_encoder
+from medgmae.checkpoints.dialects.own import convert_own, is_own_encoder, is_own_pair
 from medgmae.checkpoints.dialects.recognise import register_dialect
 from medgmae.layers.patches import Shape
 
@@ -74,7 +74,7 @@ def convert_mamba_mae(file: File) -> Converted:
 
 
 def _is_own(file: File) -> bool:
-    if is_own_autoencoder(file):
+    if is_own_pair(file):
         return file.has(f"encoder.{_STATES}")
     return is_own_encoder(file) and file.has(_STATES) and not file.has("norm_f.weight")
 

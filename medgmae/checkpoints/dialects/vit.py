@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -30,7 +32,7 @@ _DECODER_NAMES = (
 )
 def convert_timm(file: File) -> Converted:
     """timm's ViT names, with a MAE decoder beside them or without: ``decoder_blocks`` and so on."""
-    return _convert(file, _name(file))
+    return convert_vit(file, _name(file))
 
 
 def _name(file: File) -> str:
@@ -42,7 +44,8 @@ def _name(file: File) -> str:
     return "ViT with timm's names, fine-tuned" if fine_tuned else "ViT with timm's names"
 
 
-def _convert(file: File, source: str) -> Converted:
+def convert_vit(file: File, source: str, expects: Mapping[str, Any] | None = None) -> Converted:
+    """What has not found its place yet, as an encoder with timm's names; ``expects`` of it as in ``Converted``."""
     unknown = [file.full_name(name) for name in file.names if FOREIGN.search(name)]
     if unknown:
         raise WeightsError(
@@ -65,7 +68,8 @@ def _convert(file: File, source: str) -> Converted:
         take_decoder_table(file, rows - math.prod(grid))
     file.drop_all("attn_pool.", "attention pooling")
     file.take_all(_place)
-    return file.finish(source, grid, expects={"decoder.sigmoid": sigmoid} if has_decoder else {})
+    shown = {"decoder.sigmoid": sigmoid} if has_decoder else {}
+    return file.finish(source, grid, expects={**shown, **(expects or {})})
 
 
 def _place(name: str) -> str:
