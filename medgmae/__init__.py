@@ -66,6 +66,7 @@ _PUBLIC = {
     "reconstruction_figure": "medgmae.visualize",
     "latent_map_figure": "medgmae.visualize",
     "fit_figure": "medgmae.visualize",
+    "segmentation_figure": "medgmae.visualize",
     "fit_gaussians": "medgmae.gaussians.fitting",
     "Gaussians": "medgmae.gaussians.rendering",
     "GaussianRenderer": "medgmae.gaussians.rendering",
@@ -143,6 +144,7 @@ if TYPE_CHECKING:
     from medgmae.visualize import fit_figure as fit_figure
     from medgmae.visualize import latent_map_figure as latent_map_figure
     from medgmae.visualize import reconstruction_figure as reconstruction_figure
+    from medgmae.visualize import segmentation_figure as segmentation_figure
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ NATIVE = sorted(path for path in (ROOT / "cuda").rglob("*") if path.suffix in ("
 MAY_IMPORT: dict[str, list[str]] = {
     "_version": [],
     "ops": ["_C"],
-    "data": [],
+    "data": ["_version"],
     "evaluation": ["losses", "data"],
     "losses": ["ops"],
     "layers": ["ops"],

@@ -2,6 +2,7 @@
 
 from medgmae.data.contrasts import find_contrasts
 from medgmae.data.formats.dicom import find_series
+from medgmae.data.formats.dicom_seg import write_dicom_seg
 from medgmae.data.geometry import Grid, VolumeError, centred_start
 from medgmae.data.io import read_volume, write_volume
 from medgmae.data.labels import patch_labels
@@ -37,6 +38,7 @@ __all__ = [
     "resample_like",
     "stack_channels",
     "window",
+    "write_dicom_seg",
     "write_volume",
     "zscore",
 ]
