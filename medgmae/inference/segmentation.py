@@ -253,7 +253,7 @@ class _Reader:
                 f"of windows {tuple(batch.shape)} the model {type(unwrap(self.model)).__name__} makes {got}; expected "
                 f"logits ({size[0]}, K, {', '.join(map(str, size[1:]))}), one for each class and voxel"
             )
-        if not torch.isfinite(found).all():
+        if not all(map(torch.isfinite, found.aminmax())):  # isfinite of all would take as much memory again
             raise ValueError(
                 f"the model's logits are NaN or infinite in {found.dtype}; expected finite ones: run it in float32, "
                 "without autocast, and look whether its weights are finite"
@@ -282,6 +282,7 @@ def _finished(
                     if all(one.start < one.stop for one in inside):
                         kept = part[(slice(None), *map(_moved, inside, [one.start for one in done]))]
                         yield tuple(map(_moved, inside, layout.before)), kept
+            del logits, values, part  # a window of many classes, which the next one need not lie beside
             bar.update(len(starts))
 
 

@@ -36,6 +36,7 @@ def run(case: Case) -> None:
         medgmae_render,
         selfmedmae,
         selfmedmae_scores,
+        selfmedmae_training,
         selfmedmae_unetr,
         tangerine,
         tangerine_scans,

@@ -49,7 +49,9 @@ def write_dicom_seg(
         from highdicom.seg import Segmentation
     except ImportError:
         raise VolumeError(f"{path}: DICOM Segmentation objects need highdicom: {REMEDY}") from None
-    channels: dict[str, Any] = {"channels": {"SegmentNumber": list(range(1, len(names) + 1))}} if array.ndim == 4 else {}
+    channels: dict[str, Any] = (
+        {"channels": {"SegmentNumber": list(range(1, len(names) + 1))}} if array.ndim == 4 else {}
+    )
     lying = highdicom.Volume(array, affine=volume.affine, coordinate_system="PATIENT", **channels)
     try:
         made = Segmentation(
