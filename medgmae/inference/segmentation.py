@@ -162,7 +162,9 @@ def segment_scan(
         if not len(labels):
             labels = _empty_labels(len(part), volume.size, multilabel)
             shares = torch.empty(len(part) if probabilities else 0, *volume.size)
-        labels[(slice(None), *where)] = ((part > 0) if multilabel else part.argmax(0, keepdim=True)).to(labels.dtype)
+        labels[(slice(None), *where)] = ((part > 0) if multilabel else part.max(0, keepdim=True).indices).to(
+            labels.dtype
+        )
         if probabilities:
             shares[(slice(None), *where)] = part.sigmoid() if multilabel else part.softmax(0)
     result = volume.with_data(labels)
@@ -276,13 +278,11 @@ def _finished(
             logits = reader.logits(torch.stack(batch))
             for start, values in zip(starts, logits, strict=True):
                 done, part = sums.add(start, values.mul_(weight))
-                if part.numel():
-                    part.div_(_weights_of_all(layout, weight, done))
-                    inside = [_meet(one, scan) for one, scan in zip(done, layout.scan, strict=True)]
-                    if all(one.start < one.stop for one in inside):
-                        kept = part[(slice(None), *map(_moved, inside, [one.start for one in done]))]
-                        yield tuple(map(_moved, inside, layout.before)), kept
-            del logits, values, part  # a window of many classes, which the next one need not lie beside
+                inside = tuple(map(_meet, done, layout.scan))
+                if all(one.start < one.stop for one in inside):
+                    part = part[(slice(None), *map(_moved, inside, [one.start for one in done]))]
+                    yield tuple(map(_moved, inside, layout.before)), part / _weights_of_all(layout, weight, inside)
+            del logits, values, part  # all classes of a window, which need not lie beside those of the next
             bar.update(len(starts))
 
 
