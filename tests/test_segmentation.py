@@ -152,7 +152,7 @@ def test_what_lies_outside_of_a_small_scan() -> None:
 
     class Watching(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            seen.append(x)
+            seen.append(x.clone())
             return x
 
     scan = scan_of(3, 3, 3)

@@ -114,6 +114,7 @@ def predict_logits(
         if not len(logits):
             logits = torch.empty(len(part), *volume.size)
         logits[(slice(None), *where)] = part
+        del part
     return volume.with_data(logits)
 
 
@@ -167,6 +168,7 @@ def segment_scan(
         )
         if probabilities:
             shares[(slice(None), *where)] = part.sigmoid() if multilabel else part.softmax(0)
+        del part  # a view of a whole window, which need not lie beside the next one
     result = volume.with_data(labels)
     if target is not None:
         result = resample_like(result, target, interpolation="nearest")
@@ -281,7 +283,8 @@ def _finished(
                 inside = tuple(map(_meet, done, layout.scan))
                 if all(one.start < one.stop for one in inside):
                     part = part[(slice(None), *map(_moved, inside, [one.start for one in done]))]
-                    yield tuple(map(_moved, inside, layout.before)), part / _weights_of_all(layout, weight, inside)
+                    part.div_(_weights_of_all(layout, weight, inside))  # in place: the last block is a whole window
+                    yield tuple(map(_moved, inside, layout.before)), part
             del logits, values, part  # all classes of a window, which need not lie beside those of the next
             bar.update(len(starts))
 
