@@ -50,8 +50,7 @@ def score_command(
     Classes that a reference lacks have no score and are left out of means. A pair that cannot be scored is reported
     and left out. Exit code 0: all references were scored; 1: some were not; 2: wrong usage.
     """
-    from medgmae.evaluation import mean_metrics, segmentation_metrics
-
+    evaluation = medgmae.evaluation
     found, wanted = _files(predictions), _files(labels)
     if not wanted:
         raise click.UsageError(f"{shown(labels)} holds no label maps; expected files such as case1.nii.gz")
@@ -63,7 +62,7 @@ def score_command(
         try:
             if name not in found:
                 raise ValueError(f"{shown(predictions)} has no prediction named {name}")
-            scores[name] = segmentation_metrics(
+            scores[name] = evaluation.segmentation_metrics(
                 medgmae.read_volume(found[name], channels=channels),
                 medgmae.read_volume(label, channels=channels),
                 classes=None if masks else classes,
@@ -82,7 +81,7 @@ def score_command(
         writer = csv.DictWriter(file, ["case", "class", *FIELDS])
         writer.writeheader()
         writer.writerows(rows)
-    means = mean_metrics(list(scores.values()))
+    means = evaluation.mean_metrics(list(scores.values()))
     if as_json:
         finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
         echo_json({"out": shown(out), "cases": len(scores), "mean": finite, "errors": errors})
