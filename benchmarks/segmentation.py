@@ -9,9 +9,9 @@ Prediction, written before tuning: what overlaps with windows to come must be ke
 50 MB: just under 1 GB. The goal of under 1 GB is for the windows as they are by default ("even").
 
 Outcome: 0.98 GB. Before, 1.11 GB: a view of the last block kept a whole window of logits alive beside the next one, the
-block at the end of an axis is as large as a window and was divided out of place, and torch.isfinite takes as much memory
-as what it looks at. MONAI's windows take 1.34 GB: its last one is moved back to the end of the scan and has 72 of 96
-planes in common with the one before.
+block at the end of an axis is as large as a window and was divided out of place, and torch.isfinite takes as much
+memory as what it looks at. MONAI's windows take 1.34 GB: its last one is moved back to the end of the scan and
+has 72 of 96 planes in common with the one before.
 
     python benchmarks/segmentation.py [--size 600 512 512] [--classes 14] [--window 96]
 """
