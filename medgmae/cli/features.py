@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import click
 import medgmae
 from medgmae.cli.common import echo_json, echo_table, is_reported, reports_errors
 from medgmae.cli.files import keep_inputs, refuse_existing
-from medgmae.cli.journal import Journal, journal_of, state_of, weights_digest
+from medgmae.cli.journal import Journal, journal_of, weights_digest
 from medgmae.cli.manifest import read_manifest
 from medgmae.cli.names import shown
 from medgmae.cli.options import (
@@ -219,10 +220,7 @@ class _Run:
                 try:
                     facts = before.get(scan.name)
                     if facts is None:
-                        state = state_of(scan)
-                        facts, tensors = self._extract(scan)
-                        if state_of(scan) != state:
-                            raise OSError(f"{scan.path} was changed while it was read; expected it to stay as it is")
+                        facts = journal.keep(scan, partial(self._extract, scan))
                 except Exception as error:
                     if not is_reported(error):
                         raise
@@ -231,8 +229,6 @@ class _Run:
                     with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
                         click.echo(f"Error: {listing.errors[-1]['error']}", err=True)
                 else:
-                    if scan.name not in before:
-                        journal.put(scan, state, facts, tensors)
                     self.done[scan.name] = {**scan.described, **facts}
                 bar.update()
 

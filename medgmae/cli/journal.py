@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,20 @@ class Journal:
 
         return dict(sorted(load_file(self._file(scan)).items()))
 
-    def put(self, scan: Scan, state: list[int], facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def keep(self, scan: Scan, make: Callable[[], tuple[dict[str, Any], Mapping[str, Tensor]]]) -> dict[str, Any]:
+        """Facts of a scan, which are kept with the tensors that ``make`` gives beside them.
+
+        Raises:
+            OSError: the scan was changed meanwhile.
+        """
+        state = state_of(scan)
+        facts, tensors = make()
+        if state_of(scan) != state:
+            raise OSError(f"{scan.path} was changed while it was read; expected it to stay as it is")
+        self._put(scan, state, facts, tensors)
+        return facts
+
+    def _put(self, scan: Scan, state: list[int], facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Keep what came of a scan, whose state was that before it was read; it is on disk when this returns."""
         from safetensors.torch import save
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,8 @@ class _Run:
         with tqdm(total=len(listing.scans), desc="scans", unit="scan", disable=None) as bar:
             for scan in listing.scans:
                 try:
-                    facts = before.get(scan.name) or self._segment(scan, files[scan.name], overwrite)
+                    make = partial(self._segment, scan, files[scan.name], overwrite)
+                    facts = before.get(scan.name) or journal.keep(scan, make)
                 except Exception as error:
                     if not is_reported(error) and not isinstance(error, click.ClickException):
                         raise
@@ -197,8 +199,6 @@ class _Run:
                     with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
                         click.echo(f"Error: {listing.errors[-1]['error']}", err=True)
                 else:
-                    if scan.name not in before:
-                        journal.put(scan, facts, {})
                     self.done[scan.name] = {**scan.described, **facts}
                 bar.update()
 
@@ -213,8 +213,8 @@ class _Run:
             files[scan.name] = [self.out / f"{stem}{FORMATS[self.kind]}", *([self.out / f"{stem}.png"] * self.png)]
         return files
 
-    def _segment(self, scan: Scan, files: Sequence[Path], overwrite: bool) -> dict[str, Any]:
-        """Write the files of a scan; returns the facts about it."""
+    def _segment(self, scan: Scan, files: Sequence[Path], overwrite: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Write the files of a scan; returns the facts about it, and no tensors."""
         import torch
 
         start = time.perf_counter()
@@ -242,11 +242,8 @@ class _Run:
         if self.png:
             figure = medgmae.segmentation_figure(source, result.labels, names=self.names, title=shown(scan.name))
             write_figure(figure, files[1], overwrite)
-        return {
-            "labels": shown(files[0].name),
-            "classes": self._volumes(result.labels),
-            "seconds": round(time.perf_counter() - start, 3),
-        }
+        seconds = round(time.perf_counter() - start, 3)
+        return {"labels": shown(files[0].name), "classes": self._volumes(result.labels), "seconds": seconds}, {}
 
     def _read(self, scan: Scan, block: Mapping[str, Any]) -> tuple[Any, medgmae.Volume]:
         """What the preprocessing takes, in memory, and the volume on whose grid the labels are written."""
@@ -254,7 +251,7 @@ class _Run:
             files = medgmae.data.find_contrasts(scan.path, block["contrasts"])
             case = {name: medgmae.read_volume(files[name], channels=1) for name in block["contrasts"]}
             return case, case[block["contrasts"][0]]
-        volume = medgmae.read_volume(scan.path, series=scan.series, channels=block["channels"])
+        volume = medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=block["channels"])
         return volume, volume
 
     def _segments(self) -> list[str]:

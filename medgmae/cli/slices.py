@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +222,7 @@ class _Run:
                     self._refuse(folder, claimed)
                     with claims.open("a", encoding="utf-8") as file:
                         file.write(f"{folder}\n")
-                    facts = {"rows": self._cut(scan, folder)}
-                    self.journal.put(scan, facts, {})
+                    facts = self.journal.keep(scan, partial(self._cut, scan, folder))
                 self.done[scan.name] = facts["rows"]
             except Exception as error:
                 if not is_reported(error):
@@ -237,8 +237,8 @@ class _Run:
         if os.path.lexists(self.out / folder) and folder not in claimed and not self.overwrite:
             raise FileExistsError(f"{shown(self.out / folder)} exists; --overwrite replaces it")
 
-    def _cut(self, scan: Scan, folder: str) -> list[dict[str, str]]:
-        """Write the slices of a scan to a folder, all of them or none; the rows of the manifest."""
+    def _cut(self, scan: Scan, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Write the slices of a scan to a folder, all of them or none; the rows of the manifest, and no tensors."""
         said = scan.described
         about = {"name": scan.name, "path": said["path"], "series": said.get("series", ""), **scan.labels}
         rows = []
@@ -259,12 +259,12 @@ class _Run:
             elif os.path.lexists(target):
                 target.unlink()
             place.rename(target)
-        return rows
+        return {"rows": rows}, {}
 
     def _slices(self, scan: Scan) -> Iterator[tuple[int, medgmae.Volume, str]]:
         """Index, slice and plane of what is written of a scan."""
         if self.how.recipe:
-            volume = medgmae.read_volume(scan.path, series=scan.series, channels=1)
+            volume = medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=1)
             yield volume.size[0] // 2, medgmae.data.slices.selfmedmae_uva(volume), "stored"
             return
         plane: Any = self.how.plane
@@ -274,11 +274,11 @@ class _Run:
 
     def _read(self, scan: Scan) -> medgmae.Volume:
         if self.how.labels:
-            return _whole_numbers(medgmae.read_volume(scan.path, series=scan.series, channels=1))
+            return _whole_numbers(medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=1))
         channels = self.prepare.input["channels"]
         given: Any = scan.path
         if scan.series is not None:
-            given = medgmae.read_volume(scan.path, series=scan.series, channels=channels)
+            given = medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=channels)
         volume: medgmae.Volume = self.prepare(given)
         return volume
 
