@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import medgmae
 from medgmae import ViT, WeightsError
 from medgmae.checkpoints.adapt import (
+    Inflate,
     _resize_matrix,
     adapt_channels,
     adapt_stem,
@@ -242,3 +243,15 @@ def test_volumes_do_not_go_into_images() -> None:
     with pytest.raises(WeightsError, match="pos_embed"):
         medgmae.load_pretrained(flat, deep.state_dict())
     assert_same_state(flat, before)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("how", ["average", "center"])
+def test_depth_may_be_any_axis(axis: int, how: Inflate) -> None:
+    plane, table = torch.randn(4, 2, 3, 5), torch.randn(1, 6, 4)
+    cube = inflate_stem(plane, 7, how, axis)
+    torch.testing.assert_close(cube.movedim(2 + axis, 2), inflate_stem(plane, 7, how))
+    target = [2, 3]
+    target.insert(axis, 4)
+    lifted = adapt_table(table, (2, 3), target, axis).reshape(*target, 4)
+    assert all(torch.equal(layer, table.reshape(2, 3, 4)) for layer in lifted.unbind(axis))

@@ -189,13 +189,17 @@ def test_a_linear_patch_weight_becomes_a_convolution() -> None:
         assert torch.equal(model.encoder.pos_embed, mae.encoder.pos_embed)
 
 
-def test_a_plane_goes_into_a_slab() -> None:
-    flat = randomize(medgmae.create_model("vit_nano_patch8_32", dims=2, embed_dim=24, num_heads=2))
-    model = unetr(slice_axis=0, img_size=(8, 32, 32))
+@pytest.mark.parametrize(
+    ("axis", "size", "patch"), [(0, (8, 32, 32), 8), (-1, (32, 32, 8), 8), (None, (32, 32, 1), (8, 8, 1))]
+)
+def test_a_plane_goes_into_a_slab(axis: int | None, size: tuple[int, ...], patch: Any) -> None:
+    flat = randomize(medgmae.create_model("vit_nano_patch8_32", dims=2, embed_dim=24, num_heads=2)).eval()
+    model = unetr(slice_axis=axis, img_size=size, patch_size=patch)
     report = medgmae.load_pretrained(model, flat.state_dict())
     assert "inflated" in report.adapted["encoder.patch_embed.proj.weight"]
-    tokens = model.forward_features(noise(1, 1, 1, 32, 32).expand(-1, -1, 8, -1, -1))
-    torch.testing.assert_close(tokens, flat.eval().forward_features(noise(1, 1, 32, 32)), atol=1e-4, rtol=1e-4)
+    image = noise(1, 1, 32, 32)
+    slab = image.unsqueeze(2).expand(-1, -1, 8, -1, -1) if axis == 0 else image.unsqueeze(-1).expand(1, 1, *size)
+    torch.testing.assert_close(model.forward_features(slab), flat.forward_features(image), atol=1e-4, rtol=1e-4)
 
 
 def test_a_unetr_file_is_read_whole_or_not_at_all() -> None:

@@ -19,15 +19,16 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.itemsize < 4 else tensor
 
 
-def adapt_table(table: Tensor, source_grid: Sequence[int], target_grid: Sequence[int]) -> Tensor:
+def adapt_table(table: Tensor, source_grid: Sequence[int], target_grid: Sequence[int], depth_axis: int = 0) -> Tensor:
     """A table of positions (1, N, E) on another grid; a 2D table is repeated along the depth of a 3D grid.
 
     See :func:`medgmae.layers.positions.resample_pos_embed`.
     """
     source, target = tuple(source_grid), tuple(target_grid)
     if len(source) + 1 == len(target):
-        plane = resample_pos_embed(table, source, target[1:])
-        return plane.repeat(1, target[0], 1)
+        flat = target[:depth_axis] + target[depth_axis + 1 :]
+        plane = resample_pos_embed(table, source, flat).unflatten(1, flat)
+        return plane.unsqueeze(1 + depth_axis).expand(1, *target, -1).flatten(1, 3)
     return resample_pos_embed(table, source, target)
 
 
@@ -40,19 +41,20 @@ def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
     return weight.sum(1, keepdim=True).expand(-1, in_chans, *weight.shape[2:]) / in_chans
 
 
-def inflate_stem(weight: Tensor, depth: int, how: Inflate) -> Tensor:
-    """A 2D stem (E, C, h, w) as a 3D one (E, C, depth, h, w).
+def inflate_stem(weight: Tensor, depth: int, how: Inflate, axis: int = 0) -> Tensor:
+    """A 2D stem (E, C, h, w) as a 3D one, with ``depth`` as axis ``axis`` of its patch: (E, C, depth, h, w) for 0.
 
     "average" spreads the plane over the depth, divided by it: a volume that is constant along depth gives the tokens
     of its plane (Carreira & Zisserman 2017). "center" puts the plane into the middle slice, zeros around it.
     """
+    inflated = weight.unsqueeze(2 + axis)
     if how == "average":
-        return weight.unsqueeze(2).expand(-1, -1, depth, -1, -1) / depth
+        return inflated.expand(*(depth if d == 2 + axis else -1 for d in range(5))) / depth
     if how != "center":
         raise ValueError(f"inflate must be 'average' or 'center', got {how!r}")
-    inflated = weight.new_zeros(*weight.shape[:2], depth, *weight.shape[2:])
-    inflated[:, :, depth // 2] = weight
-    return inflated
+    before = depth // 2
+    widths = [0, 0] * (2 - axis) + [before, depth - 1 - before]
+    return F.pad(inflated, widths)
 
 
 def resize_patch(weight: Tensor, patch_size: Sequence[int]) -> Tensor:
@@ -77,12 +79,12 @@ def _resize_matrix(old: int, new: int) -> Tensor:
     return F.interpolate(eye, size=(1, new), mode="bilinear", antialias=True, align_corners=False)[0, :, 0].T
 
 
-def adapt_stem(weight: Tensor, shape: Sequence[int], inflate: Inflate) -> tuple[Tensor, list[str]]:
+def adapt_stem(weight: Tensor, shape: Sequence[int], inflate: Inflate, depth_axis: int = 0) -> tuple[Tensor, list[str]]:
     """A stem weight for the shape (E, C, *patch) of another stem, and what was done to it."""
     done: list[str] = []
     dims = len(shape) - 2
     if weight.dim() == 4 and dims == 3:
-        weight = inflate_stem(weight, int(shape[2]), inflate)
+        weight = inflate_stem(weight, int(shape[2 + depth_axis]), inflate, depth_axis)
         done.append(f"inflated from 2D ({inflate} along depth)")
     if weight.shape[1] != shape[1]:
         done.append(f"channels {weight.shape[1]} to {shape[1]} (sum over the old, divided by the new)")

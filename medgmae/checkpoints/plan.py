@@ -35,13 +35,14 @@ class Rules(NamedTuple):
 
     source_grid: patch grid of the file's tables; likewise ``grid`` of the model's.
     strict: whether the decoder must be whole, and every name known.
-    inflate: how a 2D stem gets its depth.
+    inflate: how a 2D stem gets its depth; likewise ``depth_axis``, the axis of a volume that a 2D file does not have.
     """
 
     source_grid: Shape
     grid: Shape
     strict: bool
     inflate: Inflate
+    depth_axis: int = 0
 
 
 class Decision(NamedTuple):
@@ -91,7 +92,9 @@ def make_plan(
 ) -> Plan:
     """Decide what of a file goes where in a model; ``expects`` are the settings that the weights need."""
     encoder, decoder = model_parts(model, converted)
-    rules = Rules(converted.grid, encoder_of(model).grid_size, strict, inflate)
+    rules = Rules(
+        converted.grid, encoder_of(model).grid_size, strict, inflate, _depth_axis(model, converted.encoder.get(STEM))
+    )
     plan = Plan(unused=dict(converted.unused))
     plan.errors += [f"{name}: in the file, but the model has no such part" for name in converted.unknown]
     plan.extend(plan_settings(model, expects, encoder, decoder, strict))
@@ -103,6 +106,20 @@ def make_plan(
         )
     plan.extend(plan_rest(model, (encoder, decoder), strict))
     return plan
+
+
+def _depth_axis(model: nn.Module, stem: Tensor | None) -> int:
+    """The axis (0 to 2) of the model's volumes that the images of a 2D file do not have.
+
+    The one of which the model predicts a slice; else the one without which its patch is the file's, if there is one
+    such axis alone; else the first.
+    """
+    stated: Any = getattr(model, "slice_axis", None)
+    if stated is not None:
+        return int(stated)
+    patch = tuple(encoder_of(model).patch_size)
+    fitting = [] if stem is None else [a for a in range(3) if patch[:a] + patch[a + 1 :] == tuple(stem.shape[2:])]
+    return fitting[0] if len(fitting) == 1 else 0
 
 
 def model_parts(model: nn.Module, converted: Converted) -> tuple[EncoderPart, DecoderPart]:
@@ -305,9 +322,11 @@ def fit(name: str, tensor: Tensor, slot: Tensor, rules: Rules) -> Decision:
     if name == TABLE and source != target and tensor.shape[1:2] == (math.prod(source),):
         if len(source) > len(target):
             return Decision(tensor)  # volumes into images: there is no rule
-        return Decision(adapt_table(wide(tensor), source, target), resized=f"grid {source} to {target}")
+        return Decision(
+            adapt_table(wide(tensor), source, target, rules.depth_axis), resized=f"grid {source} to {target}"
+        )
     if name == STEM and tensor.shape != slot.shape and _is_stem_for(tensor, slot):
-        adapted, changes = adapt_stem(wide(tensor), slot.shape, rules.inflate)
+        adapted, changes = adapt_stem(wide(tensor), slot.shape, rules.inflate, rules.depth_axis)
         return Decision(adapted, adapted="; ".join(changes))
     return Decision(tensor)
 
