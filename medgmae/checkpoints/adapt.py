@@ -27,7 +27,7 @@ def adapt_table(table: Tensor, source_grid: Sequence[int], target_grid: Sequence
     source, target = tuple(source_grid), tuple(target_grid)
     if len(source) + 1 == len(target):
         flat = target[:depth_axis] + target[depth_axis + 1 :]
-        plane = resample_pos_embed(table, source, flat).unflatten(1, flat)
+        plane = resample_pos_embed(table, source, flat).reshape(1, *flat, table.shape[2])
         return plane.unsqueeze(1 + depth_axis).expand(1, *target, -1).flatten(1, 3)
     return resample_pos_embed(table, source, target)
 
