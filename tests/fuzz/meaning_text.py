@@ -50,13 +50,17 @@ WORDS = (
 
 
 class Case(NamedTuple):
-    """A path to read, what reading must give if it gives anything, and whether it must be refused."""
+    """A path to read, what reading must give if it gives anything, and whether it must be refused.
+
+    alone: whether other readers are not to be asked.
+    """
 
     path: Path
     voxels: np.ndarray | None  # (C, D, H, W)
     affine: np.ndarray | None  # index (x, y, z) to LPS
     refuse: bool
     what: str
+    alone: bool = False
 
 
 def _affine(rng: random.Random) -> np.ndarray:
@@ -189,12 +193,15 @@ def text_case(rng: random.Random, folder: Path) -> Case:
     either = attack == "field"
     if either:
         what = _mutated(lines, rng, "ElementDataFile" if not nrrd else "data file")
-        either = what != "drop of CompressedDataSize"  # nothing is lost, but ITK gives memory that it has not filled
+    alone = what == "drop of CompressedDataSize"  # nothing is lost, but ITK may give memory that it has not filled
+    either = either and not alone
     text = "\n".join([*lines, *(listed if target == "LIST" else [])]) + "\n"
     text += "\n" if nrrd and target == "LOCAL" else ""
     (folder / header).write_bytes(text.encode() + (body if target == "LOCAL" else b""))
     voxels = None if either else np.moveaxis(values, -1, 0)
-    return Case(folder / header, voxels, None if either else affine, refuse, f"{header} {place} {packing} {what}")
+    return Case(
+        folder / header, voxels, None if either else affine, refuse, f"{header} {place} {packing} {what}", alone
+    )
 
 
 def _meta_lines(
