@@ -33,6 +33,8 @@ _PUBLIC = {
     "GaussianMAEOutput": "medgmae.models.gmae",
     "UNETR": "medgmae.models.unetr",
     "ssim3d": "medgmae.losses",
+    "dice_loss": "medgmae.losses",
+    "dice_ce_loss": "medgmae.losses",
     "Masking": "medgmae.layers.masking",
     "random_masking": "medgmae.layers.masking",
     "patchify": "medgmae.layers.patches",
@@ -53,6 +55,9 @@ _PUBLIC = {
     "Features": "medgmae.inference.features",
     "PooledFeatures": "medgmae.inference.features",
     "inspect_checkpoint": "medgmae.checkpoints.inspection",
+    "segment_scan": "medgmae.inference.segmentation",
+    "predict_logits": "medgmae.inference.segmentation",
+    "Segmentation": "medgmae.inference.segmentation",
     "reconstruct_scan": "medgmae.inference.reconstruction",
     "Reconstruction": "medgmae.inference.reconstruction",
     "psnr": "medgmae.losses",
@@ -61,6 +66,7 @@ _PUBLIC = {
     "reconstruction_figure": "medgmae.visualize",
     "latent_map_figure": "medgmae.visualize",
     "fit_figure": "medgmae.visualize",
+    "segmentation_figure": "medgmae.visualize",
     "fit_gaussians": "medgmae.gaussians.fitting",
     "Gaussians": "medgmae.gaussians.rendering",
     "GaussianRenderer": "medgmae.gaussians.rendering",
@@ -109,12 +115,17 @@ if TYPE_CHECKING:
     from medgmae.inference.latents import latent_to_spatial as latent_to_spatial
     from medgmae.inference.reconstruction import Reconstruction as Reconstruction
     from medgmae.inference.reconstruction import reconstruct_scan as reconstruct_scan
+    from medgmae.inference.segmentation import Segmentation as Segmentation
+    from medgmae.inference.segmentation import predict_logits as predict_logits
+    from medgmae.inference.segmentation import segment_scan as segment_scan
     from medgmae.layers.masking import Masking as Masking
     from medgmae.layers.masking import random_masking as random_masking
     from medgmae.layers.patches import patchify as patchify
     from medgmae.layers.patches import unpatchify as unpatchify
     from medgmae.layers.positions import resample_pos_embed as resample_pos_embed
     from medgmae.layers.positions import sincos_pos_embed as sincos_pos_embed
+    from medgmae.losses import dice_ce_loss as dice_ce_loss
+    from medgmae.losses import dice_loss as dice_loss
     from medgmae.losses import psnr as psnr
     from medgmae.losses import ssim3d as ssim3d
     from medgmae.models.encoder import Encoder as Encoder
@@ -133,6 +144,7 @@ if TYPE_CHECKING:
     from medgmae.visualize import fit_figure as fit_figure
     from medgmae.visualize import latent_map_figure as latent_map_figure
     from medgmae.visualize import reconstruction_figure as reconstruction_figure
+    from medgmae.visualize import segmentation_figure as segmentation_figure
 
 
 def __getattr__(name: str) -> Any:

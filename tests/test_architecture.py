@@ -26,8 +26,8 @@ NATIVE = sorted(path for path in (ROOT / "cuda").rglob("*") if path.suffix in ("
 MAY_IMPORT: dict[str, list[str]] = {
     "_version": [],
     "ops": ["_C"],
-    "data": [],
-    "evaluation": [],
+    "data": ["_version"],
+    "evaluation": ["losses", "data"],
     "losses": ["ops"],
     "layers": ["ops"],
     "gaussians": ["ops"],
@@ -51,6 +51,7 @@ ONLY_IN: dict[str, list[str]] = {
     "pickle": [],
     "pydicom": ["data"],
     "requests": [],
+    "scipy": ["evaluation"],
     "sklearn": ["evaluation"],
     "timm": ["checkpoints.opening", "training"],
     "torchvision": [],

@@ -6,7 +6,9 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
+import medgmae
 from medgmae.losses import NormTarget, image_norm, patch_mse, patch_statistics, scale_penalty, ssim3d, uniformity
 
 
@@ -157,3 +159,39 @@ def test_ssim_of_what_cannot_be_compared_is_refused() -> None:
         ssim3d(a[0], a[0])
     with pytest.raises(ValueError, match="odd and positive, got 6"):
         ssim3d(a, a, window_size=6)
+
+
+@pytest.mark.parametrize("size", [(5, 4, 6), (7, 3)])
+def test_dice_losses_equal_monai(size: tuple[int, ...]) -> None:
+    from monai.losses import DiceCELoss, DiceLoss
+
+    logits, labels = 3 * torch.randn(2, 4, *size), torch.randint(0, 3, (2, 1, *size))  # nothing has the last class
+    options = {"squared_pred": True, "smooth_nr": 0.0, "smooth_dr": 1e-6}
+    expected = DiceCELoss(to_onehot_y=True, softmax=True, **options)(logits, labels)
+    torch.testing.assert_close(medgmae.dice_ce_loss(logits, labels), expected)
+    torch.testing.assert_close(medgmae.dice_ce_loss(logits, labels[:, 0].float()), expected)
+    masks = torch.randint(0, 2, logits.shape)
+    expected = DiceLoss(sigmoid=True, **options)(logits, masks.float())
+    torch.testing.assert_close(medgmae.dice_loss(logits, masks, multilabel=True), expected)
+
+
+def test_gradients_of_dice_losses() -> None:
+    logits = torch.randn(2, 3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    labels, masks = torch.randint(0, 3, (2, 3, 2, 2)), torch.randint(0, 2, logits.shape)
+    assert torch.autograd.gradcheck(lambda x: medgmae.dice_ce_loss(x, labels), logits)
+    assert torch.autograd.gradcheck(lambda x: medgmae.dice_loss(x, masks, multilabel=True), logits)
+    assert medgmae.dice_ce_loss(logits.half(), labels).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("target", "multilabel", "message"),
+    [
+        (torch.zeros(2, 4, 4), False, r"need class ids \(2, 4, 4, 4\), got \(2, 4, 4\)"),
+        (torch.full((2, 4, 4, 4), 3), False, "0 to 2, as the logits have 3 channels, got 3 to 3"),
+        (torch.full((2, 1, 4, 4, 4), -1), False, "got -1 to -1"),
+        (torch.zeros(2, 1, 4, 4, 4), True, r"need masks of that shape, got \(2, 1, 4, 4, 4\)"),
+    ],
+)
+def test_targets_that_do_not_fit(target: Tensor, multilabel: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        medgmae.dice_loss(torch.zeros(2, 3, 4, 4, 4), target, multilabel=multilabel)

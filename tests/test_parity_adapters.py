@@ -53,6 +53,9 @@ PARTS = [
     "mamba_mae/position_tables",
     "mamba_mae/preprocess_zscore",
     "mamba_mae/scan_groups_L19",
+    "selfmedmae/metrics_brats",
+    "selfmedmae/metrics_btcv",
+    "selfmedmae/sliding_window",
 ]
 
 # Wrappings that training code puts around weights: entry of the container ("" for none) and prefix of the names.
@@ -184,6 +187,37 @@ def test_every_entry_of_fine_tuning_is_compared(path: tuple[Any, ...], tmp_path:
     file.write_text(json.dumps(change(spec, *path)))
     with pytest.raises(AssertionError, match=path[0]):
         run(Case(file, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("visible_counts", "L=100,mask_ratio=0.9"),
+        ("unetr_optimizer", "peak_lr"),
+        ("unetr_optimizer", "lr_at_epoch_before_layer_scale", "49.99"),
+        ("unetr_optimizer", "groups", 6, "lr_scale"),
+        ("unetr_optimizer", "groups", 21, "weight_decay"),
+        ("unetr_optimizer", "groups", 2, "names"),
+        ("mae3d_optimizer", "lr_at_epoch", "5050"),
+        ("mae3d_optimizer", "groups", 0, "weight_decay"),
+        ("mae3d_optimizer", "groups", 1, "names"),
+    ],
+    ids=str,
+)
+def test_every_entry_of_selfmedmae_training_is_compared(path: tuple[Any, ...], tmp_path: Path) -> None:
+    spec = json.loads((SHIPPED / "selfmedmae/trainer_behaviour.json").read_text())
+    file = tmp_path / "trainer.json"
+    file.write_text(json.dumps(change(spec, *path)))
+    with pytest.raises(AssertionError, match="mae3d" if "mae3d" in path[0] else "unetr|visible"):
+        run(Case(file, tmp_path))
+
+
+@pytest.mark.parametrize("path", [("aggregate_over_batches_of_one", name) for name in ("Dice", "cls8_Dice", "HD")])
+def test_every_mean_of_a_segmentation_is_compared(path: tuple[str, str], tmp_path: Path) -> None:
+    name = "selfmedmae/metrics_btcv"
+    spec = change(json.loads((SHIPPED / f"{name}.json").read_text()), *path)
+    with pytest.raises(AssertionError, match=path[1]):
+        run(Case(copy(name, tmp_path, **{path[0]: spec[path[0]]}), tmp_path))
 
 
 @pytest.mark.parametrize("entry", ["n_parameters", "n_parameters_trainable", "n_state_dict_elements", "num_patches"])

@@ -1,5 +1,5 @@
-"""The command line: ``medgmae list``, ``info``, ``features``, ``reconstruct``, ``latent-map``, ``fit``, ``slices``,
-``convert``.
+"""The command line: ``medgmae list``, ``info``, ``features``, ``segment``, ``score``, ``reconstruct``,
+``latent-map``, ``fit``, ``slices``, ``convert``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -18,6 +18,8 @@ from medgmae.cli.fit import fit_command
 from medgmae.cli.latent_map import latent_map_command
 from medgmae.cli.models import info_command, list_command
 from medgmae.cli.reconstruct import reconstruct_command
+from medgmae.cli.score import score_command
+from medgmae.cli.segment import segment_command
 from medgmae.cli.slices import slices_command
 
 __all__ = ["main"]
@@ -36,6 +38,8 @@ def main(debug: bool) -> None:
 main.add_command(list_command)
 main.add_command(info_command)
 main.add_command(features_command)
+main.add_command(segment_command)
+main.add_command(score_command)
 main.add_command(reconstruct_command)
 main.add_command(latent_map_command)
 main.add_command(fit_command)

@@ -4,6 +4,7 @@ from medgmae.data import slices
 from medgmae.data.contrasts import find_contrasts
 from medgmae.data.formats.beside import files_of
 from medgmae.data.formats.dicom import find_series
+from medgmae.data.formats.dicom_seg import write_dicom_seg
 from medgmae.data.geometry import Grid, VolumeError, centred_start
 from medgmae.data.io import read_volume, write_volume
 from medgmae.data.labels import label_channels, patch_labels
@@ -42,6 +43,7 @@ __all__ = [
     "slices",
     "stack_channels",
     "window",
+    "write_dicom_seg",
     "write_volume",
     "zscore",
 ]

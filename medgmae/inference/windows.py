@@ -17,6 +17,9 @@ from medgmae.data import Grid
 from medgmae.layers.patches import Shape, Size
 
 Blend = Literal["gaussian", "uniform"]
+# "even": as few windows as the overlap allows, spread evenly. "strided": where MONAI's sliding_window_inference has
+# them.
+Placement = Literal["even", "strided"]
 # What lies beyond a scan: an intensity, or "rim" for its outermost voxels repeated, where black would look like air.
 Outside = float | Literal["rim"]
 Slices = tuple[slice, ...]
@@ -123,7 +126,7 @@ class Layout:
         return share
 
 
-def lay_out(size: Shape, patch: Shape, window: Size | None, overlap: float) -> Layout:
+def lay_out(size: Shape, patch: Shape, window: Size | None, overlap: float, placement: Placement = "even") -> Layout:
     """Cover a scan with as few windows as the overlap allows, spread evenly, all on one patch grid.
 
     The scan lies in the middle of the padded grid, where :func:`medgmae.data.crop_or_pad` puts it: its voxel
@@ -134,21 +137,31 @@ def lay_out(size: Shape, patch: Shape, window: Size | None, overlap: float) -> L
         patch: voxels of a patch.
         window: voxels of a window, multiples of the patch; an int for every axis, None for one window over all.
         overlap: least share of a window in common with the next, 0 to below 1.
+        placement: "strided" steps by ``int(window * (1 - overlap))`` patches, moves the last window back to the end,
+            and puts ``missing // 2`` voxels in front of a scan that is smaller than a window: where MONAI's
+            ``sliding_window_inference`` has windows, if a patch is a voxel.
 
     Raises:
-        ValueError: a window or overlap that is not possible.
+        ValueError: a window, overlap or placement that is not possible.
     """
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap must be at least 0 and below 1, got {overlap}")
+    if placement not in ("even", "strided"):
+        raise ValueError(f"placement must be 'even' or 'strided', got {placement!r}")
     needed = tuple(-(n // -p) for n, p in zip(size, patch, strict=True))
     tokens = needed if window is None else _window_patches(window, patch)
     grid = tuple(map(max, needed, tokens))
     starts = []
     for total, width in zip(grid, tokens, strict=True):
+        if placement == "strided":
+            starts.append((*range(0, total - width, max(1, int(width * (1 - overlap)))), total - width))
+            continue
         stride = max(1, math.floor(width * (1 - overlap) + 1e-6))
         steps = math.ceil((total - width) / stride)
         starts.append(tuple(round(i * (total - width) / max(steps, 1)) for i in range(steps + 1)))
     before = tuple(g * p // 2 - n // 2 for g, p, n in zip(grid, patch, size, strict=True))
+    if placement == "strided":
+        before = tuple((g * p - n) // 2 for g, p, n in zip(grid, patch, size, strict=True))
     return Layout(tuple(size), tuple(patch), tokens, grid, tuple(starts), before)
 
 

@@ -1,5 +1,5 @@
 """Training aids on timm's optimisation tools."""
 
-from medgmae.training.optim import cosine_schedule, param_groups
+from medgmae.training.optim import cosine_schedule, param_groups, scale_lr
 
-__all__ = ["cosine_schedule", "param_groups"]
+__all__ = ["cosine_schedule", "param_groups", "scale_lr"]

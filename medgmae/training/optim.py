@@ -35,6 +35,22 @@ def param_groups(
     )
 
 
+def scale_lr(lr: float, batch_size: int) -> float:
+    """The peak learning rate for a batch: ``lr * batch_size / 256``, as MAE's code and all after it state rates
+    (Goyal et al. 2017).
+
+    Args:
+        lr: for a batch of 256.
+        batch_size: of all devices and accumulated steps together.
+
+    Raises:
+        ValueError: a batch of nothing.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return lr * batch_size / 256
+
+
 class Schedule(Protocol):
     """Sets the learning rates of an optimiser: timm's scheduler, which takes fractions of an epoch, too."""
 

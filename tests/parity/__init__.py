@@ -37,6 +37,8 @@ def run(case: Case) -> None:
         selfmedmae,
         selfmedmae_2d,
         selfmedmae_data,
+        selfmedmae_scores,
+        selfmedmae_training,
         selfmedmae_unetr,
         tangerine,
         tangerine_scans,

@@ -1,0 +1,7 @@
+"""Pictures of scans in three planes: what a masked autoencoder saw and made of it, features as colours, latent maps,
+segmentations."""
+
+from medgmae.inference.latents import latent_to_spatial
+from medgmae.visualize.figures import fit_figure, latent_map_figure, reconstruction_figure, segmentation_figure
+
+__all__ = ["fit_figure", "latent_map_figure", "latent_to_spatial", "reconstruction_figure", "segmentation_figure"]
