@@ -42,6 +42,7 @@ class Task(NamedTuple):
     classes: dict[str, Sequence[int]]
     axis: int
     crop: tuple[int, int, int]  # voxels of 2 mm
+    steps: int
     first_slice: int | None = None  # of the scan that the labels' first slice belongs to, where their file does not say
     mirror: bool = False  # mirror the test part, so that a right half looks like a left one
 
@@ -64,9 +65,9 @@ REGIONS: dict[str, Sequence[int]] = {  # of the AAL atlas, by the first digit of
     "cerebellum": range(91, 117),
 }
 TASKS = {
-    "aorta": Task("ct_thorax", "ct_thorax_aorta_seg", {"aorta": [1]}, axis=0, crop=(48, 48, 48)),
-    "organs": Task("ct_abdomen", "ct_abdomen_seg", ORGANS, axis=0, crop=(16, 64, 64), first_slice=82),
-    "brain": Task("mr_brain_t1", "mr_brain_aal_seg", REGIONS, axis=2, crop=(48, 48, 32), mirror=True),
+    "aorta": Task("ct_thorax", "ct_thorax_aorta_seg", {"aorta": [1]}, axis=0, crop=(48, 48, 48), steps=150),
+    "organs": Task("ct_abdomen", "ct_abdomen_seg", ORGANS, axis=0, crop=(16, 64, 64), steps=300, first_slice=82),
+    "brain": Task("mr_brain_t1", "mr_brain_aal_seg", REGIONS, axis=2, crop=(48, 48, 32), steps=150, mirror=True),
 }
 
 
@@ -178,11 +179,11 @@ def draw(rows: dict[str, tuple[Volume, dict[str, Volume]]], path: Path) -> None:
 @click.command()
 @click.option("--task", "names", multiple=True, type=click.Choice(list(TASKS)), help="All three by default.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Repeat with seeds 0, 1, ...")
-@click.option("--steps", type=click.IntRange(1), default=150, show_default=True)
+@click.option("--steps", type=click.IntRange(1), help="150, or 300 for the organs, by default.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Crops per step.")
 @click.option("--lr", default=3e-3, show_default=True, help="Peak of the learning rate.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results.json and segmentation.png.")
-def main(names: tuple[str, ...], seeds: int, steps: int, batch: int, lr: float, out: Path | None) -> None:
+def main(names: tuple[str, ...], seeds: int, steps: int | None, batch: int, lr: float, out: Path | None) -> None:
     """Train UNETRs from pre-trained and from random weights on one part of a scan, and score them on another."""
     begin = time.perf_counter()
     results: dict[str, Any] = {}
@@ -194,7 +195,7 @@ def main(names: tuple[str, ...], seeds: int, steps: int, batch: int, lr: float, 
         scores: dict[str, dict[str, list[Any]]] = {start: {"dice": [], "hd95_mm": []} for start in STARTS}
         for seed in range(seeds):
             for start in STARTS:
-                model = fit(task, train, start, steps, batch, lr, seed)
+                model = fit(task, train, start, steps or task.steps, batch, lr, seed)
                 found = segment_scan(model, scan, overlap=0.25, autocast=torch.bfloat16, progress=False).labels
                 metrics = segmentation_metrics(found, labels, classes=len(task.classes) + 1)
                 scores[start]["dice"].append(metrics.dice.tolist())
@@ -203,12 +204,12 @@ def main(names: tuple[str, ...], seeds: int, steps: int, batch: int, lr: float, 
                 maps.setdefault(start, found)
         click.echo(table(name, {start: score["dice"] for start, score in scores.items()}))
         click.echo(f"  after {time.perf_counter() - begin:.0f} s")
-        results[name] = {"classes": list(task.classes), **scores}
+        results[name] = {"classes": list(task.classes), "steps": steps or task.steps, **scores}
         pictures[name] = scan, maps
     seconds = round(time.perf_counter() - begin)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        settings = {"steps": steps, "batch": batch, "lr": lr, "seeds": seeds, "seconds": seconds}
+        settings = {"batch": batch, "lr": lr, "seeds": seeds, "seconds": seconds}
         (out / "results.json").write_text(json.dumps({"settings": settings, "tasks": results}, indent=1) + "\n")
         draw(pictures, out / "segmentation.png")
         click.echo(f"{out}/results.json; segmentation.png: labels of the first seed, in one plane of each test part")

@@ -252,8 +252,8 @@ def test_segmentation_learns_scores_and_draws(script: Any, tmp_path: Path) -> No
     example = script("few_shot_segmentation")
     output = run(example, "--task", "aorta", "--steps", 2, "--seeds", 2, "--out", tmp_path / "out")
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["settings"]["steps"] == 2
     aorta = results["tasks"]["aorta"]
+    assert aorta["steps"] == 2
     for start in ("pretrained", "random"):
         dice = [seed[0] for seed in aorta[start]["dice"]]
         assert len(dice) == 2
