@@ -17,7 +17,7 @@ import click
 import medgmae
 from medgmae.cli.common import echo_json, is_reported, reports_errors
 from medgmae.cli.files import check_name, complete, keep_inputs, refuse_existing, write_figure, write_volume
-from medgmae.cli.journal import Journal, journal_of, weights_digest
+from medgmae.cli.journal import Journal, journal_of, state_of, weights_digest
 from medgmae.cli.names import shown
 from medgmae.cli.options import (
     InputChoice,
@@ -187,6 +187,7 @@ class _Run:
         with tqdm(total=len(listing.scans), desc="scans", unit="scan", disable=None) as bar:
             for scan in listing.scans:
                 try:
+                    state = state_of(scan)
                     facts = before.get(scan.name) or self._segment(scan, files[scan.name], overwrite)
                 except Exception as error:
                     if not is_reported(error) and not isinstance(error, click.ClickException):
@@ -198,7 +199,7 @@ class _Run:
                         click.echo(f"Error: {listing.errors[-1]['error']}", err=True)
                 else:
                     if scan.name not in before:
-                        journal.put(scan, facts, {})
+                        journal.put(scan, state, facts, {})
                     self.done[scan.name] = {**scan.described, **facts}
                 bar.update()
 

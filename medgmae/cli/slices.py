@@ -19,7 +19,7 @@ import medgmae
 from medgmae.cli.common import echo_json, is_reported, reports_errors
 from medgmae.cli.features import leave, list_scans, report_skipped, show_listing
 from medgmae.cli.files import check_name, complete, refuse_existing
-from medgmae.cli.journal import Journal, journal_of
+from medgmae.cli.journal import Journal, journal_of, state_of
 from medgmae.cli.names import shown
 from medgmae.cli.options import (
     DEFAULT_INPUT,
@@ -221,8 +221,9 @@ class _Run:
                     self._refuse(folder, claimed)
                     with claims.open("a", encoding="utf-8") as file:
                         file.write(f"{folder}\n")
+                    state = state_of(scan)
                     facts = {"rows": self._cut(scan, folder)}
-                    self.journal.put(scan, facts, {})
+                    self.journal.put(scan, state, facts, {})
                 self.done[scan.name] = facts["rows"]
             except Exception as error:
                 if not is_reported(error):
