@@ -19,6 +19,7 @@ from medgmae import (
     Volume,
     create_model,
     create_transform,
+    dice_ce_loss,
     extract_features,
     psnr,
     read_volume,
@@ -198,3 +199,79 @@ def test_made_contrasts_show_tissues_as_they_look_in_each(script: Any, tmp_path:
     assert ready.data.shape == (4, 160, 160, 160)
     backwards = create_transform(example.CARD)(dict(reversed(files.items())))
     assert torch.equal(ready.data, backwards.data)
+
+
+def test_segmentation_trains_and_tests_on_parts_that_share_no_plane(script: Any) -> None:
+    example = script("few_shot_segmentation")
+    for name, task in example.TASKS.items():
+        train, test = example.parts(task)
+        for scan, labels in (train, test):
+            assert all(n >= wanted for n, wanted in zip(scan.size, task.crop, strict=True)), name
+            assert labels.data.unique().tolist() == list(range(len(task.classes) + 1)), name
+            assert labels.size == scan.size
+            assert labels.grid.affine == pytest.approx(scan.grid.affine)
+            assert 0 <= float(scan.data.min()) < float(scan.data.max()) <= 1
+        grids = [train.labels.grid, test.labels.grid]
+        centres = [grid.world([(n - 1) / 2 for n in grid.size])[2 - task.axis] for grid in grids]
+        apart = sum(grid.size[task.axis] for grid in grids) / 2 + 2 * example.GAP
+        up_or_left = centres[1] - centres[0] if task.axis == 0 else centres[0] - centres[1]  # in LPS
+        assert up_or_left == pytest.approx(2.0 * apart), name
+
+
+def test_labels_of_the_abdomen_lie_on_its_organs(script: Any) -> None:
+    """Their file says another place: bright, even voxels under the liver's label show that they were put right."""
+    example = script("few_shot_segmentation")
+    scan, labels = example.parts(example.TASKS["organs"])[1]
+    liver = scan.data[labels.data == 1]
+    assert float(liver.std()) < 0.4 * float(scan.data.std())
+    assert float(liver.mean()) > float(scan.data.mean()) + float(scan.data.std()) / 2
+    beside = scan.data[labels.data.roll(20, dims=2) == 1]
+    assert float(beside.std()) > 1.5 * float(liver.std())
+
+
+def test_crops_are_around_labelled_voxels_and_come_again_with_the_seed(script: Any) -> None:
+    example = script("few_shot_segmentation")
+    scan, labels = torch.rand(1, 20, 20, 20), torch.zeros(1, 20, 20, 20, dtype=torch.uint8)
+    labels[0, 0, 19, 7] = 1
+    labels[0, 10, 10, 10] = 2
+    places = [(labels[0] == number).nonzero() for number in (1, 2)]
+
+    def crop(seed: int) -> Any:
+        return example.random_crop(scan, labels, (8, 8, 8), places, torch.Generator().manual_seed(seed))
+
+    seen = set()
+    for seed in range(8):
+        part, target = crop(seed)
+        assert part.shape == target.shape == (1, 8, 8, 8)
+        assert torch.equal(part, crop(seed)[0])
+        seen.add(int(target.max()))
+    assert seen == {1, 2}
+
+
+def test_segmentation_learns_scores_and_draws(script: Any, tmp_path: Path) -> None:
+    example = script("few_shot_segmentation")
+    output = run(example, "--task", "aorta", "--steps", 2, "--seeds", 2, "--out", tmp_path / "out")
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    aorta = results["tasks"]["aorta"]
+    assert aorta["steps"] == 2
+    for start in ("pretrained", "random"):
+        dice = [seed[0] for seed in aorta[start]["dice"]]
+        assert len(dice) == 2
+        assert all(0 <= value <= 1 for value in dice)
+        assert f"{sum(dice) / 2:.3f} ± {abs(dice[0] - dice[1]) / 2**0.5:.3f}" in output
+    assert aorta["pretrained"] != aorta["random"]
+    assert (tmp_path / "out/segmentation.png").stat().st_size > 10_000
+
+
+def test_segmentation_starts_differ_in_the_encoder_and_fit_their_crops(script: Any) -> None:
+    example = script("few_shot_segmentation")
+    scan = Volume(torch.rand(1, 16, 16, 16, generator=torch.Generator().manual_seed(0)))
+    labels = scan.with_data((scan.data > 0.5).to(torch.uint8))
+    task, part = example.TASKS["aorta"]._replace(crop=(16, 16, 16)), example.Part(scan, labels)
+    same = example.fit(task, part, "pretrained", 1, 1, 0.0, 0)
+    shipped: Any = create_model(TAGS[1], img_size=16)
+    torch.testing.assert_close(same.encoder.state_dict(), shipped.state_dict())
+    for start in example.STARTS:
+        first, last = (example.fit(task, part, start, steps, 1, 1e-3, 0) for steps in (1, 12))
+        before, after = (dice_ce_loss(model(scan.data[None]), labels.data[None]) for model in (first, last))
+        assert after < 0.9 * before, start
