@@ -134,3 +134,11 @@ def test_axes_that_lie_between_two_body_axes_take_every_code(code: str) -> None:
 def test_a_wrong_code_is_refused(code: str) -> None:
     with pytest.raises(ValueError, match="one letter each"):
         reorient(Volume(torch.zeros(1, 2, 3, 4)), code)
+
+
+def test_grids_are_compared_by_their_numbers() -> None:
+    grid, same = Grid((4, 5, 6), 2.0), Grid((4, 5, 6), (2.0, 2.0, 2.0))
+    assert grid == same
+    assert len({grid, same}) == 1
+    turned = Grid((4, 5, 6), 2.0, direction=np.eye(3))
+    assert grid not in (turned, Grid((4, 5, 7), 2.0), Grid((4, 5, 6), 1.0), Grid((4, 5, 6), 2.0, (1, 0, 0)), "grid")

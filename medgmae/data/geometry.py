@@ -117,6 +117,18 @@ class Grid:
         object.__setattr__(self, "origin", _triple("origin", origin))
         object.__setattr__(self, "direction", _rotation(np.eye(3)[:, ::-1] if direction is None else direction))
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all numbers are the same; grids read from different formats may differ in the last digits."""
+        if not isinstance(other, Grid):
+            return NotImplemented
+        return self._numbers() == other._numbers()
+
+    def __hash__(self) -> int:
+        return hash(self._numbers())
+
+    def _numbers(self) -> tuple[object, ...]:
+        return self.size, self.spacing, self.origin, tuple(self.direction.flat)
+
     @classmethod
     def from_affine(cls, affine: Floats, size: Sequence[int]) -> Grid:
         """The grid of ``size`` voxels (d, h, w) whose ``affine`` this is: 4x4, index (d, h, w) to LPS millimetres.
