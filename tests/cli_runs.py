@@ -72,6 +72,7 @@ def facts_of(out: Path) -> dict[str, Any]:
 _AT_CALL = """
 import os, resource, signal, sys, time
 import medgmae
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs inherit ignored
 real, calls = medgmae.extract_features, []
 def counted(*args, **options):
     calls.append(args)

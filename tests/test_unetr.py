@@ -273,3 +273,15 @@ def test_a_unetr_file_is_inspected(tmp_path: Path) -> None:
     assert found["problem"] is None
     again = medgmae.create_model(found["architecture"], tmp_path / "unetr.pth", **found["model_args"], taps=(0, 0))
     assert_same_state(again, state_copy(model))
+
+
+def test_gradients_in_bfloat16_are_finite_whatever_lay_in_memory() -> None:
+    model = unetr(img_size=(8, 24, 16), embed_dim=24).train()
+    for _ in range(20):
+        waste = [torch.full((size,), torch.nan) for size in (100, 1000, 5000, 20_000, 100_000) for _ in range(20)]
+        del waste  # what is allocated next has NaN in it
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(noise(1, 1, 8, 24, 16)).float().square().mean()
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        model.zero_grad()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medgmae.layers.patches import Shape
+from medgmae.ops.precision import full_precision
 
 SLOPE = 0.01  # of the leaky rectifier
 EPS = 1e-5  # of the instance norm
@@ -58,9 +59,22 @@ def activate(x: Tensor) -> Tensor:
     return F.leaky_relu_(x, SLOPE)
 
 
+class _Conv3d(nn.Conv3d):
+    """torch's, but in full precision where its gradient in bfloat16 is not to be trusted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, d, h, w) to (B, out_channels, ...)."""
+        if x.shape[2] != 2 or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        # On the CPU torch 2.15 takes memory that nobody has written for a part of the gradient of the weight if d is 2:
+        # now and then it is NaN.
+        with full_precision(x):
+            return super().forward(x.to(self.weight.dtype))
+
+
 def convolution(dims: int, in_chans: int, out_chans: int, kernel: int, bias: bool = False) -> nn.Module:
     """A convolution that keeps the size."""
-    kind: Any = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    kind: Any = {2: nn.Conv2d, 3: _Conv3d}[dims]
     return kind(in_chans, out_chans, kernel, padding=kernel // 2, bias=bias)  # type: ignore[no-any-return]
 
 
