@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,14 +21,18 @@ AUTOENCODERS = [name for name in NAMES if is_autoencoder(full_size(name))]
 SEGMENTERS = [name for name in NAMES if segments(name)]
 OTHER_GRID = (1, 3, 2)
 
-every = pytest.mark.parametrize("name", NAMES)
 # One of each kind, whatever its size: small() makes the others the same but for the patch. They run in the slow tests.
 FIRST = {re.sub(r"_[a-z]+_patch\d+_[\dx]+", "", name): name for name in reversed(NAMES)}.values()
-one_of_each_kind = pytest.mark.parametrize(
-    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+
+
+def _names(rare: Callable[[str], bool]) -> Any:
+    """A parameter ``name``; rare ones in the slow tests."""
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * rare(n)) for n in NAMES])
+
+
+every = _names(lambda name: name in SEGMENTERS and name not in FIRST)  # around encoders that are tested by themselves
+one_of_each_kind = _names(lambda name: name not in FIRST)
 every_encoder = pytest.mark.parametrize("name", ENCODERS)
-every_segmenter = pytest.mark.parametrize("name", SEGMENTERS)
 every_autoencoder = pytest.mark.parametrize("name", AUTOENCODERS)
 
 
