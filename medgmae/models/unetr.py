@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -163,7 +164,8 @@ def _taps(taps: Sequence[int] | None, count: int, depth: int) -> tuple[int, ...]
     return tuple(tap_indices(list(taps), depth)) if count else ()
 
 
-def unetr_vit(
+def unetr(
+    family: type[ViT] | type[Vim],
     num_classes: int = 14,
     feature_size: int = 16,
     taps: Sequence[int] | None = None,
@@ -172,103 +174,94 @@ def unetr_vit(
     slice_axis: int | None = None,
     **encoder_options: Any,
 ) -> UNETR:
-    """A UNETR on a ViT.
+    """A UNETR and its encoder.
 
     Args:
+        family: class of the encoder.
         num_classes: see :class:`UNETR`; likewise ``feature_size``, ``taps``, ``pooled`` and ``slice_axis``.
-        **encoder_options: what :class:`~medgmae.ViT` takes; positions are learned by default.
+        **encoder_options: what that class takes.
     """
-    defaults = {"pos_embed": "learned", "global_pool": "avg", "fc_norm": False}
-    encoder = ViT(**{**defaults, **encoder_options})
-    return UNETR(encoder, num_classes, feature_size, taps, pooled=pooled, slice_axis=slice_axis)
+    return UNETR(family(**encoder_options), num_classes, feature_size, taps, pooled=pooled, slice_axis=slice_axis)
 
 
-def unetr_vim(
-    num_classes: int = 14,
-    feature_size: int = 16,
-    taps: Sequence[int] | None = None,
-    *,
-    pooled: bool = False,
-    slice_axis: int | None = None,
-    **encoder_options: Any,
-) -> UNETR:
-    """A UNETR on a :class:`~medgmae.Vim`; see :func:`unetr_vit`."""
-    return UNETR(Vim(**encoder_options), num_classes, feature_size, taps, pooled=pooled, slice_axis=slice_axis)
+def _vit(overrides: dict[str, Any], img_size: Size, patch_size: int, size: dict[str, int], **more: Any) -> UNETR:
+    tokens = {"pos_embed": "learned", "global_pool": "avg", "fc_norm": False}  # all of them normalised
+    defaults = {"img_size": img_size, "patch_size": patch_size, **tokens, **size, **more}
+    return build(partial(unetr, ViT), defaults, overrides)  # type: ignore[no-any-return]
 
 
-def _unetr(overrides: dict[str, Any], img_size: Size, patch_size: int, size: dict[str, int], **more: Any) -> UNETR:
+def _vim(overrides: dict[str, Any], img_size: Size, patch_size: int, size: dict[str, int], **more: Any) -> UNETR:
     defaults = {"img_size": img_size, "patch_size": patch_size, **size, **more}
-    return build(unetr_vit, defaults, overrides)  # type: ignore[no-any-return]
+    return build(partial(unetr, Vim), defaults, overrides)  # type: ignore[no-any-return]
 
 
 @register_model
 def unetr_vit_base_patch16_96(**overrides: Any) -> UNETR:
     """UNETR on ViT-B/16, 96³ crops, 14 classes: SelfMedMAE (BTCV)."""
-    return _unetr(overrides, 96, 16, BASE, drop_path_rate=0.1)
+    return _vit(overrides, 96, 16, BASE, drop_path_rate=0.1)
 
 
 @register_model
 def unetr_vit_base_patch16_96_f48(**overrides: Any) -> UNETR:
     """UNETR on ViT-B/16 without a class token, 96³ crops, 48 features, 14 classes: GL-MAE's first author."""
-    return _unetr(overrides, 96, 16, BASE, feature_size=48, class_token=False)
+    return _vit(overrides, 96, 16, BASE, feature_size=48, class_token=False)
 
 
 @register_model
 def unetr_vit_base_patch8_96(**overrides: Any) -> UNETR:
     """UNETR on ViT-B/8, 96³ crops, 14 classes: MedGMAE's encoder with the finest grid."""
-    return _unetr(overrides, 96, 8, BASE, drop_path_rate=0.1)
+    return _vit(overrides, 96, 8, BASE, drop_path_rate=0.1)
 
 
 @register_model
 def unetr_vit_base_patch16_128(**overrides: Any) -> UNETR:
     """UNETR on ViT-B/16, 128³ crops of four MR contrasts, the three tumour regions: SelfMedMAE (BraTS)."""
-    return _unetr(overrides, 128, 16, BASE, in_chans=4, num_classes=3, drop_path_rate=0.1)
+    return _vit(overrides, 128, 16, BASE, in_chans=4, num_classes=3, drop_path_rate=0.1)
 
 
 @register_model
 def unetr_vit_base_patch16_96x96x16(**overrides: Any) -> UNETR:
     """UNETR on ViT-B/16, 96x96x16 slabs, 14 classes: the UVA adaptation of SelfMedMAE."""
-    return _unetr(overrides, (96, 96, 16), 16, BASE, drop_path_rate=0.1)
+    return _vit(overrides, (96, 96, 16), 16, BASE, drop_path_rate=0.1)
 
 
 @register_model
 def unetr_vit_base_patch16_224x224x16_slice(**overrides: Any) -> UNETR:
     """ViT-B/16 on a slice replicated to 224x224x16, 2D decoder, 14 classes: the UVA adaptation's pseudo-3D network."""
-    return _unetr(overrides, (224, 224, 16), 16, BASE, slice_axis=-1, drop_path_rate=0.1)
+    return _vit(overrides, (224, 224, 16), 16, BASE, slice_axis=-1, drop_path_rate=0.1)
 
 
 @register_model
 def unetr2d_vit_base_patch16_224(**overrides: Any) -> UNETR:
     """UNETR on a 2D ViT-B/16, 224² slices, 14 classes: the UVA adaptation's true 2D network."""
-    return _unetr(overrides, 224, 16, BASE, dims=2, drop_path_rate=0.1)
+    return _vit(overrides, 224, 16, BASE, dims=2, drop_path_rate=0.1)
 
 
 @register_model
 def unetr_vit_large_patch16_256(**overrides: Any) -> UNETR:
     """UNETR on ViT-L/16, 256³: for TANGERINE's encoder, whose whole scan is 256³."""
-    return _unetr(overrides, 256, 16, LARGE)
+    return _vit(overrides, 256, 16, LARGE)
 
 
 @register_model
 def unetr_vit_tiny_patch8_64(**overrides: Any) -> UNETR:
     """UNETR on ViT-Ti/8, 64³ crops, 14 classes: for a laptop, and for the demonstration weights."""
-    return _unetr(overrides, 64, 8, TINY)
+    return _vit(overrides, 64, 8, TINY)
 
 
 @register_model
 def unetr_vit_nano_patch8_32(**overrides: Any) -> UNETR:
     """UNETR on two narrow blocks, 32³, 4 features: for tests."""
-    return _unetr(overrides, 32, 8, NANO, feature_size=4)
+    return _vit(overrides, 32, 8, NANO, feature_size=4)
 
 
 @register_model
 def unetr_vim_small_patch16_160(**overrides: Any) -> UNETR:
     """UNETR on Vim-S/16, 160³ of four MR contrasts, the three tumour regions: for 3D Mamba MAE's encoder."""
-    defaults = {"img_size": 160, "patch_size": 16, "in_chans": 4, "num_classes": 3, **VIM_SMALL}
-    return build(unetr_vim, defaults, overrides)  # type: ignore[no-any-return]
+    return _vim(overrides, 160, 16, VIM_SMALL, in_chans=4, num_classes=3)
 
 
 @register_model
 def unetr_vim_tiny_patch8_64(**overrides: Any) -> UNETR:
     """UNETR on Vim-Ti/8, 64³ crops, 14 classes: for a laptop."""
-    return build(unetr_vim, {"img_size": 64, "patch_size": 8, **VIM_TINY}, overrides)  # type: ignore[no-any-return]
+    return _vim(overrides, 64, 8, VIM_TINY)
