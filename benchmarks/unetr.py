@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,6 @@ import medgmae
 
 HERE = Path(__file__).parent
 CLASSES = 14
-MIB = 2**20
 
 
 def rival(size: int) -> nn.Module:
@@ -95,10 +93,10 @@ def check(models: dict[str, Any], image: Tensor, labels: Tensor) -> dict[str, fl
     return found
 
 
-def resident() -> float:
-    """MiB of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / MIB
+def resident(field: str) -> float:
+    """MiB of this process: "VmRSS" now, "VmHWM" at most so far (``getrusage`` counts what the parent had, too)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def measure_memory(side: str, mode: str, size: int) -> None:
@@ -109,7 +107,7 @@ def measure_memory(side: str, mode: str, size: int) -> None:
     image, labels = batch(size)
     import monai.networks.nets  # noqa: F401 - on every side, so that only the models differ
 
-    before = resident()
+    before = resident("VmRSS")
     model = SIDES[side](size)
     if mode == "forward":
         with torch.no_grad():
@@ -118,7 +116,7 @@ def measure_memory(side: str, mode: str, size: int) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         for _ in range(2):
             step(model.train(), optimizer, image, labels)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+    print(resident("VmHWM") - before)
 
 
 def memory(size: int, threads: int) -> dict[str, dict[str, float]]:
