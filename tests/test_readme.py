@@ -71,6 +71,8 @@ def test_model_table_is_the_registry() -> None:
             model = medgmae.create_model(name)
         expected[name] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
     assert rows == expected
+    counts = f"lists all {len(expected)} architectures and {len(medgmae.list_weights())} sets of weights"
+    assert counts in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_weight_table_is_the_cards() -> None:
