@@ -156,12 +156,32 @@ def test_a_killed_run_goes_on(unetr: str, tmp_path: Path) -> None:
     assert len(rows_of(out)) == 3 * 3
 
 
+def test_tables_of_scans_lists_and_skipped_files(unetr: str, tmp_path: Path) -> None:
+    scan_file(tmp_path / "scans" / "a.nii.gz")
+    (tmp_path / "scans" / "b.dcm").write_bytes(b"no scan")
+    listed = run("segment", tmp_path / "scans", "--model", unetr, "--list", "--json")
+    assert [one["name"] for one in json.loads(listed.stdout)["scans"]] == ["a"]
+    assert not (tmp_path / "out").exists()
+    strict = segment(tmp_path / "scans", "--model", unetr, "--out", tmp_path / "out", "--strict")
+    assert (strict.exit_code, "b.dcm" in strict.stderr) == (1, True)
+    table = tmp_path / "table.csv"
+    table.write_text("id,path,labels\ncase 7/x,scans/a.nii.gz,3\n")
+    result = segment(table, "--model", unetr, "--out", tmp_path / "from_table", "--json")
+    assert result.exit_code == 0, result.stderr
+    (facts,) = json.loads(result.stdout)["scans"].values()
+    assert (facts["labels"], facts["file"]) == ({"id": "case 7/x", "labels": "3"}, "case_7_x.nii.gz")
+    assert (tmp_path / "from_table" / "case_7_x.nii.gz").exists()
+    assert {row["file"] for row in rows_of(tmp_path / "from_table")} == {"case_7_x.nii.gz"}
+
+
 def test_wrong_use(unetr: str, tmp_path: Path) -> None:
     scan = scan_file(tmp_path / "scans" / "a.nii.gz")
     encoder = segment(scan, "--model", "vit_tiny_patch8_64.demo", "--out", tmp_path / "out")
     assert (encoder.exit_code, "says nothing of single voxels" in encoder.stderr) == (2, True)
+    nowhere = segment(scan, "--model", unetr)
+    assert (nowhere.exit_code, "missing option '--out'" in nowhere.stderr) == (2, True)
     inside = segment(tmp_path / "scans", "--model", unetr, "--out", tmp_path / "scans" / "labels")
-    assert (inside.exit_code, "would take label maps for scans" in inside.stderr) == (2, True)
+    assert (inside.exit_code, "would take results for scans" in inside.stderr) == (2, True)
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "a.nii.gz").write_bytes(b"mine")
     kept = segment(scan, "--model", unetr, "--out", tmp_path / "out")

@@ -17,8 +17,8 @@ from PIL import Image
 from test_cli import run
 
 import medgmae
+from medgmae.cli.batches import file_names
 from medgmae.cli.scans import Scan
-from medgmae.cli.slices import _folder_names
 from medgmae.data import Grid, Volume
 from medgmae.data.slices import read_manifest, take, to_volume
 
@@ -220,5 +220,5 @@ def test_a_full_disk_leaves_no_half_of_a_scan(tmp_path: Path) -> None:
 
 def test_names_of_folders_lead_nowhere_else() -> None:
     names = ["../../etc/x", "a/b", "a_b", "A_B", "..", "-x", "slices.csv", "é ü", "x" * 300, "\\xff"]
-    found = _folder_names([Scan(Path(name), name=name) for name in names])
+    found = file_names([Scan(Path(name), name=name) for name in names], "slices.csv")
     assert found == ["_.._etc_x", "a_b", "a_b#2", "A_B#3", "scan", "_-x", "_slices.csv", "é_ü", "x" * 100, "_xff"]

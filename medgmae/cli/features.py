@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,16 @@ from typing import Any
 import click
 
 import medgmae
-from medgmae.cli.common import echo_json, echo_table, is_reported, reports_errors
+from medgmae.cli.batches import Scope, for_each, leave, list_scans, report_skipped, scope_options, show_listing
+from medgmae.cli.common import echo_json, reports_errors
 from medgmae.cli.files import keep_inputs, refuse_existing
 from medgmae.cli.journal import Journal, journal_of, weights_digest
-from medgmae.cli.manifest import read_manifest
 from medgmae.cli.names import shown
 from medgmae.cli.options import (
     InputChoice,
     Machine,
     ModelChoice,
+    contrasts_of,
     file_option,
     gathered,
     input_options,
@@ -34,7 +33,7 @@ from medgmae.cli.options import (
     preprocessing_of,
     sizes,
 )
-from medgmae.cli.scans import Listing, Scan, find_scans, grouped
+from medgmae.cli.scans import Listing, Scan
 from medgmae.cli.writers import SUFFIXES, sidecar, write_features
 
 
@@ -76,14 +75,7 @@ extraction_options = gathered(
 @model_options(required=False)
 @file_option("--out", SUFFIXES, "A .safetensors, .csv or .npy file.")
 @overwrite_option
-@click.option("--list", "only_list", is_flag=True, help="Print what would be read, and do nothing else.")
-@click.option(
-    "--series",
-    multiple=True,
-    metavar="UID|PATTERN",
-    help="Of DICOM, read series with this id or description, such as '*lung*'; may be repeated.",
-)
-@click.option("--strict", is_flag=True, help="Exit code 1 also where a file was skipped that may be a scan.")
+@scope_options
 @extraction_options
 @input_options("the model's own")
 @machine_options
@@ -94,9 +86,7 @@ def features_command(
     choice: ModelChoice,
     out: Path | None,
     overwrite: bool,
-    only_list: bool,
-    series: tuple[str, ...],
-    strict: bool,
+    scope: Scope,
     how: Extraction,
     inputs: InputChoice,
     machine: Machine,
@@ -115,8 +105,8 @@ def features_command(
     OUT.partial after every scan: the same command goes on from there. Exit code 0: all are done; 1: some are not; 2:
     wrong usage.
     """
-    if only_list:
-        show_listing(list_scans(scans, series, _contrasts(choice, inputs, machine)), strict, as_json)
+    if scope.only_list:
+        show_listing(list_scans(scans, scope, contrasts_of(choice, inputs, machine)), scope, as_json)
         return
     if choice.name is None or out is None:
         raise click.UsageError(f"missing option '{'--out' if choice.name else '--model'}'")
@@ -127,7 +117,7 @@ def features_command(
     with journal_of(out) as journal:
         model, weights = open_model(choice, machine)
         run = _Run(model, preprocessing_of(model, inputs), how, weights)
-        listing = list_scans(scans, series, run.preprocessing.input["contrasts"])
+        listing = list_scans(scans, scope, run.preprocessing.input["contrasts"])
         report_skipped(listing)
         parts = {"pooled": how.pooled, "map": how.want_map, "digest": weights_digest(model)}
         journal.begin({**run.about(), **parts}, overwrite)
@@ -140,52 +130,7 @@ def features_command(
     else:
         total = len(run.done) + len(listing.errors)
         click.echo(f"{len(run.done)} of {total} scans: {shown(out)}" if run.done else "nothing was written")
-    leave(listing, strict)
-
-
-def list_scans(arguments: Sequence[Path], series: Sequence[str], contrasts: Sequence[str] | None) -> Listing:
-    """What the arguments name: a CSV file alone is a table of scans."""
-    if len(arguments) == 1 and arguments[0].suffix.lower() == ".csv" and arguments[0].is_file():
-        if series:
-            raise click.UsageError("--series is for folders; a table says it in a column named series")
-        return read_manifest(arguments[0])
-    return find_scans(arguments, contrasts, series)
-
-
-def _contrasts(choice: ModelChoice, inputs: InputChoice, machine: Machine) -> Any:
-    """The contrasts of the model's input, where possible without its weights."""
-    tag = inputs.tag or (choice.name if choice.name in medgmae.list_weights() else None)
-    if "contrasts" in inputs.changes or (choice.name is None and tag is None):
-        return inputs.changes.get("contrasts")
-    if tag:
-        return (medgmae.weight_card(tag).input or {}).get("contrasts")
-    return preprocessing_of(open_model(choice, machine)[0], inputs).input["contrasts"]
-
-
-def show_listing(listing: Listing, strict: bool, as_json: bool) -> None:
-    """Print what would be read, and on stderr what would not."""
-    rows = [{"name": scan.name, **scan.described} for scan in listing.scans]
-    if as_json:
-        echo_json({"scans": rows, "errors": listing.errors, "skipped": listing.skipped})
-    else:
-        report_skipped(listing)
-        columns = ["name", "path", "series", "description"]
-        echo_table([columns, *([row.get(name, "") for name in columns] for row in rows)])
-    leave(listing, strict)
-
-
-def report_skipped(listing: Listing) -> None:
-    """Print on stderr what is skipped and what should have been read."""
-    for line in grouped(listing.skipped):
-        click.echo(line, err=True)
-    for one in listing.errors:
-        click.echo(f"Error: {one['error']}", err=True)
-
-
-def leave(listing: Listing, strict: bool) -> None:
-    """End with exit code 1 where not all was done."""
-    if listing.errors or (strict and listing.unexpected):
-        sys.exit(1)
+    leave(listing, scope)
 
 
 def _checked(how: Extraction, suffix: str) -> Extraction:
@@ -210,27 +155,15 @@ class _Run:
 
     def extract_all(self, listing: Listing, journal: Journal) -> None:
         """Features of every scan into the journal; scans that fail are reported and left out."""
-        from tqdm.auto import tqdm
-
         before = {scan.name: facts for scan in listing.scans if (facts := journal.facts(scan)) is not None}
         if before:
             click.echo(f"{len(before)} of {len(listing.scans)} scans were done by an earlier run", err=True)
-        with tqdm(total=len(listing.scans), desc="scans", unit="scan", disable=None) as bar:
-            for scan in listing.scans:
-                try:
-                    facts = before.get(scan.name)
-                    if facts is None:
-                        facts = journal.keep(scan, partial(self._extract, scan))
-                except Exception as error:
-                    if not is_reported(error):
-                        raise
-                    text = str(error) if str(scan.path) in str(error) else f"{scan.path}: {error}"
-                    listing.errors.append({"path": shown(scan.path), "error": shown(text, keep="\n")})
-                    with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
-                        click.echo(f"Error: {listing.errors[-1]['error']}", err=True)
-                else:
-                    self.done[scan.name] = {**scan.described, **facts}
-                bar.update()
+
+        def work(scan: Scan) -> dict[str, Any]:
+            facts = before.get(scan.name) or journal.keep(scan, partial(self._extract, scan))
+            return {**scan.described, **facts}
+
+        self.done = for_each(listing, work)
 
     def _extract(self, scan: Scan) -> tuple[dict[str, Any], dict[str, Any]]:
         """Facts and tensors of a scan."""

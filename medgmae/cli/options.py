@@ -298,3 +298,13 @@ def preprocessing(block: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
     """Preprocessing of whole scans by an input block with changes; a new spacing means resampling to it."""
     resample = block.get("resample") or ({"to": "spacing"} if "spacing" in changes else None)
     return medgmae.create_transform({**block, "resample": resample, **changes}, whole=True)
+
+
+def contrasts_of(choice: ModelChoice, inputs: InputChoice, machine: Machine) -> Any:
+    """The contrasts of the model's input, where possible without its weights."""
+    tag = inputs.tag or (choice.name if choice.name in medgmae.list_weights() else None)
+    if "contrasts" in inputs.changes or (choice.name is None and tag is None):
+        return inputs.changes.get("contrasts")
+    if tag:
+        return (medgmae.weight_card(tag).input or {}).get("contrasts")
+    return preprocessing_of(open_model(choice, machine)[0], inputs).input["contrasts"]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +14,18 @@ from typing import Any
 import click
 
 import medgmae
-from medgmae.cli.common import echo_json, is_reported, reports_errors
+from medgmae.cli.batches import (
+    Scope,
+    file_names,
+    for_each,
+    leave,
+    list_scans,
+    refuse_within,
+    report_skipped,
+    scope_options,
+    show_listing,
+)
+from medgmae.cli.common import echo_json, reports_errors
 from medgmae.cli.files import check_name, complete, keep_inputs, refuse_existing, write_figure, write_volume
 from medgmae.cli.journal import Journal, journal_of, weights_digest
 from medgmae.cli.names import shown
@@ -24,6 +33,7 @@ from medgmae.cli.options import (
     InputChoice,
     Machine,
     ModelChoice,
+    contrasts_of,
     gathered,
     input_options,
     json_option,
@@ -35,7 +45,7 @@ from medgmae.cli.options import (
     preprocessing_of,
     sizes,
 )
-from medgmae.cli.scans import Listing, Scan, find_scans, grouped
+from medgmae.cli.scans import Listing, Scan
 
 # What --format says, and how the files end.
 FORMATS = {"nii.gz": ".nii.gz", "nrrd": ".nrrd", "mha": ".mha", "dicom-seg": ".seg.dcm"}
@@ -76,18 +86,11 @@ reading_options = gathered(
 @click.command("segment")
 @click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path))
 @model_options()
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="A folder; it is made if need be."
-)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A folder; it is made if need be.")
 @click.option("--format", "kind", type=click.Choice(list(FORMATS)), default="nii.gz", help="Of the label maps.")
 @click.option("--png", is_flag=True, help="Write a picture of each scan: classes on three planes.")
 @overwrite_option
-@click.option(
-    "--series",
-    multiple=True,
-    metavar="UID|PATTERN",
-    help="Of DICOM, read series with this id or description, such as '*lung*'; may be repeated.",
-)
+@scope_options
 @reading_options
 @input_options("the model's own")
 @machine_options
@@ -96,17 +99,18 @@ reading_options = gathered(
 def segment_command(
     scans: tuple[Path, ...],
     choice: ModelChoice,
-    out: Path,
+    out: Path | None,
     kind: str,
     png: bool,
     overwrite: bool,
-    series: tuple[str, ...],
+    scope: Scope,
     how: Reading,
     inputs: InputChoice,
     machine: Machine,
     as_json: bool,
 ) -> None:
-    """Segment SCANS: files, folders, which are searched to their ends, and DICOM series, as for "medgmae features".
+    """Segment SCANS: files; folders, which are searched to their ends for scan files and DICOM, where every series is a
+    scan; or one CSV file with a column "path", as for "medgmae features".
 
     OUT/NAME.nii.gz is the label map of a scan on the scan's own grid, 0 for the first class; with --multilabel one
     channel per class. Labels come from the prepared scan by the nearest voxel. OUT/volumes.csv and OUT/volumes.json
@@ -115,7 +119,13 @@ def segment_command(
     What is done is kept after every scan: the same command goes on where a run ended. A scan that cannot be read is
     reported and left out. Exit code 0: all are done; 1: some are not; 2: wrong usage.
     """
-    _check_folders(scans, out)
+    if scope.only_list:
+        show_listing(list_scans(scans, scope, contrasts_of(choice, inputs, machine)), scope, as_json)
+        return
+    if out is None:
+        raise click.UsageError("missing option '--out'")
+    check_name(out)
+    refuse_within(scans, out)
     out.mkdir(parents=True, exist_ok=True)
     table = out / "volumes.json"
     for path in (table, table.with_suffix(".csv")):
@@ -124,9 +134,8 @@ def segment_command(
         model, weights = open_model(choice, machine)
         _check_model(model, choice.name)
         run = _Run(model, preprocessing_of(model, inputs), how, weights, out, kind, png)
-        listing = find_scans(scans, run.preprocessing.input["contrasts"], series)
-        for line in grouped(listing.skipped):
-            click.echo(line, err=True)
+        listing = list_scans(scans, scope, run.preprocessing.input["contrasts"])
+        report_skipped(listing)
         journal.begin({**run.about(), "digest": weights_digest(model)}, overwrite)
         run.segment_all(listing, journal, overwrite)
         facts = {**run.about(), "scans": run.done, "errors": listing.errors, "skipped": listing.skipped}
@@ -137,18 +146,7 @@ def segment_command(
     else:
         total = len(run.done) + len(listing.errors)
         click.echo(f"{len(run.done)} of {total} scans: {shown(out)}" if run.done else "nothing was written")
-    if listing.errors:
-        sys.exit(1)
-
-
-def _check_folders(scans: Sequence[Path], out: Path) -> None:
-    check_name(out)
-    for scan in scans:
-        if scan.is_dir() and out.resolve().is_relative_to(scan.resolve()):
-            raise click.UsageError(
-                f"{shown(out)} lies in {shown(scan)}, where the next run would take label maps for scans; choose a "
-                "folder beside it"
-            )
+    leave(listing, scope)
 
 
 def _check_model(model: Any, name: str) -> None:
@@ -175,8 +173,6 @@ class _Run:
 
     def segment_all(self, listing: Listing, journal: Journal, overwrite: bool) -> None:
         """Label maps of all scans; scans that fail are reported and left out."""
-        from tqdm.auto import tqdm
-
         files = self._files(listing.scans)
         before = {scan.name: facts for scan in listing.scans if (facts := journal.facts(scan)) is not None}
         before = {name: facts for name, facts in before.items() if all(path.exists() for path in files[name])}
@@ -185,33 +181,20 @@ class _Run:
             refuse_existing(path, overwrite)
         if before:
             click.echo(f"{len(before)} of {len(listing.scans)} scans were done by an earlier run", err=True)
-        with tqdm(total=len(listing.scans), desc="scans", unit="scan", disable=None) as bar:
-            for scan in listing.scans:
-                try:
-                    make = partial(self._segment, scan, files[scan.name], overwrite)
-                    facts = before.get(scan.name) or journal.keep(scan, make)
-                except Exception as error:
-                    if not is_reported(error) and not isinstance(error, click.ClickException):
-                        raise
-                    text = error.message if isinstance(error, click.ClickException) else str(error)
-                    text = text if str(scan.path) in text else f"{scan.path}: {text}"
-                    listing.errors.append({"path": shown(scan.path), "error": shown(text, keep="\n")})
-                    with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
-                        click.echo(f"Error: {listing.errors[-1]['error']}", err=True)
-                else:
-                    self.done[scan.name] = {**scan.described, **facts}
-                bar.update()
+
+        def work(scan: Scan) -> dict[str, Any]:
+            facts = before.get(scan.name) or journal.keep(
+                scan, partial(self._segment, scan, files[scan.name], overwrite)
+            )
+            return {**scan.described, **facts}
+
+        self.done = for_each(listing, work)
 
     def _files(self, scans: Sequence[Scan]) -> dict[str, list[Path]]:
         """What is written of each scan, by its name: the label map and the picture."""
-        stems: Counter[str] = Counter()
-        files = {}
-        for scan in scans:
-            stem = scan.name.replace("/", "_")
-            stems[stem] += 1
-            stem = f"{stem}_{stems[stem]}" if stems[stem] > 1 else stem
-            files[scan.name] = [self.out / f"{stem}{FORMATS[self.kind]}", *([self.out / f"{stem}.png"] * self.png)]
-        return files
+        endings = [FORMATS[self.kind], *([".png"] * self.png)]
+        names = zip(scans, file_names(scans, "volumes"), strict=True)
+        return {scan.name: [self.out / f"{name}{ending}" for ending in endings] for scan, name in names}
 
     def _segment(self, scan: Scan, files: Sequence[Path], overwrite: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """Write the files of a scan; returns the facts about it, and no tensors."""
@@ -243,7 +226,7 @@ class _Run:
             figure = medgmae.segmentation_figure(source, result.labels, names=self.names, title=shown(scan.name))
             write_figure(figure, files[1], overwrite)
         seconds = round(time.perf_counter() - start, 3)
-        return {"labels": shown(files[0].name), "classes": self._volumes(result.labels), "seconds": seconds}, {}
+        return {"file": shown(files[0].name), "classes": self._volumes(result.labels), "seconds": seconds}, {}
 
     def _read(self, scan: Scan, block: Mapping[str, Any]) -> tuple[Any, medgmae.Volume]:
         """What the preprocessing takes, in memory, and the volume on whose grid the labels are written."""
@@ -300,9 +283,9 @@ def _write_tables(table: Path, facts: Mapping[str, Any], overwrite: bool) -> Non
     with complete(table, overwrite) as place:
         with place.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
-            rows.writerow(["name", "path", "series", "labels", "label", "class", "voxels", "ml"])
+            rows.writerow(["name", "path", "series", "file", "label", "class", "voxels", "ml"])
             for name, one in facts["scans"].items():
                 for k in one["classes"]:
-                    place_of = [name, one["path"], one.get("series", ""), one["labels"]]
+                    place_of = [name, one["path"], one.get("series", ""), one["file"]]
                     rows.writerow([*place_of, k["label"], k["name"], k["voxels"], k["ml"]])
         place.write_text(json.dumps(facts, indent=2, allow_nan=False), encoding="utf-8")

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,8 +16,18 @@ from typing import Any
 import click
 
 import medgmae
-from medgmae.cli.common import echo_json, is_reported, reports_errors
-from medgmae.cli.features import leave, list_scans, report_skipped, show_listing
+from medgmae.cli.batches import (
+    Scope,
+    file_names,
+    for_each,
+    leave,
+    list_scans,
+    refuse_within,
+    report_skipped,
+    scope_options,
+    show_listing,
+)
+from medgmae.cli.common import echo_json, reports_errors
 from medgmae.cli.files import check_name, complete, refuse_existing
 from medgmae.cli.journal import Journal, journal_of
 from medgmae.cli.names import shown
@@ -93,14 +102,7 @@ cutting_options = gathered(
 )
 @cutting_options
 @overwrite_option
-@click.option("--list", "only_list", is_flag=True, help="Print what would be read, and do nothing else.")
-@click.option(
-    "--series",
-    multiple=True,
-    metavar="UID|PATTERN",
-    help="Of DICOM, read series with this id or description, such as '*lung*'; may be repeated.",
-)
-@click.option("--strict", is_flag=True, help="Exit code 1 also where a file was skipped that may be a scan.")
+@scope_options
 @input_options("the default")
 @json_option
 @reports_errors
@@ -109,9 +111,7 @@ def slices_command(
     out: Path | None,
     how: Cutting,
     overwrite: bool,
-    only_list: bool,
-    series: tuple[str, ...],
-    strict: bool,
+    scope: Scope,
     inputs: InputChoice,
     as_json: bool,
 ) -> None:
@@ -129,14 +129,14 @@ def slices_command(
     after every scan: the same command goes on from there. Exit code 0: all are done; 1: some are not; 2: wrong usage.
     """
     prepare = _preprocessing(how, inputs)
-    if only_list:
-        show_listing(list_scans(scans, series, prepare.input["contrasts"]), strict, as_json)
+    if scope.only_list:
+        show_listing(list_scans(scans, scope, prepare.input["contrasts"]), scope, as_json)
         return
     if out is None:
         raise click.UsageError("missing option '--out'")
     manifest = _checked_folder(scans, out, overwrite) / MANIFEST
     with journal_of(manifest) as journal:
-        listing = list_scans(scans, series, prepare.input["contrasts"])
+        listing = list_scans(scans, scope, prepare.input["contrasts"])
         _check_columns(listing)
         report_skipped(listing)
         run = _Run(how, prepare, journal, overwrite)
@@ -152,7 +152,7 @@ def slices_command(
         total, files = len(run.done) + len(listing.errors), sum(map(len, run.done.values()))
         told = f"{len(run.done)} of {total} scans, {files} files: {shown(manifest)}"
         click.echo(told if files else "nothing was written")
-    leave(listing, strict)
+    leave(listing, scope)
 
 
 def _preprocessing(how: Cutting, inputs: InputChoice) -> Any:
@@ -173,11 +173,7 @@ def _preprocessing(how: Cutting, inputs: InputChoice) -> Any:
 def _checked_folder(scans: Sequence[Path], out: Path, overwrite: bool) -> Path:
     """The folder to write, made where it is missing, after a check that its files are not searched for scans."""
     check_name(out)
-    for one in scans:
-        if one.is_dir() and out.resolve().is_relative_to(one.resolve()):
-            raise click.UsageError(
-                f"{shown(out)} lies in {shown(one)}, which is searched for scans; choose another --out"
-            )
+    refuse_within(scans, out)
     refuse_existing(out / MANIFEST, overwrite)
     try:
         out.mkdir(exist_ok=True)
@@ -209,28 +205,21 @@ class _Run:
 
     def cut_all(self, listing: Listing) -> None:
         """Slices of every scan; scans that fail are reported and left out."""
-        from tqdm.auto import tqdm
-
         claims = self.journal.folder / _CLAIMS
         claimed = set(claims.read_text("utf-8").splitlines()) if claims.exists() else set()
-        folders = dict(zip((scan.name for scan in listing.scans), _folder_names(listing.scans), strict=True))
-        for scan in tqdm(listing.scans, desc="scans", unit="scan", disable=None):
-            folder = folders[scan.name]
-            try:
-                facts = self.journal.facts(scan)
-                if facts is None or not all((self.out / row["file"]).exists() for row in facts["rows"]):
-                    self._refuse(folder, claimed)
-                    with claims.open("a", encoding="utf-8") as file:
-                        file.write(f"{folder}\n")
-                    facts = self.journal.keep(scan, partial(self._cut, scan, folder))
-                self.done[scan.name] = facts["rows"]
-            except Exception as error:
-                if not is_reported(error):
-                    raise
-                text = str(error) if str(scan.path) in str(error) else f"{scan.path}: {error}"
-                listing.errors.append({"path": shown(scan.path), "error": shown(text, keep="\n")})
-                with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
-                    click.echo(f"Error: {listing.errors[-1]['error']}", err=True)
+        folders = dict(zip((scan.name for scan in listing.scans), file_names(listing.scans, MANIFEST), strict=True))
+
+        def work(scan: Scan) -> list[dict[str, str]]:
+            folder, facts = folders[scan.name], self.journal.facts(scan)
+            if facts is None or not all((self.out / row["file"]).exists() for row in facts["rows"]):
+                self._refuse(folder, claimed)
+                with claims.open("a", encoding="utf-8") as file:
+                    file.write(f"{folder}\n")
+                facts = self.journal.keep(scan, partial(self._cut, scan, folder))
+            rows: list[dict[str, str]] = facts["rows"]
+            return rows
+
+        self.done = for_each(listing, work)
 
     def _refuse(self, folder: str, claimed: set[str]) -> None:
         """Raise FileExistsError for a folder that is not this run's, unless it may be replaced."""
@@ -326,22 +315,6 @@ def _chosen(text: str, count: int, what: str) -> list[int]:
         if not -count <= number < count:
             raise ValueError(f"{what}: there is no slice {number}; expected {-count} to {count - 1}")
     return list(dict.fromkeys(number % count for number in numbers))
-
-
-def _folder_names(scans: Sequence[Scan]) -> list[str]:
-    """A folder for each scan: its name with what could lead elsewhere, or trouble a file system, as "_"."""
-    names: list[str] = []
-    taken: set[str] = set()  # without upper case, which some file systems do not tell apart
-    for scan in scans:
-        plain = re.sub(r"[^\w.+#-]", "_", scan.name)[:100].strip(".") or "scan"
-        plain = f"_{plain}" if plain.startswith(("-", MANIFEST)) else plain
-        number, unique = 1, plain
-        while unique.casefold() in taken:
-            number += 1
-            unique = f"{plain}#{number}"
-        names.append(unique)
-        taken.add(unique.casefold())
-    return names
 
 
 def _write_manifest(manifest: Path, rows: Sequence[dict[str, str]], overwrite: bool) -> None:

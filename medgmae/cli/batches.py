@@ -1,0 +1,123 @@
+"""What commands over many scans share: which scans they read, and one after the other, what comes of each."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from medgmae.cli.common import echo_json, echo_table, is_reported
+from medgmae.cli.manifest import read_manifest
+from medgmae.cli.names import shown
+from medgmae.cli.options import gathered
+from medgmae.cli.scans import Listing, Scan, find_scans, grouped
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which scans are read, and what becomes of files that are not."""
+
+    only_list: bool
+    series: tuple[str, ...]
+    strict: bool
+
+
+scope_options = gathered(
+    "scope",
+    Scope,
+    click.option("--list", "only_list", is_flag=True, help="Print what would be read, and do nothing else."),
+    click.option(
+        "--series",
+        multiple=True,
+        metavar="UID|PATTERN",
+        help="Of DICOM, read series with this id or description, such as '*lung*'; may be repeated.",
+    ),
+    click.option("--strict", is_flag=True, help="Exit code 1 also where a file was skipped that may be a scan."),
+)
+
+
+def list_scans(arguments: Sequence[Path], scope: Scope, contrasts: Sequence[str] | None) -> Listing:
+    """What the arguments name: a CSV file alone is a table of scans."""
+    if len(arguments) == 1 and arguments[0].suffix.lower() == ".csv" and arguments[0].is_file():
+        if scope.series:
+            raise click.UsageError("--series is for folders; a table says it in a column named series")
+        return read_manifest(arguments[0])
+    return find_scans(arguments, contrasts, scope.series)
+
+
+def show_listing(listing: Listing, scope: Scope, as_json: bool) -> None:
+    """Print what would be read, and on stderr what would not."""
+    rows = [{"name": scan.name, **scan.described} for scan in listing.scans]
+    if as_json:
+        echo_json({"scans": rows, "errors": listing.errors, "skipped": listing.skipped})
+    else:
+        report_skipped(listing)
+        columns = ["name", "path", "series", "description"]
+        echo_table([columns, *([row.get(name, "") for name in columns] for row in rows)])
+    leave(listing, scope)
+
+
+def report_skipped(listing: Listing) -> None:
+    """Print on stderr what is skipped and what should have been read."""
+    for line in grouped(listing.skipped):
+        click.echo(line, err=True)
+    for one in listing.errors:
+        click.echo(f"Error: {one['error']}", err=True)
+
+
+def leave(listing: Listing, scope: Scope) -> None:
+    """End with exit code 1 where not all was done."""
+    if listing.errors or (scope.strict and listing.unexpected):
+        sys.exit(1)
+
+
+def for_each(listing: Listing, work: Callable[[Scan], Any]) -> dict[str, Any]:
+    """What ``work`` gives for every scan, by its name; scans that fail are reported and left out."""
+    from tqdm.auto import tqdm
+
+    done = {}
+    for scan in tqdm(listing.scans, desc="scans", unit="scan", disable=None):
+        try:
+            done[scan.name] = work(scan)
+        except Exception as error:
+            if not is_reported(error):
+                raise
+            text = str(error) if str(scan.path) in str(error) else f"{scan.path}: {error}"
+            listing.errors.append({"path": shown(scan.path), "error": shown(text, keep="\n")})
+            with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
+                click.echo(f"Error: {listing.errors[-1]['error']}", err=True)
+    return done
+
+
+def refuse_within(scans: Sequence[Path], out: Path) -> None:
+    """Refuse a folder of results that lies in one that is searched for scans."""
+    for one in scans:
+        if one.is_dir() and out.resolve().is_relative_to(one.resolve()):
+            raise click.UsageError(
+                f"{shown(out)} lies in {shown(one)}, where the next run would take results for scans; choose another "
+                "--out"
+            )
+
+
+def file_names(scans: Sequence[Scan], reserved: str) -> list[str]:
+    """A name for the files of each scan: its own with what could lead elsewhere, or trouble a file system, as "_".
+
+    ``reserved`` begins the names of other files in the folder.
+    """
+    names: list[str] = []
+    taken: set[str] = set()  # without upper case, which some file systems do not tell apart
+    for scan in scans:
+        plain = re.sub(r"[^\w.+#-]", "_", scan.name)[:100].strip(".") or "scan"
+        plain = f"_{plain}" if plain.startswith(("-", reserved)) else plain
+        number, unique = 1, plain
+        while unique.casefold() in taken:
+            number += 1
+            unique = f"{plain}#{number}"
+        names.append(unique)
+        taken.add(unique.casefold())
+    return names
