@@ -89,7 +89,8 @@ class Repo:
 class HubServer:
     """The server, running in threads of its own between ``__enter__`` and ``__exit__``."""
 
-    def __init__(self, certificate: Path | None = None) -> None:
+    def __init__(self, certificate: Path | None = None, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.certificate = certificate  # with its key: the server then speaks https
         self.repos: dict[str, Repo] = {}
         self.files: dict[str, bytes] = {}
@@ -110,13 +111,16 @@ class HubServer:
 
     def __enter__(self) -> HubServer:
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        server = type("Server", (ThreadingHTTPServer,), {"address_family": family})
+        self._server = server((self.host, 0), handler)
         scheme = "https" if self.certificate else "http"
         if self.certificate:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(self.certificate)
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self.url = f"{scheme}://127.0.0.1:{self._server.server_port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        self.url = f"{scheme}://{host}:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
         return self

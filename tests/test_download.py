@@ -180,7 +180,7 @@ def test_disk_full(hub: HubServer, tmp_path: Path) -> None:
 
 def test_disk_too_small(hub: HubServer, tmp_path: Path) -> None:
     hub.announce["/big.pth"] = 10**16
-    with pytest.raises(WeightsError, match=r"the download needs 10000000\.00 GB and .* GB are free"):
+    with pytest.raises(WeightsError, match=r"the download needs 10000000000\.0 MB and .* MB are free"):
         get(hub, tmp_path)
 
 

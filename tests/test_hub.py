@@ -233,7 +233,7 @@ torch.manual_seed(0)
 model = medgmae.create_model("vit_nano_patch8_32", num_classes=3, in_chans=2)
 out["refused"] = attempt(medgmae.push_to_hub, model, "lab/net")
 out["address"] = medgmae.push_to_hub(model, "lab/net", token="{TOKEN}")
-out["again"] = medgmae.push_to_hub(model, "lab/net", token="{TOKEN}", revision="next", private=True)
+out["again"] = medgmae.push_to_hub(model, "lab/net", token="{TOKEN}", revision="next")
 revision = out["address"].rpartition("/")[2]
 back = medgmae.create_model(f"hf-hub:lab/net@{{revision}}")
 out["equal"] = [list(back.state_dict()) == list(model.state_dict()),
