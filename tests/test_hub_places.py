@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import resource
-import signal
 import socket
 import threading
 import time
@@ -15,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from hub_server import CONFIG, FILES, WEIGHTS, HubServer, run_client, start_client, use_endpoint
+from hub_client import run_client, start_client
+from hub_server import CONFIG, FILES, WEIGHTS, HubServer, use_endpoint
 from huggingface_hub.utils import set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
@@ -239,8 +238,7 @@ def test_the_lock_of_a_killed_process(hub: HubServer, tmp_path: Path) -> None:
     end = time.monotonic() + 60
     while not hub.requests("GET") and time.monotonic() < end:
         time.sleep(0.02)
-    os.kill(client.pid, signal.SIGKILL)
-    client.communicate()
+    client.kill()
     hub.delay = 0
     began = time.monotonic()
     assert fetch("hf-hub:lab/net", Fetching(tmp_path, progress=False)).path.read_bytes() == WEIGHTS
