@@ -3,7 +3,7 @@
     with HubServer() as hub:
         commit = hub.add("org/name", {"model.safetensors": b"..."})
         hub.files["/big.pth"] = b"..."        # a plain file server beside it
-        ... run a client with HF_ENDPOINT=hub.url ...
+        ... run_client(code, hub, home) of hub_client.py ...
         hub.log                               # [("HEAD", "/org/name/resolve/main/model.safetensors", None), ...]
 
 Faults are asked for by path: ``hub.cut[path] = 1000`` ends the next body after 1000 bytes, ``hub.resets[path] = [1000,
@@ -19,13 +19,10 @@ import base64
 import hashlib
 import itertools
 import json
-import os
 import re
 import socket
 import ssl
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -38,38 +35,11 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 
-import medgmae
-
 WEIGHTS = hashlib.shake_256(b"weights").digest(300_000)
 CONFIG = {"architecture": "vit_nano_patch8_32", "model_args": {}}
 FILES = {"model.safetensors": WEIGHTS, "config.json": json.dumps(CONFIG).encode()}
 FILE = "/lab/net/resolve/main/model.safetensors"
 TOKEN = "hf_test_token"  # the one token that may write, and read what is private
-
-# Start of every client: `out` is what it prints as JSON at its end; `attempt` gives an error's text, not the error.
-_PRELUDE = """
-import atexit, ctypes, json, os, sys
-from medgmae.checkpoints.cards import WeightCard, WeightsError
-from medgmae.checkpoints.sources import Fetching, fetch
-
-out = {}
-atexit.register(lambda: print(json.dumps(out)))
-
-def attempt(call, *args, **options):
-    try:
-        return str(call(*args, **options))
-    except WeightsError as error:
-        return f"{type(error).__name__}: {error}"
-
-def obey_file_modes():  # root may write to read-only folders, unless it gives up this privilege
-    if os.geteuid() != 0:
-        return
-    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.capget(header, data) == 0, ctypes.get_errno()
-    data[0] &= ~0b110  # effective: CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-    assert libc.capset(header, data) == 0, ctypes.get_errno()
-"""
 
 
 @dataclass
@@ -89,7 +59,8 @@ class Repo:
 class HubServer:
     """The server, running in threads of its own between ``__enter__`` and ``__exit__``."""
 
-    def __init__(self, certificate: Path | None = None) -> None:
+    def __init__(self, certificate: Path | None = None, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.certificate = certificate  # with its key: the server then speaks https
         self.repos: dict[str, Repo] = {}
         self.files: dict[str, bytes] = {}
@@ -110,13 +81,16 @@ class HubServer:
 
     def __enter__(self) -> HubServer:
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        server = type("Server", (ThreadingHTTPServer,), {"address_family": family})
+        self._server = server((self.host, 0), handler)
         scheme = "https" if self.certificate else "http"
         if self.certificate:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(self.certificate)
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self.url = f"{scheme}://127.0.0.1:{self._server.server_port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        self.url = f"{scheme}://{host}:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
         return self
@@ -333,41 +307,6 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(self.hub.lfs_status)
         self.hub.lfs[match["oid"]] = body
         self._send(200)
-
-
-def start_client(code: str, hub: HubServer, home: Path, **env: str) -> subprocess.Popen[str]:
-    """A fresh process that runs ``code`` after the prelude; the hub client reads its settings when it is imported."""
-    package = str(Path(medgmae.__file__).parent.parent)
-    settings = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package])),
-    }
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    return subprocess.Popen(
-        [sys.executable, "-W", "error::ResourceWarning", "-c", _PRELUDE + code],
-        env={**kept, **settings, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish_client(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What the process put into ``out``; its error output fails the test if it failed."""
-    stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 0, stderr
-    out: dict[str, Any] = json.loads(stdout.splitlines()[-1])
-    return out
-
-
-def run_client(code: str, hub: HubServer, home: Path, **env: str) -> dict[str, Any]:
-    """Start a client and wait for it."""
-    return finish_client(start_client(code, hub, home, **env))
 
 
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer, finish_client, run_client, start_client
+from hub_client import run_client, start_client
+from hub_server import HubServer
 
 from medgmae.checkpoints import wire
 from medgmae.checkpoints.cards import WeightCard, WeightsError
@@ -180,7 +181,7 @@ def test_disk_full(hub: HubServer, tmp_path: Path) -> None:
 
 def test_disk_too_small(hub: HubServer, tmp_path: Path) -> None:
     hub.announce["/big.pth"] = 10**16
-    with pytest.raises(WeightsError, match=r"the download needs 10000000\.00 GB and .* GB are free"):
+    with pytest.raises(WeightsError, match=r"the download needs 10000000000\.0 MB and .* MB are free"):
         get(hub, tmp_path)
 
 
@@ -202,7 +203,7 @@ def test_two_processes_fetch_once(hub: HubServer, tmp_path: Path) -> None:
     hub.delay = 1.0
     code = f"out['path'] = str(fetch(WeightCard('vit_x.y', url='{hub.url}/big.pth', md5='{MD5}')).path)"
     clients = [start_client(code, hub, tmp_path) for _ in range(2)]
-    paths = {finish_client(client)["path"] for client in clients}
+    paths = {client.finish()["path"] for client in clients}
     assert hub.log == [("GET", "/big.pth", None)]
     assert Path(paths.pop()).read_bytes() == CONTENT
     assert not paths

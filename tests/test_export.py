@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer, run_client
+from hub_client import run_client
+from hub_server import HubServer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_models import randomize

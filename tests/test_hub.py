@@ -1,6 +1,6 @@
 """The Hugging Face hub, with the real client and a real server.
 
-Each client is a fresh process, because huggingface_hub reads its settings once, when it is imported.
+Each client is a process of its own, because huggingface_hub reads its settings once, when it is imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import TOKEN, HubServer, finish_client, run_client, start_client
+from hub_client import run_client, start_client
+from hub_server import TOKEN, HubServer
 
 import medgmae
 from medgmae.checkpoints.cards import WeightsError
@@ -210,7 +211,7 @@ def test_two_processes_at_once(hub: HubServer, tmp_path: Path) -> None:
     hub.delay = 0.5
     code = 'out["weights"] = open(fetch("hf-hub:lab/net").path, "rb").read().hex()'
     clients = [start_client(code, hub, tmp_path) for _ in range(2)]
-    assert [bytes.fromhex(finish_client(client)["weights"]) for client in clients] == [WEIGHTS, WEIGHTS]
+    assert [bytes.fromhex(client.finish()["weights"]) for client in clients] == [WEIGHTS, WEIGHTS]
 
 
 def test_cache_dir_holds_everything(hub: HubServer, tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ torch.manual_seed(0)
 model = medgmae.create_model("vit_nano_patch8_32", num_classes=3, in_chans=2)
 out["refused"] = attempt(medgmae.push_to_hub, model, "lab/net")
 out["address"] = medgmae.push_to_hub(model, "lab/net", token="{TOKEN}")
-out["again"] = medgmae.push_to_hub(model, "lab/net", token="{TOKEN}", revision="next", private=True)
+out["again"] = medgmae.push_to_hub(model, "lab/net", token="{TOKEN}", revision="next")
 revision = out["address"].rpartition("/")[2]
 back = medgmae.create_model(f"hf-hub:lab/net@{{revision}}")
 out["equal"] = [list(back.state_dict()) == list(model.state_dict()),

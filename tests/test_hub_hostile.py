@@ -38,7 +38,6 @@ FUZZ = Path(__file__).parent / "fuzz/fuzz_wire.py"
         (JSON | {"Content-Encoding": "gzip"}, b"no gzip", ""),
         ({"Content-Type": "text/plain; charset=no-such"}, b"a reason\x1b[2J", r": a reason \[2J"),
         (JSON, b'{"error": "' + b"long " * 50_000 + b'"}', ""),
-        ({"X-Error-Message": "Access to this resource is disabled."}, b"", ": Access to this resource is disabled."),
     ],
 )
 def test_refusals_with_bodies_of_any_form(
@@ -170,6 +169,22 @@ def test_a_server_that_drips(dripping: str, how: Fetching, path: str, message: s
     with pytest.raises(WeightsError, match=message):
         fetch(WeightCard("vit_x.y", url=f"{dripping}/{path}", md5="0" * 32), how)
     assert time.monotonic() - began < 10  # the drip itself takes 50 seconds
+
+
+def test_a_standstill_ends_before_the_attempts_do(
+    dripping: str, how: Fetching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "STALLED", 0.5)
+    with pytest.raises(WeightsError, match=r"fewer than 1000 bytes .*gave up after [12] attempts?\."):
+        fetch(WeightCard("vit_x.y", url=f"{dripping}/body", md5="0" * 32), how)
+
+
+def test_waiting_as_the_server_asks_is_no_standstill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "STALLED", 0.5)
+    attempts = wire.Attempts(answered=True)
+    for _ in range(4):
+        attempts.failed(wire.Interrupted("busy", wait=0.2))
+    assert attempts.failures == 4
 
 
 def test_a_hub_that_drips(dripping: str, how: Fetching, monkeypatch: pytest.MonkeyPatch) -> None:

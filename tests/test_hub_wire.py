@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import FILE, FILES, TOKEN, WEIGHTS, HubServer, run_client, use_endpoint
+from hub_client import run_client
+from hub_server import FILE, FILES, TOKEN, WEIGHTS, HubServer, use_endpoint
 from huggingface_hub import constants
 
 from medgmae.checkpoints import wire

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 import torch
 from hub_server import TOKEN, HubServer, use_endpoint
 from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 
 import medgmae
+from medgmae.checkpoints import wire
 from medgmae.checkpoints.cards import WeightsError
 from medgmae.checkpoints.saving import push_to_hub
 
@@ -42,6 +45,19 @@ def model() -> torch.nn.Module:
         (lambda hub: hub.status.update({COMMIT: [(403, {"X-Error-Message": "over the storage quota"})]}), ROOM),
         (lambda hub: hub.status.update({COMMIT: [413]}), ROOM),
         (lambda hub: hub.status.update({"/api/repos/create": [402]}), ROOM),
+        (lambda hub: hub.status.update({"/api/repos/create": [404]}), "404 Not Found; .* no such address: check HF_EN"),
+        (lambda hub: hub.status.update({"/api/repos/create": [(200, {}, b"<html>")]}), "not how a hub answers: check"),
+        (lambda hub: hub.status.update({BATCH: [(200, {}, b"[]")]}), "not how a hub answers: check HF_ENDPOINT"),
+        (lambda hub: hub.status.update({COMMIT: [(401, {"X-Error-Message": "expired"})]}), "expired; log in with"),
+        (lambda hub: hub.status.update({COMMIT: [(409, {"X-Error-Message": "since"})]}), "since; someone else has"),
+        (lambda hub: hub.status.update({COMMIT: [(412, {"X-Error-Message": "since"})]}), "since; someone else has"),
+        (lambda hub: hub.status.update({COMMIT: [500]}), "500 Internal Server Error; check the connection and call"),
+        (
+            lambda hub: hub.status.update(
+                {COMMIT: [(403, {"X-Error-Message": "Access to this resource is disabled."})]}
+            ),
+            "resource is disabled; the hub has disabled the repository: look at the repository's page",
+        ),
         (
             lambda hub: hub.status.update({"/api/validate-yaml": [(400, {"Content-Type": "application/json"}, YAML)]}),
             r'"license" must be one of \[apache-2.0\]; the hub does not accept the model card: correct',
@@ -54,6 +70,45 @@ def test_uploads_that_the_hub_refuses(
     fault(hub)
     with pytest.raises(WeightsError, match=rf"hf-hub:lab/net: not uploaded to {hub.url}: .*{message}"):
         push_to_hub(model, "lab/net", token=TOKEN)
+    assert [commit for repo in hub.repos.values() for commit in repo.commits.values() if commit] == []
+    hub.lfs_status, hub.lfs_error = 200, {}
+    address = push_to_hub(model, "lab/net", token=TOKEN)
+    assert address.endswith(hub.repos["lab/net"].refs["main"])
+
+
+@pytest.mark.parametrize("fault", ["silent", "closed"])
+def test_a_host_that_is_lost_in_an_upload(
+    hub: HubServer, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """In the commit, the one request that the client does not repeat."""
+    monkeypatch.setattr(wire, "UPLOAD", 0.5)
+    went_on = threading.Event()
+
+    def lose(path: str, headers: Any) -> None:
+        if path == COMMIT and fault == "silent":
+            went_on.wait(20)
+        if path == COMMIT:
+            raise TimeoutError  # by which the server's handler closes the connection
+
+    hub.on_request = lose
+    session = get_session()
+    before = session.timeout
+    with pytest.raises(WeightsError, match=r"not uploaded to .*; check the connection and call again"):
+        push_to_hub(model, "lab/net", token=TOKEN)
+    went_on.set()
+    assert session.timeout == before
+    assert hub.repos["lab/net"].refs["main"] in hub.repos["lab/net"].commits
+    assert [commit for commit in hub.repos["lab/net"].commits.values() if commit] == []
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub: HubServer, model: torch.nn.Module) -> None:
+    hub.add("lab/open", {"notes.txt": b""})
+    hub.add("lab/closed", {"notes.txt": b""}, private=True)
+    with pytest.raises(WeightsError, match=r"exists and is public; make it private on the hub, leave out private=True"):
+        push_to_hub(model, "lab/open", token=TOKEN, private=True)
+    assert len(hub.repos["lab/open"].commits) == 1
+    commit = push_to_hub(model, "lab/closed", token=TOKEN, private=True).rpartition("/")[2]
+    assert set(hub.repos["lab/closed"].commits[commit]) >= {"notes.txt", "model.safetensors"}
 
 
 @pytest.mark.parametrize("token", [None, False, True, "hf_wrong"])

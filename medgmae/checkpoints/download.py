@@ -21,6 +21,7 @@ from medgmae.checkpoints.hashes import Digests, HashMismatchError, check_hashes,
 from medgmae.checkpoints.json_files import refuse_folder
 from medgmae.checkpoints.wire import Attempts, Interrupted, answer, shown
 
+_WAIT = 3.0  # seconds for another process before a message says so
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _MOVE = "set HF_HOME, or pass cache_dir=, to a folder with room that you may write to"
 
@@ -83,7 +84,7 @@ def download(item: Item, root: Path, *, progress: bool, again: bool = False) -> 
         for path in (target, item.unfinished, lock_path):
             path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(lock_path)
-        lock.acquire()
+        _acquire(lock, item)
     try:
         if again:
             with writing(target.parent):
@@ -94,6 +95,17 @@ def download(item: Item, root: Path, *, progress: bool, again: bool = False) -> 
     finally:
         lock.release()
     return target
+
+
+def _acquire(lock: Any, item: Item) -> None:
+    """Wait for the lock; the system opens that of a process which was killed."""
+    from filelock import Timeout
+
+    try:
+        lock.acquire(timeout=_WAIT)
+    except Timeout:
+        _log.warning("%s: another process fetches it, waiting for that (%s)", item.url, lock.lock_file)
+        lock.acquire()
 
 
 @contextmanager
@@ -112,8 +124,9 @@ def disk_message(folder: Path, error: OSError, remedy: str = _MOVE) -> str:
 
 
 def _is_there(item: Item, root: Path) -> bool:
-    if not item.target.exists():
-        return False
+    with writing(item.target.parent):  # a closed folder, a name that is too long
+        if not item.target.exists():
+            return False
     verify_or_discard(item.target, item.digests, root)
     return True
 
@@ -294,7 +307,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise WeightsError(
-            f"{folder}: the download needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; {_MOVE}"
+            f"{folder}: the download needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; {_MOVE}"
         )
 
 

@@ -290,7 +290,8 @@ def _bring(wanted: HubFile, announced: Announced, digests: Digests, how: Fetchin
     path = folder / "snapshots" / announced.commit / wanted.file
     refuse_folder(path)
     refuse_folder(blob)
-    linked = are_symlinks_supported(how.hub_cache)
+    with writing(how.hub_cache):
+        linked = are_symlinks_supported(how.hub_cache)
     item = Item(
         url=hf_hub_url(wanted.repo, wanted.file, revision=announced.commit),  # the branch may have moved on since
         target=blob if linked else path,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from medgmae.checkpoints.cards import WeightsError
 from medgmae.checkpoints.download import disk_message
@@ -14,6 +17,29 @@ from medgmae.checkpoints.download import disk_message
 _LOGIN = "log in with 'hf auth login' or pass token="
 _FULL = {402, 413, 507}  # how servers say that a quota is used up
 _LATER = {408, 425, 429, 500, 502, 503, 504}
+_DISABLED = "the hub has disabled the repository"
+_PAGE = "look at the repository's page on the hub"
+_NO_HUB = "check HF_ENDPOINT, and whether a proxy answers in its place"
+
+
+def check_endpoint() -> None:
+    """Refuse an HF_ENDPOINT that is no address: the hub's client fails on some of them while it is imported.
+
+    Raises:
+        WeightsError: it is set, and not to the address of a server.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if endpoint is None:
+        return
+    if "@" in endpoint:  # every message would show it
+        raise WeightsError("HF_ENDPOINT holds a name or a password; write them into ~/.netrc and leave them out")
+    with suppress(ValueError):
+        parts = urlsplit(endpoint)
+        plain = parts.hostname and parts.port != 0 and not parts.query + parts.fragment
+        if parts.scheme in ("http", "https") and plain and re.fullmatch("[!-~]+", endpoint):
+            return
+    example = "https://huggingface.co"
+    raise WeightsError(f"HF_ENDPOINT is {endpoint[:200]!r}, expected an address such as {example}; correct or unset it")
 
 
 @contextmanager
@@ -34,9 +60,11 @@ def hub_errors(what: str) -> Iterator[None]:
         raise WeightsError(f"{what}: the repository has no such revision; {remedy}") from error
     except errors.HFValidationError as error:
         raise WeightsError(f"{what}: not the name of a repository ({first_line(error)}); expected org/name") from error
+    except errors.DisabledRepoError as error:
+        raise WeightsError(f"{what}: {_DISABLED} ({_said(error)}); {_PAGE}") from error
     except errors.HfHubHTTPError as error:
-        remedy = _LOGIN if error.response.status_code in (401, 403) else "call again later; if it stays so, check "
-        remedy += "" if remedy == _LOGIN else "HF_ENDPOINT, and whether a proxy answers in its place"
+        refused = error.response.status_code in (401, 403)
+        remedy = _LOGIN if refused else f"call again later; if it stays so, {_NO_HUB}"
         raise WeightsError(f"{what}: {constants.ENDPOINT} does not serve it ({_said(error)}); {remedy}") from error
     except errors.OfflineModeIsEnabled as error:
         raise WeightsError(f"{what}: HF_HUB_OFFLINE is set; unset it and call again") from error
@@ -62,8 +90,10 @@ def push_errors(what: str, endpoint: str) -> Iterator[None]:
     except Exception as error:
         # "Error while uploading" is all that the client says itself of a refusal in between.
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        text = " ".join(str(cause).split())
-        text = re.sub("(For more information check|Make sure your token|You need to).*", "", text)  # its own advice
+        if isinstance(cause, errors.HfHubHTTPError):
+            text = _said(cause)
+        else:
+            text = re.sub("You need to.*", "", " ".join(str(cause).split()))  # its own advice
         text = text.strip(" .") or type(cause).__name__
         raise WeightsError(f"{what}: not uploaded to {endpoint}: {text}; {_push_remedy(cause, text)}") from error
 
@@ -78,6 +108,12 @@ def _push_remedy(error: BaseException, text: str) -> str:
         return _LOGIN
     if isinstance(error, errors.HFValidationError):
         return "expected org/name"
+    if isinstance(error, errors.DisabledRepoError):
+        return f"{_DISABLED}: {_PAGE}"
+    if isinstance(error, (json.JSONDecodeError, LookupError, AttributeError, TypeError)):
+        return f"this is not how a hub answers: {_NO_HUB}"
+    if status == 404 and not isinstance(error, errors.RepositoryNotFoundError):
+        return f"the hub has no such address: {_NO_HUB}"
     if status in (403, 404):
         return f"the token needs the right to write there: {_LOGIN}, or push to a repository of your own"
     if "README.md" in text:
@@ -85,9 +121,11 @@ def _push_remedy(error: BaseException, text: str) -> str:
             "the hub does not accept the model card: correct model.pretrained_cfg (its license, say), or write a "
             "folder with save_pretrained(model, FOLDER), correct its README.md and run 'hf upload REPO FOLDER'"
         )
+    if status in (409, 412):
+        return "someone else has changed the repository meanwhile: look at its page on the hub and call again"
     if status is None or status in _LATER:
         return "check the connection and call again; what is there already is not sent twice"
-    return "look at the repository's page on the hub"
+    return _PAGE
 
 
 def check_names(what: str, repo: str, names: Mapping[str, str], token: str | bool | None) -> None:

@@ -23,11 +23,11 @@ from medgmae.checkpoints.download import writing
 from medgmae.checkpoints.hub import HUB_PREFIX
 from medgmae.checkpoints.json_files import parse_json
 from medgmae.checkpoints.paths import as_path
-from medgmae.checkpoints.refusals import check_names, push_errors
+from medgmae.checkpoints.refusals import check_endpoint, check_names, push_errors
 from medgmae.checkpoints.safetensors_files import write_safetensors
 from medgmae.checkpoints.settings import encoder_of
 from medgmae.checkpoints.sources import CONFIG_FILE, LOCAL_PREFIX, SUFFIXES, WEIGHTS_FILE
-from medgmae.checkpoints.wire import check_reachable
+from medgmae.checkpoints.wire import bounded_client, check_reachable
 from medgmae.models.parts import unwrap
 from medgmae.models.registry import model_builder
 
@@ -95,7 +95,7 @@ def push_to_hub(
     Args:
         model: see :func:`save_pretrained`.
         repo_id: ``"org/name"``, or ``"name"`` for a repository of your own.
-        private: whether a new repository is private.
+        private: make the repository private; one that exists and is public is refused.
         token: hub token; ``None`` for the one that ``hf auth login`` stored.
         revision: branch to upload to, made if it does not exist; ``None`` for ``main``.
         commit_message: first line of the commit.
@@ -107,6 +107,7 @@ def push_to_hub(
         WeightsError: the model cannot be saved, or the hub cannot be reached or refuses: no right to write, a quota, a
             model card that it does not accept. The message says what to do.
     """
+    check_endpoint()
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="medgmae", library_version=__version__)
@@ -116,14 +117,18 @@ def push_to_hub(
         folder = save_pretrained(model, Path(name))
         with push_errors(what, api.endpoint):
             check_reachable(api.endpoint, what)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            # The card names the repository, which is only known in full now.
-            (folder / README_FILE).write_text(model_readme(model_config(unwrap(model)), repo_id), encoding="utf-8")
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
-            )
+            with bounded_client():
+                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                if private and not api.model_info(repo_id).private:  # it was there before
+                    remedy = "make it private on the hub, leave out private=True or choose another name"
+                    raise WeightsError(f"{what}: the repository exists and is public; {remedy}")
+                if revision is not None:
+                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+                # The card names the repository, which is only known in full now.
+                (folder / README_FILE).write_text(model_readme(model_config(unwrap(model)), repo_id), encoding="utf-8")
+                commit = api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+                )
     return f"{api.endpoint}/{repo_id}/tree/{commit.oid}"
 
 

@@ -15,6 +15,7 @@ from medgmae.checkpoints.hashes import HashMismatchError, verify
 from medgmae.checkpoints.hub import HUB_PREFIX, AbsentError, Fetching, HubFile, fetch_hub_file, fetch_hub_json
 from medgmae.checkpoints.json_files import read_json
 from medgmae.checkpoints.paths import as_path
+from medgmae.checkpoints.refusals import check_endpoint
 from medgmae.checkpoints.sharded import INDEX_SUFFIX, shard_names
 
 WEIGHTS_FILE = "model.safetensors"
@@ -113,6 +114,7 @@ def fetch(source: WeightCard | str, how: Fetching | None = None) -> FetchedFile:
         WeightsError: it cannot be fetched, or is not what its card or the hub announces. For weights that only a person
             can get, the message says how.
     """
+    check_endpoint()
     how = how or Fetching()
     if isinstance(source, str):
         return _fetch_repository(source, how)

@@ -21,7 +21,9 @@ CONNECT = 4.0  # seconds for a connection
 SOON = 2.0  # seconds in which a host that never answered is tried again
 ANSWER = 8.0  # seconds that a host which takes connections has for its first answer
 TIMEOUT = 30.0  # seconds without a byte from a host that has answered before
+STALLED = 60.0  # seconds since the last progress after which there is no other attempt
 ATTEMPTS = 5  # without progress
+UPLOAD = 60.0  # seconds of silence in an upload
 BACKOFF = 1.0  # seconds before the second attempt; doubles with each one after it
 LONGEST_WAIT = 120.0  # seconds of a Retry-After that are waited for
 LEAST = 1000  # bytes that are progress, and that must come within TIMEOUT
@@ -56,7 +58,7 @@ class Attempts:
         self.most = ATTEMPTS if most is None else most
         self.answered = answered
         self.failures = 0
-        self._began = time.monotonic()
+        self._since = time.monotonic()  # the last progress
 
     def timeout(self) -> Any:
         """Time limits of the next request, as the hub's client takes them."""
@@ -70,13 +72,18 @@ class Attempts:
         Raises:
             WeightsError: there should be none.
         """
-        self.failures = 0 if failure.progress else self.failures + 1
-        pause = BACKOFF / 10 if failure.progress else BACKOFF * 2 ** (self.failures - 1)
+        now = time.monotonic()
+        if failure.progress:
+            self.failures, self._since, pause = 0, now, BACKOFF / 10
+        else:
+            self.failures += 1
+            pause = BACKOFF * 2 ** (self.failures - 1)
         if failure.wait is not None:
             pause = failure.wait
+            self._since += pause  # which the server asks for: no standstill
         if pause > LONGEST_WAIT:
             raise WeightsError(f"{failure}; the server asks to wait for {pause:.0f} seconds, call again then")
-        late = not self.answered and time.monotonic() - self._began + pause > SOON * _scale()
+        late = now - self._since + pause > (STALLED if self.answered else SOON) * _scale()
         if self.failures >= self.most or late:
             plural = "s" if self.failures > 1 else ""
             raise WeightsError(f"{failure}; gave up after {self.failures} attempt{plural}") from failure
@@ -118,9 +125,10 @@ def answer(method: str, url: str, headers: Mapping[str, str], attempts: Attempts
         except HfHubHTTPError:  # some of them are ValueErrors too
             raise
         except (httpx.TransportError, httpx.StreamError) as error:
-            raise Interrupted(_network_message(error)) from error
-        except (httpx.InvalidURL, ValueError) as error:
-            raise WeightsError(f"{shown(url)}: cannot be asked for ({str(error)[:200]}); check the address") from error
+            raise Interrupted(_network_message(error) + _through(url)) from error
+        except (httpx.InvalidURL, ValueError, ImportError) as error:  # a proxy may need a package that is not there
+            said = f"{str(error)[:200]}{_through(url)}"
+            raise WeightsError(f"{shown(url)}: cannot be asked for ({said}); check the address") from error
         _check_redirect(url, target)
         if urlsplit(url)[:2] != urlsplit(target)[:2]:
             headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
@@ -143,6 +151,17 @@ def check_reachable(url: str, what: str) -> None:
     except Interrupted as failure:
         if not attempts.answered:
             raise WeightsError(f"{what}: {url}: {failure}; check the connection and call again") from failure
+
+
+@contextmanager
+def bounded_client() -> Iterator[None]:
+    """Time limits for the hub's client, which has none: a host that falls silent would hold an upload for ever."""
+    session = _client().get_session()
+    before, session.timeout = session.timeout, _client().httpx.Timeout(UPLOAD * _scale(), connect=CONNECT * _scale())
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def _client() -> Any:
@@ -191,7 +210,9 @@ def _sent(method: str, url: str, **options: Any) -> Any:
     thread.join(seconds)
     if thread.is_alive():
         given_up.set()
-        raise Interrupted(f"the server did not finish the headers of its answer within {seconds:.0f} seconds")
+        raise Interrupted(
+            f"the server did not finish the headers of its answer within {seconds:.0f} seconds{_through(url)}"
+        )
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
@@ -247,16 +268,33 @@ def _check_redirect(url: str, target: str) -> None:
 
 
 def _check_name(url: str) -> None:
-    """Bound the look-up of a host's name, for which the system has no time limit; behind a proxy there is none."""
-    host = urlsplit(url).hostname
-    if not host or {"http", "https", "all"} & set(urllib.request.getproxies()):
+    """Bound the look-up of a host's name, the proxy's if there is one: the system has no time limit for it."""
+    host = urlsplit(_proxy(url) or url).hostname
+    if not host:
         return
     # Whatever goes wrong here goes wrong in the request again, which says it better.
     thread = threading.Thread(target=_look_up, args=(host,), daemon=True)
     thread.start()
     thread.join(CONNECT * _scale())
     if thread.is_alive():
-        raise Interrupted(f"the name {host} could not be looked up within {CONNECT * _scale():.0f} seconds")
+        seconds = CONNECT * _scale()
+        raise Interrupted(f"the name {host} could not be looked up within {seconds:.0f} seconds{_through(url)}")
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that requests for an address go through, as the system and HTTPS_PROXY and its kin name it."""
+    parts, proxies = urlsplit(url), urllib.request.getproxies()
+    if not parts.hostname or urllib.request.proxy_bypass(parts.hostname):
+        return None
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
+
+
+def _through(url: str) -> str:
+    """The proxy in a message, without the password that its address may hold."""
+    proxy = _proxy(url)
+    place = shown(proxy).replace(f"{urlsplit(proxy).netloc.rpartition('@')[0]}@", "") if proxy else ""
+    return f" through the proxy {place} (HTTPS_PROXY, HTTP_PROXY or ALL_PROXY)" if proxy else ""
 
 
 def _look_up(host: str) -> None:
