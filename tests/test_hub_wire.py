@@ -120,6 +120,14 @@ for repo in ("lab/net", "lab/store"):
         assert "which is not followed" in message
 
 
+@pytest.mark.parametrize("target", ["http://a..b/", f"http://{'a' * 200}/"])
+def test_redirects_to_no_address_name_what_was_asked_for(hub: HubServer, how: Fetching, target: str) -> None:
+    hub.add("lab/net", FILES)
+    hub.status[FILE] = [(302, {"Location": target})] * 10
+    with pytest.raises(WeightsError, match=r"to which http://.*/lab/net/resolve/.* leads, cannot be asked for"):
+        fetch("hf-hub:lab/net", how)
+
+
 def test_redirects_without_end(hub: HubServer, how: Fetching) -> None:
     hub.status["/big.pth"] = [(302, {"Location": "/big.pth"})] * 100
     with pytest.raises(WeightsError, match="more than 10 redirects"):

@@ -108,6 +108,7 @@ def answer(method: str, url: str, headers: Mapping[str, str], attempts: Attempts
     client = _client()
     httpx = client.httpx
     headers = {**headers, "Accept-Encoding": "identity"}  # compressed bytes have another hash
+    asked = url
     for _ in range(_REDIRECTS):
         try:
             _check_name(url)
@@ -128,7 +129,8 @@ def answer(method: str, url: str, headers: Mapping[str, str], attempts: Attempts
             raise Interrupted(_network_message(error) + _through(url)) from error
         except (httpx.InvalidURL, ValueError, ImportError) as error:  # a proxy may need a package that is not there
             said = f"{str(error)[:200]}{_through(url)}"
-            raise WeightsError(f"{shown(url)}: cannot be asked for ({said}); check the address") from error
+            led = "" if url == asked else f", to which {shown(asked)} leads,"
+            raise WeightsError(f"{shown(url)}:{led} cannot be asked for ({said}); check the address") from error
         _check_redirect(url, target)
         if urlsplit(url)[:2] != urlsplit(target)[:2]:
             headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
