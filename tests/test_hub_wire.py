@@ -128,6 +128,14 @@ def test_redirects_to_no_address_name_what_was_asked_for(hub: HubServer, how: Fe
         fetch("hf-hub:lab/net", how)
 
 
+def test_what_a_redirect_denies_is_not_remembered(hub: HubServer, how: Fetching) -> None:
+    commit = hub.add("lab/net", FILES)
+    hub.status[FILE] = [(302, {"Location": FILE.replace("model.safetensors", "none")})]
+    with pytest.raises(WeightsError, match="no such file"):
+        fetch(f"hf-hub:lab/net@{commit}", how)
+    assert fetch(f"hf-hub:lab/net@{commit}", how).path.read_bytes() == WEIGHTS
+
+
 def test_redirects_without_end(hub: HubServer, how: Fetching) -> None:
     hub.status["/big.pth"] = [(302, {"Location": "/big.pth"})] * 100
     with pytest.raises(WeightsError, match="more than 10 redirects"):

@@ -215,7 +215,8 @@ def _announce(wanted: HubFile, how: Fetching, attempts: Attempts) -> Announced:
         except HfHubHTTPError as error:
             if not _says_absent(error):
                 raise
-            _note_absent(wanted, error.response.headers.get("X-Repo-Commit", ""), how)
+            if str(error.response.url) == url:  # not where a redirect led: that may be anything
+                _note_absent(wanted, error.response.headers.get("X-Repo-Commit", ""), how)
             raise _absent(wanted) from error
         except Interrupted as failure:
             try:
