@@ -12,10 +12,9 @@ import click
 
 import medgmae
 from medgmae.cli.batches import Scope, for_each, leave, list_scans, report_skipped, scope_options, show_listing
-from medgmae.cli.common import echo_json, reports_errors
+from medgmae.cli.common import echo_json, reports_errors, shown
 from medgmae.cli.files import keep_inputs, refuse_existing
 from medgmae.cli.journal import Journal, journal_of, weights_digest
-from medgmae.cli.names import shown
 from medgmae.cli.options import (
     InputChoice,
     Machine,
@@ -33,7 +32,6 @@ from medgmae.cli.options import (
     preprocessing_of,
     sizes,
 )
-from medgmae.cli.scans import Listing, Scan
 from medgmae.cli.writers import SUFFIXES, sidecar, write_features
 
 
@@ -153,19 +151,19 @@ class _Run:
         self.model, self.preprocessing, self.how, self.weights = model, preprocessing, how, weights
         self.done: dict[str, dict[str, Any]] = {}
 
-    def extract_all(self, listing: Listing, journal: Journal) -> None:
+    def extract_all(self, listing: medgmae.data.Listing, journal: Journal) -> None:
         """Features of every scan into the journal; scans that fail are reported and left out."""
         before = {scan.name: facts for scan in listing.scans if (facts := journal.facts(scan)) is not None}
         if before:
             click.echo(f"{len(before)} of {len(listing.scans)} scans were done by an earlier run", err=True)
 
-        def work(scan: Scan) -> dict[str, Any]:
+        def work(scan: medgmae.data.Scan) -> dict[str, Any]:
             facts = before.get(scan.name) or journal.keep(scan, partial(self._extract, scan))
             return {**scan.described, **facts}
 
         self.done = for_each(listing, work)
 
-    def _extract(self, scan: Scan) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _extract(self, scan: medgmae.data.Scan) -> tuple[dict[str, Any], dict[str, Any]]:
         """Facts and tensors of a scan."""
         import torch
 

@@ -25,10 +25,9 @@ from medgmae.cli.batches import (
     scope_options,
     show_listing,
 )
-from medgmae.cli.common import echo_json, reports_errors
+from medgmae.cli.common import echo_json, reports_errors, shown
 from medgmae.cli.files import check_name, complete, keep_inputs, refuse_existing, write_figure, write_volume
 from medgmae.cli.journal import Journal, journal_of, weights_digest
-from medgmae.cli.names import shown
 from medgmae.cli.options import (
     InputChoice,
     Machine,
@@ -45,7 +44,6 @@ from medgmae.cli.options import (
     preprocessing_of,
     sizes,
 )
-from medgmae.cli.scans import Listing, Scan
 
 # What --format says, and how the files end.
 FORMATS = {"nii.gz": ".nii.gz", "nrrd": ".nrrd", "mha": ".mha", "dicom-seg": ".seg.dcm"}
@@ -171,7 +169,7 @@ class _Run:
         self.names = class_names(model)
         self.done: dict[str, dict[str, Any]] = {}
 
-    def segment_all(self, listing: Listing, journal: Journal, overwrite: bool) -> None:
+    def segment_all(self, listing: medgmae.data.Listing, journal: Journal, overwrite: bool) -> None:
         """Label maps of all scans; scans that fail are reported and left out."""
         files = self._files(listing.scans)
         before = {scan.name: facts for scan in listing.scans if (facts := journal.facts(scan)) is not None}
@@ -182,7 +180,7 @@ class _Run:
         if before:
             click.echo(f"{len(before)} of {len(listing.scans)} scans were done by an earlier run", err=True)
 
-        def work(scan: Scan) -> dict[str, Any]:
+        def work(scan: medgmae.data.Scan) -> dict[str, Any]:
             facts = before.get(scan.name) or journal.keep(
                 scan, partial(self._segment, scan, files[scan.name], overwrite)
             )
@@ -190,13 +188,15 @@ class _Run:
 
         self.done = for_each(listing, work)
 
-    def _files(self, scans: Sequence[Scan]) -> dict[str, list[Path]]:
+    def _files(self, scans: Sequence[medgmae.data.Scan]) -> dict[str, list[Path]]:
         """What is written of each scan, by its name: the label map and the picture."""
         endings = [FORMATS[self.kind], *([".png"] * self.png)]
         names = zip(scans, file_names(scans, "volumes"), strict=True)
         return {scan.name: [self.out / f"{name}{ending}" for ending in endings] for scan, name in names}
 
-    def _segment(self, scan: Scan, files: Sequence[Path], overwrite: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _segment(
+        self, scan: medgmae.data.Scan, files: Sequence[Path], overwrite: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Write the files of a scan; returns the facts about it, and no tensors."""
         import torch
 
@@ -226,9 +226,13 @@ class _Run:
             figure = medgmae.segmentation_figure(source, result.labels, names=self.names, title=shown(scan.name))
             write_figure(figure, files[1], overwrite)
         seconds = round(time.perf_counter() - start, 3)
-        return {"file": shown(files[0].name), "classes": self._volumes(result.labels), "seconds": seconds}, {}
+        return {
+            "file": shown(files[0].name),
+            "classes": self._volumes(result.labels),
+            "seconds": seconds,
+        }, {}
 
-    def _read(self, scan: Scan, block: Mapping[str, Any]) -> tuple[Any, medgmae.Volume]:
+    def _read(self, scan: medgmae.data.Scan, block: Mapping[str, Any]) -> tuple[Any, medgmae.Volume]:
         """What the preprocessing takes, in memory, and the volume on whose grid the labels are written."""
         if block["contrasts"] and scan.series is None and scan.path.is_dir():
             files = medgmae.data.find_contrasts(scan.path, block["contrasts"])

@@ -8,10 +8,9 @@ import os
 import re
 from pathlib import Path
 
-import click
-
-from medgmae.cli.names import path_of, shown, unique_names
-from medgmae.cli.scans import Listing, Scan, unreachable
+from medgmae.data.geometry import VolumeError
+from medgmae.data.names import path_of, shown, unique_names
+from medgmae.data.scans import Listing, Scan, unreachable
 
 _WRITTEN = re.compile(r"name|f\d+")  # columns of the results themselves
 
@@ -23,16 +22,16 @@ def read_manifest(file: Path) -> Listing:
     in the results, with ``\\xNN``.
 
     Raises:
-        click.UsageError: not such a table, with the row that is wrong.
+        VolumeError: not such a table, with the row that is wrong.
     """
     rows = _rows(file)
     columns, listing = rows[0], Listing()
     for number, cells in enumerate(rows[1:], 2):
         if len(cells) != len(columns):
-            raise click.UsageError(f"{shown(file)}, row {number}: {len(cells)} cells; expected {len(columns)}")
+            raise VolumeError(f"{shown(file)}, row {number}: {len(cells)} cells; expected {len(columns)}")
         row = dict(zip(columns, cells, strict=True))
         if not row["path"] or not row.get("id", "-"):
-            raise click.UsageError(f"{shown(file)}, row {number}: the {'id' if row['path'] else 'path'} is empty")
+            raise VolumeError(f"{shown(file)}, row {number}: the {'id' if row['path'] else 'path'} is empty")
         labels = {name: cell for name, cell in row.items() if name not in ("path", "series")}
         path = _found(file.parent, row["path"])
         if problem := unreachable(path):
@@ -50,7 +49,7 @@ def _rows(file: Path) -> list[list[str]]:
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise click.UsageError(f"{shown(file)} is not UTF-8 ({error}); save the table as CSV in UTF-8") from None
+        raise VolumeError(f"{shown(file)} is not UTF-8 ({error}); save the table as CSV in UTF-8") from None
     first = re.split("[\r\n]", re.sub('"[^"]*"', "", text[:10_000]), maxsplit=1)[0]  # names may hold separators
     separator = max(",;\t", key=first.count)
     try:
@@ -58,16 +57,16 @@ def _rows(file: Path) -> list[list[str]]:
         lines = io.StringIO(text, newline="")
         rows = [row for row in csv.reader(lines, delimiter=separator, strict=True) if row]
     except csv.Error as error:
-        raise click.UsageError(f"{shown(file)} is not a table: {error}") from None
+        raise VolumeError(f"{shown(file)} is not a table: {error}") from None
     columns = [name.strip() for name in rows[0]] if rows else []
     if "path" not in columns:
-        raise click.UsageError(f"{shown(file)} has the columns {', '.join(columns) or 'none'}; expected one named path")
+        raise VolumeError(f"{shown(file)} has the columns {', '.join(columns) or 'none'}; expected one named path")
     taken = [name for name in columns if _WRITTEN.fullmatch(name)]
     if taken or "" in columns or len(set(columns)) < len(columns):
         wrong = f"{taken[0]!r} is a column of the results" if taken else "a column has no name, or that of another"
-        raise click.UsageError(f"{shown(file)}: {wrong}; rename it")
+        raise VolumeError(f"{shown(file)}: {wrong}; rename it")
     if len(rows) < 2:
-        raise click.UsageError(f"{shown(file)} has no rows")
+        raise VolumeError(f"{shown(file)} has no rows")
     return [columns, *rows[1:]]
 
 
@@ -83,5 +82,5 @@ def _check_unique(file: Path, scans: list[Scan]) -> None:
         for key in {scan.name, (scan.path, scan.series)} - {""}:
             if key in seen:
                 what = f"the id {scan.name!r}" if key == scan.name else f"the scan {shown(scan.path)}"
-                raise click.UsageError(f"{shown(file)} has {what} twice; expected each once")
+                raise VolumeError(f"{shown(file)} has {what} twice; expected each once")
             seen[key] = scan.name

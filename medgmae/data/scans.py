@@ -1,19 +1,19 @@
-"""Which scans a command reads: files, DICOM series and cases of several contrasts below folders, and what it leaves."""
+"""Which scans lie below folders: files, DICOM series and cases of several contrasts, and what is left out, and why."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import click
-
-import medgmae
-from medgmae.cli.names import SCANS, shown, unique_names
+from medgmae.data.contrasts import find_contrasts
+from medgmae.data.formats.dicom import find_series
+from medgmae.data.geometry import VolumeError
+from medgmae.data.names import SCAN_ENDINGS, shown, unique_names
 
 # What lies beside scans and is none, by the ending of its name: no reason for --strict to complain.
 _BESIDE = {
@@ -70,6 +70,9 @@ def find_scans(
 
     Folders are searched to their ends. A folder that holds files of several ``contrasts`` is one case; every DICOM
     series is a scan of its own, or with ``series``, each whose id or description matches one of these patterns.
+
+    Raises:
+        VolumeError: no series matches ``series``.
     """
     search = _Search(Listing(), contrasts, [pattern.lower() for pattern in series])
     for path in arguments:
@@ -82,7 +85,7 @@ def find_scans(
             search.argument(path)
     if series and not search.chosen:
         known = "\n  ".join(search.series[:20]) or "there are no DICOM series"
-        raise click.UsageError(f"--series {', '.join(series)} matches none of these:\n  {known}")
+        raise VolumeError(f"series {', '.join(series)} matches none of these:\n  {known}")
     listing = search.listing
     listing.scans = _named(search.joined())
     if not listing.scans and not listing.errors:
@@ -174,7 +177,7 @@ class _Search:
                     subfolders.append(path)
             elif not path.is_file():
                 self.listing.skip(path, "not a regular file")
-            elif name.endswith(SCANS):
+            elif name.endswith(SCAN_ENDINGS):
                 self.add(Scan(path))
             elif _is_text_or_picture(path):
                 self.listing.skip(path, _beside(path), expected=True)
@@ -190,8 +193,8 @@ class _Search:
 
     def _add_series(self, top: Path, folder: Path, files: list[Path]) -> None:
         try:
-            all_series = medgmae.data.find_series(folder, recursive=False)
-        except (medgmae.VolumeError, OSError) as error:  # a slice that cannot be read may be of any of them
+            all_series = find_series(folder, recursive=False)
+        except (VolumeError, OSError) as error:  # a slice that cannot be read may be of any of them
             reason = str(error).removeprefix(f"{folder}: ")
             if isinstance(error, OSError) and error.filename:
                 reason = f"{Path(error.filename).name} cannot be read: {error.strerror}"
@@ -211,9 +214,7 @@ class _Search:
                 for pattern in self.patterns
             ):
                 self.met += 1
-                self.listing.skip(
-                    folder, f"series {shown(series.uid)} ({about}) is not chosen by --series", expected=True
-                )
+                self.listing.skip(folder, f"series {shown(series.uid)} ({about}) is not chosen", expected=True)
                 continue
             self.chosen += 1
             flat = len(series.slices) == 1 and not series.slices[0].enhanced
@@ -258,8 +259,8 @@ def _case(folder: Path, contrasts: Sequence[str]) -> set[Path]:
     """The files of one case's contrasts, where a folder holds one file of a contrast."""
     files: set[Path] = set()
     for name in contrasts:
-        with contextlib.suppress(medgmae.VolumeError):
-            files.update(medgmae.data.find_contrasts(folder, [name]).values())
+        with contextlib.suppress(VolumeError):
+            files.update(find_contrasts(folder, [name]).values())
     return files
 
 
@@ -302,13 +303,3 @@ def _named(scans: Sequence[Scan]) -> list[Scan]:
         count[scan.path] = count.get(scan.path, 0) + 1
     paths = [scan.path / scan.series if scan.series and count[scan.path] > 1 else scan.path for scan in scans]
     return [replace(scan, name=name) for scan, name in zip(scans, unique_names(paths), strict=True)]
-
-
-def grouped(skipped: Sequence[dict[str, str]]) -> Iterator[str]:
-    """One line per reason, with a few names."""
-    by_reason: dict[str, list[str]] = {}
-    for one in skipped:
-        by_reason.setdefault(one["reason"], []).append(one["path"])
-    for reason, paths in by_reason.items():
-        more = f" and {len(paths) - 3} more" if paths[3:] else ""
-        yield f"Skipped, {reason}: {', '.join(paths[:3])}{more}"
