@@ -84,7 +84,8 @@ def for_each(listing: medgmae.data.Listing, work: Callable[[medgmae.data.Scan], 
         except Exception as error:
             if not is_reported(error):
                 raise
-            text = str(error) if str(scan.path) in str(error) else f"{scan.path}: {error}"
+            told = any(str(path) in str(error) for path in scan.paths)
+            text = str(error) if told else f"{scan.path}: {error}"
             listing.errors.append({"path": shown(scan.path), "error": shown(text, keep="\n")})
             with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
                 click.echo(f"Error: {listing.errors[-1]['error']}", err=True)

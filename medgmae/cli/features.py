@@ -91,9 +91,10 @@ def features_command(
     as_json: bool,
 ) -> None:
     """Compute features of SCANS: files; folders, which are searched to their ends for scan files and DICOM, where every
-    series is a scan; or one CSV file with a column "path", perhaps "id" and "series", and others that are carried into
-    the results. For a model of several contrasts: 4-D files, or folders with a file for each, such as a_t1.nii.gz,
-    a_t2.nii.gz, a_t1ce.nii.gz and a_flair.nii.gz.
+    series is a scan; one .txt list with a path per line; or one CSV file with a column "path", perhaps "id" and
+    "series", and others that are carried into the results. For a model of several contrasts: 4-D files; folders with a
+    file for each, such as a_t1.nii.gz, a_t2.nii.gz, a_t1ce.nii.gz and a_flair.nii.gz; or a CSV file with a column for
+    each, path_t1, path_t2 and so on, instead of "path".
 
     .safetensors: NAME/pooled (F,) and NAME/map (E, d, h, w) per scan, with geometry, model and preprocessing as JSON in
     the metadata entry "medgmae". .csv and .npy: pooled vectors, one row per scan. Bytes of a name that are not UTF-8
@@ -169,12 +170,7 @@ class _Run:
 
         start = time.perf_counter()
         block = self.preprocessing.input
-        of_series = scan.series is not None
-        given: Any = (
-            medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=block["channels"])
-            if of_series
-            else scan.path
-        )
+        given: Any = scan.source if scan.series is None else scan.read(block["channels"])
         features = medgmae.extract_features(
             self.model,
             self.preprocessing(given),

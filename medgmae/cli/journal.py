@@ -99,7 +99,7 @@ class Journal:
         _write(self._file(scan), save(contiguous, {"medgmae": kept}))
 
     def _file(self, scan: medgmae.data.Scan) -> Path:
-        key = os.fsencode(scan.path.absolute()) + b"\0" + (scan.series or "").encode()
+        key = b"\0".join([*(os.fsencode(path.absolute()) for path in scan.paths), (scan.series or "").encode()])
         return self.folder / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
 
     def kept(self) -> int:
@@ -144,10 +144,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def state_of(scan: medgmae.data.Scan) -> list[int]:
     """What changes when a scan is replaced: number, bytes and latest time of its files."""
-    files = scan.files
-    if files is None:
-        files = tuple(scan.path.rglob("*") if scan.path.is_dir() else medgmae.data.files_of(scan.path))
-    states = [file.stat() for file in files if file.is_file()]
+    states = [file.stat() for file in scan.all_files() if file.is_file()]
     return [len(states), sum(one.st_size for one in states), max((one.st_mtime_ns for one in states), default=0)]
 
 

@@ -108,7 +108,7 @@ def segment_command(
     as_json: bool,
 ) -> None:
     """Segment SCANS: files; folders, which are searched to their ends for scan files and DICOM, where every series is a
-    scan; or one CSV file with a column "path", as for "medgmae features".
+    scan; one .txt list with a path per line; or one CSV file with a column "path", as for "medgmae features".
 
     OUT/NAME.nii.gz is the label map of a scan on the scan's own grid, 0 for the first class; with --multilabel one
     channel per class. Labels come from the prepared scan by the nearest voxel. OUT/volumes.csv and OUT/volumes.json
@@ -174,7 +174,10 @@ class _Run:
         files = self._files(listing.scans)
         before = {scan.name: facts for scan in listing.scans if (facts := journal.facts(scan)) is not None}
         before = {name: facts for name, facts in before.items() if all(path.exists() for path in files[name])}
-        keep_inputs([scan.path for scan in listing.scans], [path for paths in files.values() for path in paths])
+        keep_inputs(
+            [path for scan in listing.scans for path in scan.paths],
+            [path for paths in files.values() for path in paths],
+        )
         for path in (path for name, paths in files.items() if name not in before for path in paths):
             refuse_existing(path, overwrite)
         if before:
@@ -234,11 +237,14 @@ class _Run:
 
     def _read(self, scan: medgmae.data.Scan, block: Mapping[str, Any]) -> tuple[Any, medgmae.Volume]:
         """What the preprocessing takes, in memory, and the volume on whose grid the labels are written."""
+        if scan.contrasts is not None:  # paths, of which the preprocessing looks at the names
+            first = next(iter(block["contrasts"] or scan.contrasts))
+            return scan.contrasts, medgmae.read_volume(scan.contrasts.get(first, scan.path), channels=1)
         if block["contrasts"] and scan.series is None and scan.path.is_dir():
             files = medgmae.data.find_contrasts(scan.path, block["contrasts"])
             case = {name: medgmae.read_volume(files[name], channels=1) for name in block["contrasts"]}
             return case, case[block["contrasts"][0]]
-        volume = medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=block["channels"])
+        volume = scan.read(block["channels"])
         return volume, volume
 
     def _segments(self) -> list[str]:

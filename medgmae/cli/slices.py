@@ -113,8 +113,8 @@ def slices_command(
     inputs: InputChoice,
     as_json: bool,
 ) -> None:
-    """Write slices of SCANS as images: files; folders, which are searched to their ends; or one CSV file with a column
-    "path", perhaps "id" and "series", and others that are carried into the results.
+    """Write slices of SCANS as images: files; folders, which are searched to their ends; one .txt list with a path per
+    line; or one CSV file with a column "path", perhaps "id" and "series", and others that are carried into the results.
 
     By default intensities between the 0.5th and 99.5th percentile of each channel are mapped to 0..1, which a PNG file
     spreads over its grey values; --input window=[-175,250] says other bounds. Several channels (--input channels=4) get
@@ -251,7 +251,7 @@ class _Run:
     def _slices(self, scan: medgmae.data.Scan) -> Iterator[tuple[int, medgmae.Volume, str]]:
         """Index, slice and plane of what is written of a scan."""
         if self.how.recipe:
-            volume = medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=1)
+            volume = scan.read(channels=1)
             yield volume.size[0] // 2, medgmae.data.slices.selfmedmae_uva(volume), "stored"
             return
         plane: Any = self.how.plane
@@ -261,11 +261,9 @@ class _Run:
 
     def _read(self, scan: medgmae.data.Scan) -> medgmae.Volume:
         if self.how.labels:
-            return _whole_numbers(medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=1))
+            return _whole_numbers(scan.read(channels=1))
         channels = self.prepare.input["channels"]
-        given: Any = scan.path
-        if scan.series is not None:
-            given = medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=channels)
+        given: Any = scan.source if scan.series is None else scan.read(channels)
         volume: medgmae.Volume = self.prepare(given)
         return volume
 

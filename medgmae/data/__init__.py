@@ -8,9 +8,10 @@ from medgmae.data.formats.dicom_seg import write_dicom_seg
 from medgmae.data.geometry import Grid, VolumeError, centred_start
 from medgmae.data.io import read_volume, write_volume
 from medgmae.data.labels import label_channels, patch_labels
+from medgmae.data.listing import Listing, Scan
 from medgmae.data.manifest import read_manifest
 from medgmae.data.names import SCAN_ENDINGS, path_of, shown, unique_names
-from medgmae.data.scans import Listing, Scan, find_scans
+from medgmae.data.scans import find_scans
 from medgmae.data.sources import list_scans
 from medgmae.data.transforms import (
     crop_foreground,

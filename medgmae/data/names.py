@@ -53,7 +53,7 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 def _stem(path: Path) -> str:
     """The file's name without the ending of a scan; a folder's name, and that of a series."""
-    for ending in (*SCAN_ENDINGS, ".dcm", ".ima"):
+    for ending in (*SCAN_ENDINGS, ".dcm", ".ima", ".npy", ".npz"):
         if path.name.lower().endswith(ending) and len(path.name) > len(ending):
             return path.name[: -len(ending)]
     return path.name

@@ -6,13 +6,15 @@ import contextlib
 import fnmatch
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from medgmae.data.contrasts import find_contrasts
+from medgmae.data.formats.arrays import ENDINGS as ARRAY_ENDINGS
+from medgmae.data.formats.arrays import rank_of_array
 from medgmae.data.formats.dicom import find_series
 from medgmae.data.geometry import VolumeError
+from medgmae.data.listing import Listing, Scan
 from medgmae.data.names import SCAN_ENDINGS, shown, unique_names
 
 # What lies beside scans and is none, by the ending of its name: no reason for --strict to complain.
@@ -25,56 +27,22 @@ _BESIDE = {
 }
 
 
-@dataclass(frozen=True)
-class Scan:
-    """One row of the result: a file or folder, or one series in a folder, of which ``files`` are the slices if they are
-    known; ``labels`` are columns of a manifest."""
-
-    path: Path
-    series: str | None = None
-    name: str = ""
-    about: str = ""
-    labels: dict[str, str] = field(default_factory=dict)
-    files: tuple[Path, ...] | None = None
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """What the results say of the scan."""
-        series = {} if self.series is None else {"series": shown(self.series), "description": self.about}
-        return {"path": shown(self.path), **series, **({"labels": self.labels} if self.labels else {})}
-
-
-@dataclass
-class Listing:
-    """What is read, what is left out and why, and what should have been read and cannot be."""
-
-    scans: list[Scan] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)
-    unexpected: int = 0
-    errors: list[dict[str, str]] = field(default_factory=list)
-
-    def skip(self, path: Path, reason: str, expected: bool = False) -> None:
-        """Leave a file out; ``expected`` of what is known not to be a scan."""
-        self.skipped.append({"path": shown(path), "reason": reason})
-        self.unexpected += not expected
-
-    def fail(self, path: Path, reason: str) -> None:
-        """Note what should have been read."""
-        self.errors.append({"path": shown(path), "error": f"{shown(path)}: {shown(reason, keep=chr(10))}"})
-
-
 def find_scans(
-    arguments: Sequence[Path], contrasts: Sequence[str] | None = None, series: Sequence[str] = ()
+    arguments: Sequence[Path],
+    contrasts: Sequence[str] | None = None,
+    series: Sequence[str] = (),
+    arrays: bool = False,
 ) -> Listing:
     """Scans in the order given, each once, with names that set them apart.
 
     Folders are searched to their ends. A folder that holds files of several ``contrasts`` is one case; every DICOM
-    series is a scan of its own, or with ``series``, each whose id or description matches one of these patterns.
+    series is a scan of its own, or with ``series``, each whose id or description matches one of these patterns. Files
+    of numpy are scans with ``arrays``, those of three or four axes.
 
     Raises:
         VolumeError: no series matches ``series``.
     """
-    search = _Search(Listing(), contrasts, [pattern.lower() for pattern in series])
+    search = _Search(Listing(), contrasts, [pattern.lower() for pattern in series], arrays)
     for path in arguments:
         before = len(search.listing.errors), search.met
         if os.path.isdir(path):
@@ -106,8 +74,10 @@ class _Part:
 class _Search:
     """A walk through folders. ``met`` counts the scans met, those met before or not chosen included."""
 
-    def __init__(self, listing: Listing, contrasts: Sequence[str] | None, patterns: Sequence[str]) -> None:
-        self.listing, self.contrasts, self.patterns = listing, contrasts, patterns
+    def __init__(
+        self, listing: Listing, contrasts: Sequence[str] | None, patterns: Sequence[str], arrays: bool
+    ) -> None:
+        self.listing, self.contrasts, self.patterns, self.arrays = listing, contrasts, patterns, arrays
         self.scans: dict[tuple[Path, str | None], Scan] = {}
         self.parts: dict[tuple[Path, str], _Part] = {}
         self.series: list[str] = []
@@ -179,6 +149,11 @@ class _Search:
                 self.listing.skip(path, "not a regular file")
             elif name.endswith(SCAN_ENDINGS):
                 self.add(Scan(path))
+            elif self.arrays and name.endswith(ARRAY_ENDINGS):
+                if problem := _other_array(path):
+                    self.listing.skip(path, problem, expected=True)
+                else:
+                    self.add(Scan(path))
             elif _is_text_or_picture(path):
                 self.listing.skip(path, _beside(path), expected=True)
             elif _is_dicom(path):
@@ -285,6 +260,14 @@ def unreachable(path: Path) -> str:
 
 def _is_text_or_picture(path: Path) -> bool:
     return path.suffix != "" and _beside(path) in ("a table or text", "a picture")
+
+
+def _other_array(path: Path) -> str:
+    """What an array is that is not a volume; empty for one that is, and for a file that reading will refuse."""
+    with contextlib.suppress(VolumeError, OSError):
+        if (rank := rank_of_array(path)) not in (3, 4):
+            return f"an array of {rank} axes, not 3 or 4"
+    return ""
 
 
 def _is_dicom(path: Path) -> bool:
