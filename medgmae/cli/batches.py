@@ -39,10 +39,15 @@ scope_options = gathered(
 )
 
 
-def list_scans(arguments: Sequence[Path], scope: Scope, contrasts: Sequence[str] | None) -> medgmae.data.Listing:
+def list_scans(
+    arguments: Sequence[Path],
+    contrasts: Sequence[str] | None = None,
+    series: Sequence[str] = (),
+    arrays: bool = False,
+) -> medgmae.data.Listing:
     """What the arguments name; what cannot be a list of scans is a wrong use of the command."""
     try:
-        return medgmae.data.list_scans(arguments, contrasts, scope.series)
+        return medgmae.data.list_scans(arguments, contrasts, series, arrays)
     except medgmae.VolumeError as error:
         raise click.UsageError(str(error)) from None
 

@@ -105,7 +105,7 @@ def features_command(
     wrong usage.
     """
     if scope.only_list:
-        show_listing(list_scans(scans, scope, contrasts_of(choice, inputs, machine)), scope, as_json)
+        show_listing(list_scans(scans, contrasts_of(choice, inputs, machine), scope.series), scope, as_json)
         return
     if choice.name is None or out is None:
         raise click.UsageError(f"missing option '{'--out' if choice.name else '--model'}'")
@@ -116,7 +116,7 @@ def features_command(
     with journal_of(out) as journal:
         model, weights = open_model(choice, machine)
         run = _Run(model, preprocessing_of(model, inputs), how, weights)
-        listing = list_scans(scans, scope, run.preprocessing.input["contrasts"])
+        listing = list_scans(scans, run.preprocessing.input["contrasts"], scope.series)
         report_skipped(listing)
         parts = {"pooled": how.pooled, "map": how.want_map, "digest": weights_digest(model)}
         journal.begin({**run.about(), **parts}, overwrite)

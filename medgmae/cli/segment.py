@@ -118,7 +118,7 @@ def segment_command(
     reported and left out. Exit code 0: all are done; 1: some are not; 2: wrong usage.
     """
     if scope.only_list:
-        show_listing(list_scans(scans, scope, contrasts_of(choice, inputs, machine)), scope, as_json)
+        show_listing(list_scans(scans, contrasts_of(choice, inputs, machine), scope.series), scope, as_json)
         return
     if out is None:
         raise click.UsageError("missing option '--out'")
@@ -132,7 +132,7 @@ def segment_command(
         model, weights = open_model(choice, machine)
         _check_model(model, choice.name)
         run = _Run(model, preprocessing_of(model, inputs), how, weights, out, kind, png)
-        listing = list_scans(scans, scope, run.preprocessing.input["contrasts"])
+        listing = list_scans(scans, run.preprocessing.input["contrasts"], scope.series)
         report_skipped(listing)
         journal.begin({**run.about(), "digest": weights_digest(model)}, overwrite)
         run.segment_all(listing, journal, overwrite)

@@ -128,13 +128,13 @@ def slices_command(
     """
     prepare = _preprocessing(how, inputs)
     if scope.only_list:
-        show_listing(list_scans(scans, scope, prepare.input["contrasts"]), scope, as_json)
+        show_listing(list_scans(scans, prepare.input["contrasts"], scope.series), scope, as_json)
         return
     if out is None:
         raise click.UsageError("missing option '--out'")
     manifest = _checked_folder(scans, out, overwrite) / MANIFEST
     with journal_of(manifest) as journal:
-        listing = list_scans(scans, scope, prepare.input["contrasts"])
+        listing = list_scans(scans, prepare.input["contrasts"], scope.series)
         _check_columns(listing)
         report_skipped(listing)
         run = _Run(how, prepare, journal, overwrite)

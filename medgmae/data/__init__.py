@@ -1,7 +1,9 @@
 """Scans: reading and writing with geometry, and the preparation that a checkpoint expects."""
 
 from medgmae.data import slices
+from medgmae.data.checking import check_scans
 from medgmae.data.contrasts import find_contrasts
+from medgmae.data.findings import CheckReport, VolumeFacts
 from medgmae.data.formats.beside import files_of
 from medgmae.data.formats.dicom import find_series
 from medgmae.data.formats.dicom_seg import write_dicom_seg
@@ -28,13 +30,16 @@ from medgmae.data.volume import Volume, as_volume, stack_channels
 
 __all__ = [
     "SCAN_ENDINGS",
+    "CheckReport",
     "Grid",
     "Listing",
     "Scan",
     "Volume",
     "VolumeError",
+    "VolumeFacts",
     "as_volume",
     "centred_start",
+    "check_scans",
     "crop_foreground",
     "crop_or_pad",
     "feature_map",

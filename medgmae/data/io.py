@@ -36,7 +36,7 @@ def _guarded(path: Path, read: Callable[[], Image]) -> Image:
         return read()
     except VolumeError as error:
         text = str(error)
-        raise VolumeError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+        raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from None
     except OSError as error:
         raise VolumeError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RuntimeError, OverflowError) as error:  # nothing known raises these; if something does, say so
@@ -147,6 +147,15 @@ def read_volume(
         return _read_image(path, channels)
     path = Path(path)
     limits = Limits(allow_outside=allow_outside) if max_bytes is None else Limits(max_bytes, allow_outside)
+    return _guarded_volume(path, read_image(path, limits, series, files), channels)
+
+
+def read_image(path: Path, limits: Limits, series: str | None = None, files: Sequence[Path] | None = None) -> Image:
+    """What a file or DICOM folder holds, for :func:`read_volume` and for what looks at files without a volume.
+
+    Raises:
+        VolumeError: with the path, as of :func:`read_volume`, but for what is wrong with the voxels' values.
+    """
     try:
         exists, is_folder = path.exists(), path.is_dir()
     except (OSError, ValueError) as error:  # a name that is too long, or holds a null byte
@@ -156,10 +165,9 @@ def read_volume(
     if not is_folder and (series is not None or files is not None):
         what = "files=..." if series is None else f"series={series!r}"
         raise VolumeError(f"{path}: {what} is for DICOM folders, and this is a file")
-    image = _guarded(
+    return _guarded(
         path, lambda: dicom.read_folder(path, series, limits, files) if is_folder else _read_file(path, limits)
     )
-    return _guarded_volume(path, image, channels)
 
 
 def _guarded_volume(path: Path, image: Image, channels: int | None) -> Volume:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgmae.data.formats.headers import LONGEST
-from medgmae.data.formats.image import Image, Limits
+from medgmae.data.formats.image import Image, Limits, unread
 from medgmae.data.formats.streams import MAX_INFLATION, Stored, regular, settled, target_type
 from medgmae.data.geometry import VolumeError
 
@@ -80,7 +80,10 @@ def read_array(path: Path, limits: Limits) -> Image:
             )
         stored = Stored(header.dtype, (channels, d, h, w))
         limits.check(stored.shape, target_type(stored))
-        voxels = _filled(file, stored, header.fortran, len(shape))
+        if limits.voxels:
+            voxels = _filled(file, stored, header.fortran, len(shape))
+        else:
+            voxels = unread(stored.shape, target_type(stored))
     more = size - header.length - needed
     notes = [_ASSUMED, *([f"{more} bytes after the array are ignored"] if more else [])]
     return Image(voxels, np.eye(4), channels if channels > 1 else 0, tuple(notes))

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from medgmae.data.formats.image import Limits, named_shape
+from medgmae.data.formats.image import Limits, named_shape, unread
 from medgmae.data.geometry import VolumeError
 
 Packing = Literal["raw", "gzip", "zlib", "bzip2"]
@@ -250,6 +250,8 @@ def read_voxels(parts: Sequence[Part], stored: Stored, limits: Limits) -> tuple[
     needed = share * stored.dtype.itemsize
     starts = [_start(part, needed, named_shape(stored.shape)) for part in parts]
     limits.check(stored.shape, target)
+    if not limits.voxels:
+        return unread(stored.shape, target), ()
     voxels = np.empty(stored.shape, target)
     channels = stored.shape[0]
     flat = voxels.reshape(channels, -1) if stored.interleaved else voxels.reshape(1, -1)
