@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from cli_runs import dicom_series, small_scan
 from test_cli import run
 
 import medgmae
+from medgmae.cli.data import data_group
 from medgmae.data import CheckReport, Grid, Scan, Volume, check_scans, checking, list_scans
 from medgmae.data.formats.image import Limits
 
@@ -186,6 +188,12 @@ def test_a_process_that_is_ended_costs_one_scan() -> None:
 
 
 # the command
+
+
+def test_every_option_has_help() -> None:
+    for command in data_group.commands.values():
+        assert command.help
+        assert all(option.help for option in command.params if isinstance(option, click.Option))
 
 
 def test_the_command_reports_and_fails_where_something_is_broken(folder: Path, tmp_path: Path) -> None:
