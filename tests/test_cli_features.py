@@ -28,8 +28,7 @@ from safetensors.torch import load_file
 from test_cli import run
 
 import medgmae
-from medgmae.cli.names import unique_names
-from medgmae.cli.scans import find_scans
+from medgmae.data import find_scans, unique_names
 
 ROOT = Path(__file__).parent.parent
 CT, MR = ROOT / "examples/data/ct_abdomen.nii.gz", ROOT / "examples/data/mr_brain_t1.nii.gz"

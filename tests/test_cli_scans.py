@@ -23,8 +23,7 @@ from safetensors.torch import load_file
 from test_cli import run
 
 import medgmae
-from medgmae.cli.names import path_of, shown
-from medgmae.cli.scans import Listing, find_scans
+from medgmae.data import Listing, find_scans, path_of, shown
 
 
 @pytest.fixture(scope="module")

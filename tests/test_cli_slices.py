@@ -18,8 +18,7 @@ from test_cli import run
 
 import medgmae
 from medgmae.cli.batches import file_names
-from medgmae.cli.scans import Scan
-from medgmae.data import Grid, Volume
+from medgmae.data import Grid, Scan, Volume
 from medgmae.data.slices import read_manifest, take, to_volume
 
 TURN = np.linalg.qr(np.array([[0.9, 0.3, -0.2], [-0.3, 0.95, 0.1], [0.2, -0.1, 1.0]]))[0]

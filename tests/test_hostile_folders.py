@@ -16,9 +16,7 @@ from click.testing import Result
 from test_cli import run
 
 import medgmae
-from medgmae.cli.names import unique_names
-from medgmae.cli.scans import Listing, Scan, find_scans
-from medgmae.data import files_of
+from medgmae.data import Listing, Scan, files_of, find_scans, unique_names
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,4 +1,4 @@
-"""README and docs/slices.md are true: their blocks run; the tables of docs/models.md are the registry's and cards'."""
+"""README, docs/slices.md and docs/data.md are true: their blocks run; docs/models.md is the registry and the cards."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import medgmae
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SLICES = (ROOT / "docs/slices.md").read_text(encoding="utf-8")
+DATA = (ROOT / "docs/data.md").read_text(encoding="utf-8")
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")
@@ -29,7 +30,7 @@ def blocks() -> list[ParameterSet]:
     """Language and text of every block of code, under its heading."""
     cases, title = [], ""
     pattern = r"^#+ ([^\n]+)$|^```(python|bash)\n(.*?)^```"
-    for heading, language, code in re.findall(pattern, README + SLICES, flags=re.S | re.M):
+    for heading, language, code in re.findall(pattern, README + SLICES + DATA, flags=re.S | re.M):
         title = heading or title
         if code and not any(word in code for word in BUILDS):
             slow = [pytest.mark.slow] if any(word in code for word in SLOW) else []
@@ -59,7 +60,7 @@ def test_block_runs_and_leaves_nothing(language: str, code: str, tmp_path: Path)
 
 
 def test_every_block_is_run() -> None:
-    text = README + SLICES
+    text = README + SLICES + DATA
     assert len(blocks()) == text.count("```python") + text.count("```bash") - 1  # but the one that builds
 
 

@@ -1,5 +1,5 @@
 """The command line: ``medgmae list``, ``info``, ``features``, ``segment``, ``score``, ``slices``, ``reconstruct``,
-``latent-map``, ``fit``, ``convert``.
+``latent-map``, ``fit``, ``convert``, ``data``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -13,6 +13,7 @@ import click
 
 import medgmae
 from medgmae.cli.convert import convert_command
+from medgmae.cli.data import data_group
 from medgmae.cli.features import features_command
 from medgmae.cli.fit import fit_command
 from medgmae.cli.latent_map import latent_map_command
@@ -45,3 +46,4 @@ main.add_command(latent_map_command)
 main.add_command(fit_command)
 main.add_command(slices_command)
 main.add_command(convert_command)
+main.add_command(data_group)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from medgmae.cli.common import echo_json, echo_table, is_reported
-from medgmae.cli.manifest import read_manifest
-from medgmae.cli.names import shown
+import medgmae
+from medgmae.cli.common import echo_json, echo_table, is_reported, shown
 from medgmae.cli.options import gathered
-from medgmae.cli.scans import Listing, Scan, find_scans, grouped
 
 
 @dataclass(frozen=True)
@@ -41,16 +39,20 @@ scope_options = gathered(
 )
 
 
-def list_scans(arguments: Sequence[Path], scope: Scope, contrasts: Sequence[str] | None) -> Listing:
-    """What the arguments name: a CSV file alone is a table of scans."""
-    if len(arguments) == 1 and arguments[0].suffix.lower() == ".csv" and arguments[0].is_file():
-        if scope.series:
-            raise click.UsageError("--series is for folders; a table says it in a column named series")
-        return read_manifest(arguments[0])
-    return find_scans(arguments, contrasts, scope.series)
+def list_scans(
+    arguments: Sequence[Path],
+    contrasts: Sequence[str] | None = None,
+    series: Sequence[str] = (),
+    arrays: bool = False,
+) -> medgmae.data.Listing:
+    """What the arguments name; what cannot be a list of scans is a wrong use of the command."""
+    try:
+        return medgmae.data.list_scans(arguments, contrasts, series, arrays)
+    except medgmae.VolumeError as error:
+        raise click.UsageError(str(error)) from None
 
 
-def show_listing(listing: Listing, scope: Scope, as_json: bool) -> None:
+def show_listing(listing: medgmae.data.Listing, scope: Scope, as_json: bool) -> None:
     """Print what would be read, and on stderr what would not."""
     rows = [{"name": scan.name, **scan.described} for scan in listing.scans]
     if as_json:
@@ -62,21 +64,21 @@ def show_listing(listing: Listing, scope: Scope, as_json: bool) -> None:
     leave(listing, scope)
 
 
-def report_skipped(listing: Listing) -> None:
+def report_skipped(listing: medgmae.data.Listing) -> None:
     """Print on stderr what is skipped and what should have been read."""
-    for line in grouped(listing.skipped):
+    for line in _by_reason(listing.skipped):
         click.echo(line, err=True)
     for one in listing.errors:
         click.echo(f"Error: {one['error']}", err=True)
 
 
-def leave(listing: Listing, scope: Scope) -> None:
+def leave(listing: medgmae.data.Listing, scope: Scope) -> None:
     """End with exit code 1 where not all was done."""
     if listing.errors or (scope.strict and listing.unexpected):
         sys.exit(1)
 
 
-def for_each(listing: Listing, work: Callable[[Scan], Any]) -> dict[str, Any]:
+def for_each(listing: medgmae.data.Listing, work: Callable[[medgmae.data.Scan], Any]) -> dict[str, Any]:
     """What ``work`` gives for every scan, by its name; scans that fail are reported and left out."""
     from tqdm.auto import tqdm
 
@@ -87,7 +89,8 @@ def for_each(listing: Listing, work: Callable[[Scan], Any]) -> dict[str, Any]:
         except Exception as error:
             if not is_reported(error):
                 raise
-            text = str(error) if str(scan.path) in str(error) else f"{scan.path}: {error}"
+            told = any(str(path) in str(error) for path in scan.paths)
+            text = str(error) if told else f"{scan.path}: {error}"
             listing.errors.append({"path": shown(scan.path), "error": shown(text, keep="\n")})
             with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
                 click.echo(f"Error: {listing.errors[-1]['error']}", err=True)
@@ -104,7 +107,7 @@ def refuse_within(scans: Sequence[Path], out: Path) -> None:
             )
 
 
-def file_names(scans: Sequence[Scan], reserved: str) -> list[str]:
+def file_names(scans: Sequence[medgmae.data.Scan], reserved: str) -> list[str]:
     """A name for the files of each scan: its own with what could lead elsewhere, or trouble a file system, as "_".
 
     ``reserved`` begins the names of other files in the folder.
@@ -121,3 +124,13 @@ def file_names(scans: Sequence[Scan], reserved: str) -> list[str]:
         names.append(unique)
         taken.add(unique.casefold())
     return names
+
+
+def _by_reason(skipped: Sequence[dict[str, str]]) -> Iterator[str]:
+    """One line per reason, with a few names."""
+    by_reason: dict[str, list[str]] = {}
+    for one in skipped:
+        by_reason.setdefault(one["reason"], []).append(one["path"])
+    for reason, paths in by_reason.items():
+        more = f" and {len(paths) - 3} more" if paths[3:] else ""
+        yield f"Skipped, {reason}: {', '.join(paths[:3])}{more}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -11,10 +12,14 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 import medgmae
-from medgmae.cli.names import shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def shown(path: str | os.PathLike[str], keep: str = "") -> str:
+    """``medgmae.data.shown``, which is imported when a text is shown: ``medgmae --help`` does without it."""
+    return medgmae.data.shown(path, keep)
 
 
 def reports_errors(command: Callable[P, R]) -> Callable[P, R]:

@@ -10,9 +10,8 @@ from typing import Any
 import click
 
 import medgmae
-from medgmae.cli.common import by_reason, echo_fields, echo_json, reports_errors
+from medgmae.cli.common import by_reason, echo_fields, echo_json, reports_errors, shown
 from medgmae.cli.files import check_name
-from medgmae.cli.names import shown
 from medgmae.cli.options import (
     assignments,
     complete_name,

@@ -12,10 +12,9 @@ import click
 
 import medgmae
 from medgmae.cli.batches import Scope, for_each, leave, list_scans, report_skipped, scope_options, show_listing
-from medgmae.cli.common import echo_json, reports_errors
+from medgmae.cli.common import echo_json, reports_errors, shown
 from medgmae.cli.files import keep_inputs, refuse_existing
 from medgmae.cli.journal import Journal, journal_of, weights_digest
-from medgmae.cli.names import shown
 from medgmae.cli.options import (
     InputChoice,
     Machine,
@@ -33,7 +32,6 @@ from medgmae.cli.options import (
     preprocessing_of,
     sizes,
 )
-from medgmae.cli.scans import Listing, Scan
 from medgmae.cli.writers import SUFFIXES, sidecar, write_features
 
 
@@ -93,9 +91,10 @@ def features_command(
     as_json: bool,
 ) -> None:
     """Compute features of SCANS: files; folders, which are searched to their ends for scan files and DICOM, where every
-    series is a scan; or one CSV file with a column "path", perhaps "id" and "series", and others that are carried into
-    the results. For a model of several contrasts: 4-D files, or folders with a file for each, such as a_t1.nii.gz,
-    a_t2.nii.gz, a_t1ce.nii.gz and a_flair.nii.gz.
+    series is a scan; one .txt list with a path per line; or one CSV file with a column "path", perhaps "id" and
+    "series", and others that are carried into the results. For a model of several contrasts: 4-D files; folders with a
+    file for each, such as a_t1.nii.gz, a_t2.nii.gz, a_t1ce.nii.gz and a_flair.nii.gz; or a CSV file with a column for
+    each, path_t1, path_t2 and so on, instead of "path".
 
     .safetensors: NAME/pooled (F,) and NAME/map (E, d, h, w) per scan, with geometry, model and preprocessing as JSON in
     the metadata entry "medgmae". .csv and .npy: pooled vectors, one row per scan. Bytes of a name that are not UTF-8
@@ -106,7 +105,7 @@ def features_command(
     wrong usage.
     """
     if scope.only_list:
-        show_listing(list_scans(scans, scope, contrasts_of(choice, inputs, machine)), scope, as_json)
+        show_listing(list_scans(scans, contrasts_of(choice, inputs, machine), scope.series), scope, as_json)
         return
     if choice.name is None or out is None:
         raise click.UsageError(f"missing option '{'--out' if choice.name else '--model'}'")
@@ -117,7 +116,7 @@ def features_command(
     with journal_of(out) as journal:
         model, weights = open_model(choice, machine)
         run = _Run(model, preprocessing_of(model, inputs), how, weights)
-        listing = list_scans(scans, scope, run.preprocessing.input["contrasts"])
+        listing = list_scans(scans, run.preprocessing.input["contrasts"], scope.series)
         report_skipped(listing)
         parts = {"pooled": how.pooled, "map": how.want_map, "digest": weights_digest(model)}
         journal.begin({**run.about(), **parts}, overwrite)
@@ -153,30 +152,25 @@ class _Run:
         self.model, self.preprocessing, self.how, self.weights = model, preprocessing, how, weights
         self.done: dict[str, dict[str, Any]] = {}
 
-    def extract_all(self, listing: Listing, journal: Journal) -> None:
+    def extract_all(self, listing: medgmae.data.Listing, journal: Journal) -> None:
         """Features of every scan into the journal; scans that fail are reported and left out."""
         before = {scan.name: facts for scan in listing.scans if (facts := journal.facts(scan)) is not None}
         if before:
             click.echo(f"{len(before)} of {len(listing.scans)} scans were done by an earlier run", err=True)
 
-        def work(scan: Scan) -> dict[str, Any]:
+        def work(scan: medgmae.data.Scan) -> dict[str, Any]:
             facts = before.get(scan.name) or journal.keep(scan, partial(self._extract, scan))
             return {**scan.described, **facts}
 
         self.done = for_each(listing, work)
 
-    def _extract(self, scan: Scan) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _extract(self, scan: medgmae.data.Scan) -> tuple[dict[str, Any], dict[str, Any]]:
         """Facts and tensors of a scan."""
         import torch
 
         start = time.perf_counter()
         block = self.preprocessing.input
-        of_series = scan.series is not None
-        given: Any = (
-            medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=block["channels"])
-            if of_series
-            else scan.path
-        )
+        given: Any = scan.source if scan.series is None else scan.read(block["channels"])
         features = medgmae.extract_features(
             self.model,
             self.preprocessing(given),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 import medgmae
-from medgmae.cli.names import shown
+from medgmae.cli.common import shown
 
 if TYPE_CHECKING:
     from torch import Tensor

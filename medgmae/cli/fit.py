@@ -9,9 +9,8 @@ from pathlib import Path
 import click
 
 import medgmae
-from medgmae.cli.common import echo_result, reports_errors
+from medgmae.cli.common import echo_result, reports_errors, shown
 from medgmae.cli.files import keep_inputs, write_figure, write_gaussians, write_volume
-from medgmae.cli.names import shown
 from medgmae.cli.options import (
     DEFAULT_INPUT,
     VOLUMES,

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import medgmae
+from medgmae.cli.common import shown
 from medgmae.cli.files import locked
-from medgmae.cli.names import shown
-from medgmae.cli.scans import Scan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,7 +56,7 @@ class Journal:
         _write(run, text.encode())
         self.begun = True
 
-    def facts(self, scan: Scan) -> dict[str, Any] | None:
+    def facts(self, scan: medgmae.data.Scan) -> dict[str, Any] | None:
         """The facts that were kept of a scan, if it is the scan that is there now."""
         from safetensors import SafetensorError, safe_open
 
@@ -68,13 +67,15 @@ class Journal:
         except (OSError, SafetensorError, ValueError, TypeError, KeyError):  # none, or cut off with the machine's power
             return None
 
-    def tensors(self, scan: Scan) -> dict[str, Tensor]:
+    def tensors(self, scan: medgmae.data.Scan) -> dict[str, Tensor]:
         """The tensors of a scan that is done, in order of their names."""
         from safetensors.torch import load_file
 
         return dict(sorted(load_file(self._file(scan)).items()))
 
-    def keep(self, scan: Scan, make: Callable[[], tuple[dict[str, Any], Mapping[str, Tensor]]]) -> dict[str, Any]:
+    def keep(
+        self, scan: medgmae.data.Scan, make: Callable[[], tuple[dict[str, Any], Mapping[str, Tensor]]]
+    ) -> dict[str, Any]:
         """Facts of a scan, which are kept with the tensors that ``make`` gives beside them.
 
         Raises:
@@ -87,7 +88,9 @@ class Journal:
         self._put(scan, state, facts, tensors)
         return facts
 
-    def _put(self, scan: Scan, state: list[int], facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def _put(
+        self, scan: medgmae.data.Scan, state: list[int], facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> None:
         """Keep what came of a scan, whose state was that before it was read; it is on disk when this returns."""
         from safetensors.torch import save
 
@@ -95,8 +98,8 @@ class Journal:
         contiguous = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
         _write(self._file(scan), save(contiguous, {"medgmae": kept}))
 
-    def _file(self, scan: Scan) -> Path:
-        key = os.fsencode(scan.path.absolute()) + b"\0" + (scan.series or "").encode()
+    def _file(self, scan: medgmae.data.Scan) -> Path:
+        key = b"\0".join([*(os.fsencode(path.absolute()) for path in scan.paths), (scan.series or "").encode()])
         return self.folder / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
 
     def kept(self) -> int:
@@ -139,12 +142,9 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def state_of(scan: Scan) -> list[int]:
+def state_of(scan: medgmae.data.Scan) -> list[int]:
     """What changes when a scan is replaced: number, bytes and latest time of its files."""
-    files = scan.files
-    if files is None:
-        files = tuple(scan.path.rglob("*") if scan.path.is_dir() else medgmae.data.files_of(scan.path))
-    states = [file.stat() for file in files if file.is_file()]
+    states = [file.stat() for file in scan.all_files() if file.is_file()]
     return [len(states), sum(one.st_size for one in states), max((one.st_mtime_ns for one in states), default=0)]
 
 

@@ -10,9 +10,8 @@ from typing import Any, Literal
 import click
 
 import medgmae
-from medgmae.cli.common import echo_result, reports_errors
+from medgmae.cli.common import echo_result, reports_errors, shown
 from medgmae.cli.files import keep_inputs, write_figure, write_volume
-from medgmae.cli.names import shown
 from medgmae.cli.options import (
     VOLUMES,
     InputChoice,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import medgmae
+from medgmae.cli.common import shown
 from medgmae.cli.files import check_name, refuse_existing
-from medgmae.cli.names import shown
 
 if TYPE_CHECKING:
     from torch import nn

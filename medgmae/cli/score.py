@@ -12,9 +12,8 @@ from typing import Any
 import click
 
 import medgmae
-from medgmae.cli.common import echo_json, echo_table, is_reported, reports_errors
+from medgmae.cli.common import echo_json, echo_table, is_reported, reports_errors, shown
 from medgmae.cli.files import complete
-from medgmae.cli.names import SCANS, shown
 from medgmae.cli.options import file_option, json_option, overwrite_option
 
 FIELDS = ("dice", "hd95", "surface_dice", "label_voxels", "predicted_voxels")
@@ -98,7 +97,7 @@ def _files(folder: Path) -> dict[str, Path]:
     """Label maps in a folder, by their names without the ending."""
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        ending = next((one for one in SCANS if path.name.lower().endswith(one)), None)
+        ending = next((one for one in medgmae.data.SCAN_ENDINGS if path.name.lower().endswith(one)), None)
         if ending and not path.name.startswith("."):
             name = path.name[: -len(ending)]
             if name in files:

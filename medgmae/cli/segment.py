@@ -25,10 +25,9 @@ from medgmae.cli.batches import (
     scope_options,
     show_listing,
 )
-from medgmae.cli.common import echo_json, reports_errors
+from medgmae.cli.common import echo_json, reports_errors, shown
 from medgmae.cli.files import check_name, complete, keep_inputs, refuse_existing, write_figure, write_volume
 from medgmae.cli.journal import Journal, journal_of, weights_digest
-from medgmae.cli.names import shown
 from medgmae.cli.options import (
     InputChoice,
     Machine,
@@ -45,7 +44,6 @@ from medgmae.cli.options import (
     preprocessing_of,
     sizes,
 )
-from medgmae.cli.scans import Listing, Scan
 
 # What --format says, and how the files end.
 FORMATS = {"nii.gz": ".nii.gz", "nrrd": ".nrrd", "mha": ".mha", "dicom-seg": ".seg.dcm"}
@@ -110,7 +108,7 @@ def segment_command(
     as_json: bool,
 ) -> None:
     """Segment SCANS: files; folders, which are searched to their ends for scan files and DICOM, where every series is a
-    scan; or one CSV file with a column "path", as for "medgmae features".
+    scan; one .txt list with a path per line; or one CSV file with a column "path", as for "medgmae features".
 
     OUT/NAME.nii.gz is the label map of a scan on the scan's own grid, 0 for the first class; with --multilabel one
     channel per class. Labels come from the prepared scan by the nearest voxel. OUT/volumes.csv and OUT/volumes.json
@@ -120,7 +118,7 @@ def segment_command(
     reported and left out. Exit code 0: all are done; 1: some are not; 2: wrong usage.
     """
     if scope.only_list:
-        show_listing(list_scans(scans, scope, contrasts_of(choice, inputs, machine)), scope, as_json)
+        show_listing(list_scans(scans, contrasts_of(choice, inputs, machine), scope.series), scope, as_json)
         return
     if out is None:
         raise click.UsageError("missing option '--out'")
@@ -134,7 +132,7 @@ def segment_command(
         model, weights = open_model(choice, machine)
         _check_model(model, choice.name)
         run = _Run(model, preprocessing_of(model, inputs), how, weights, out, kind, png)
-        listing = list_scans(scans, scope, run.preprocessing.input["contrasts"])
+        listing = list_scans(scans, run.preprocessing.input["contrasts"], scope.series)
         report_skipped(listing)
         journal.begin({**run.about(), "digest": weights_digest(model)}, overwrite)
         run.segment_all(listing, journal, overwrite)
@@ -171,18 +169,21 @@ class _Run:
         self.names = class_names(model)
         self.done: dict[str, dict[str, Any]] = {}
 
-    def segment_all(self, listing: Listing, journal: Journal, overwrite: bool) -> None:
+    def segment_all(self, listing: medgmae.data.Listing, journal: Journal, overwrite: bool) -> None:
         """Label maps of all scans; scans that fail are reported and left out."""
         files = self._files(listing.scans)
         before = {scan.name: facts for scan in listing.scans if (facts := journal.facts(scan)) is not None}
         before = {name: facts for name, facts in before.items() if all(path.exists() for path in files[name])}
-        keep_inputs([scan.path for scan in listing.scans], [path for paths in files.values() for path in paths])
+        keep_inputs(
+            [path for scan in listing.scans for path in scan.paths],
+            [path for paths in files.values() for path in paths],
+        )
         for path in (path for name, paths in files.items() if name not in before for path in paths):
             refuse_existing(path, overwrite)
         if before:
             click.echo(f"{len(before)} of {len(listing.scans)} scans were done by an earlier run", err=True)
 
-        def work(scan: Scan) -> dict[str, Any]:
+        def work(scan: medgmae.data.Scan) -> dict[str, Any]:
             facts = before.get(scan.name) or journal.keep(
                 scan, partial(self._segment, scan, files[scan.name], overwrite)
             )
@@ -190,13 +191,15 @@ class _Run:
 
         self.done = for_each(listing, work)
 
-    def _files(self, scans: Sequence[Scan]) -> dict[str, list[Path]]:
+    def _files(self, scans: Sequence[medgmae.data.Scan]) -> dict[str, list[Path]]:
         """What is written of each scan, by its name: the label map and the picture."""
         endings = [FORMATS[self.kind], *([".png"] * self.png)]
         names = zip(scans, file_names(scans, "volumes"), strict=True)
         return {scan.name: [self.out / f"{name}{ending}" for ending in endings] for scan, name in names}
 
-    def _segment(self, scan: Scan, files: Sequence[Path], overwrite: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _segment(
+        self, scan: medgmae.data.Scan, files: Sequence[Path], overwrite: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Write the files of a scan; returns the facts about it, and no tensors."""
         import torch
 
@@ -226,15 +229,22 @@ class _Run:
             figure = medgmae.segmentation_figure(source, result.labels, names=self.names, title=shown(scan.name))
             write_figure(figure, files[1], overwrite)
         seconds = round(time.perf_counter() - start, 3)
-        return {"file": shown(files[0].name), "classes": self._volumes(result.labels), "seconds": seconds}, {}
+        return {
+            "file": shown(files[0].name),
+            "classes": self._volumes(result.labels),
+            "seconds": seconds,
+        }, {}
 
-    def _read(self, scan: Scan, block: Mapping[str, Any]) -> tuple[Any, medgmae.Volume]:
+    def _read(self, scan: medgmae.data.Scan, block: Mapping[str, Any]) -> tuple[Any, medgmae.Volume]:
         """What the preprocessing takes, in memory, and the volume on whose grid the labels are written."""
+        if scan.contrasts is not None:  # paths, of which the preprocessing looks at the names
+            first = next(iter(block["contrasts"] or scan.contrasts))
+            return scan.contrasts, medgmae.read_volume(scan.contrasts.get(first, scan.path), channels=1)
         if block["contrasts"] and scan.series is None and scan.path.is_dir():
             files = medgmae.data.find_contrasts(scan.path, block["contrasts"])
             case = {name: medgmae.read_volume(files[name], channels=1) for name in block["contrasts"]}
             return case, case[block["contrasts"][0]]
-        volume = medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=block["channels"])
+        volume = scan.read(block["channels"])
         return volume, volume
 
     def _segments(self) -> list[str]:

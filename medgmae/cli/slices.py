@@ -27,10 +27,9 @@ from medgmae.cli.batches import (
     scope_options,
     show_listing,
 )
-from medgmae.cli.common import echo_json, reports_errors
+from medgmae.cli.common import echo_json, reports_errors, shown
 from medgmae.cli.files import check_name, complete, refuse_existing
 from medgmae.cli.journal import Journal, journal_of
-from medgmae.cli.names import shown
 from medgmae.cli.options import (
     DEFAULT_INPUT,
     InputChoice,
@@ -40,7 +39,6 @@ from medgmae.cli.options import (
     overwrite_option,
     preprocessing,
 )
-from medgmae.cli.scans import Listing, Scan
 
 MANIFEST = "slices.csv"
 _CLAIMS = "folders"  # in the journal: the folders that this run has written or was about to
@@ -115,8 +113,8 @@ def slices_command(
     inputs: InputChoice,
     as_json: bool,
 ) -> None:
-    """Write slices of SCANS as images: files; folders, which are searched to their ends; or one CSV file with a column
-    "path", perhaps "id" and "series", and others that are carried into the results.
+    """Write slices of SCANS as images: files; folders, which are searched to their ends; one .txt list with a path per
+    line; or one CSV file with a column "path", perhaps "id" and "series", and others that are carried into the results.
 
     By default intensities between the 0.5th and 99.5th percentile of each channel are mapped to 0..1, which a PNG file
     spreads over its grey values; --input window=[-175,250] says other bounds. Several channels (--input channels=4) get
@@ -130,13 +128,13 @@ def slices_command(
     """
     prepare = _preprocessing(how, inputs)
     if scope.only_list:
-        show_listing(list_scans(scans, scope, prepare.input["contrasts"]), scope, as_json)
+        show_listing(list_scans(scans, prepare.input["contrasts"], scope.series), scope, as_json)
         return
     if out is None:
         raise click.UsageError("missing option '--out'")
     manifest = _checked_folder(scans, out, overwrite) / MANIFEST
     with journal_of(manifest) as journal:
-        listing = list_scans(scans, scope, prepare.input["contrasts"])
+        listing = list_scans(scans, prepare.input["contrasts"], scope.series)
         _check_columns(listing)
         report_skipped(listing)
         run = _Run(how, prepare, journal, overwrite)
@@ -182,7 +180,7 @@ def _checked_folder(scans: Sequence[Path], out: Path, overwrite: bool) -> Path:
     return out
 
 
-def _check_columns(listing: Listing) -> None:
+def _check_columns(listing: medgmae.data.Listing) -> None:
     taken = {"name", *medgmae.data.slices.COLUMNS}
     for scan in listing.scans[:1]:
         if wrong := sorted(taken & set(scan.labels)):
@@ -203,13 +201,13 @@ class _Run:
         block = None if as_stored else self.prepare.input
         return {"medgmae": medgmae.__version__, **dataclasses.asdict(self.how), "input": block}
 
-    def cut_all(self, listing: Listing) -> None:
+    def cut_all(self, listing: medgmae.data.Listing) -> None:
         """Slices of every scan; scans that fail are reported and left out."""
         claims = self.journal.folder / _CLAIMS
         claimed = set(claims.read_text("utf-8").splitlines()) if claims.exists() else set()
         folders = dict(zip((scan.name for scan in listing.scans), file_names(listing.scans, MANIFEST), strict=True))
 
-        def work(scan: Scan) -> list[dict[str, str]]:
+        def work(scan: medgmae.data.Scan) -> list[dict[str, str]]:
             folder, facts = folders[scan.name], self.journal.facts(scan)
             if facts is None or not all((self.out / row["file"]).exists() for row in facts["rows"]):
                 self._refuse(folder, claimed)
@@ -226,7 +224,7 @@ class _Run:
         if os.path.lexists(self.out / folder) and folder not in claimed and not self.overwrite:
             raise FileExistsError(f"{shown(self.out / folder)} exists; --overwrite replaces it")
 
-    def _cut(self, scan: Scan, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _cut(self, scan: medgmae.data.Scan, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Write the slices of a scan to a folder, all of them or none; the rows of the manifest, and no tensors."""
         said = scan.described
         about = {"name": scan.name, "path": said["path"], "series": said.get("series", ""), **scan.labels}
@@ -250,10 +248,10 @@ class _Run:
             place.rename(target)
         return {"rows": rows}, {}
 
-    def _slices(self, scan: Scan) -> Iterator[tuple[int, medgmae.Volume, str]]:
+    def _slices(self, scan: medgmae.data.Scan) -> Iterator[tuple[int, medgmae.Volume, str]]:
         """Index, slice and plane of what is written of a scan."""
         if self.how.recipe:
-            volume = medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=1)
+            volume = scan.read(channels=1)
             yield volume.size[0] // 2, medgmae.data.slices.selfmedmae_uva(volume), "stored"
             return
         plane: Any = self.how.plane
@@ -261,13 +259,11 @@ class _Run:
         for index in _chosen(self.how.index, len(every), f"{scan.path}: {self.how.plane}"):
             yield index, every[index], plane
 
-    def _read(self, scan: Scan) -> medgmae.Volume:
+    def _read(self, scan: medgmae.data.Scan) -> medgmae.Volume:
         if self.how.labels:
-            return _whole_numbers(medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=1))
+            return _whole_numbers(scan.read(channels=1))
         channels = self.prepare.input["channels"]
-        given: Any = scan.path
-        if scan.series is not None:
-            given = medgmae.read_volume(scan.path, series=scan.series, files=scan.files, channels=channels)
+        given: Any = scan.source if scan.series is None else scan.read(channels)
         volume: medgmae.Volume = self.prepare(given)
         return volume
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import medgmae
 from medgmae.cli.files import complete
 from medgmae.cli.journal import Journal
-from medgmae.cli.scans import Scan
 
 SUFFIXES = (".safetensors", ".csv", ".npy")
 
@@ -25,14 +25,16 @@ def sidecar(out: Path) -> Path | None:
     return out.with_suffix(".json") if out.suffix.lower() == ".npy" else None
 
 
-def write_features(journal: Journal, scans: Sequence[Scan], facts: Mapping[str, Any], overwrite: bool) -> None:
+def write_features(
+    journal: Journal, scans: Sequence[medgmae.data.Scan], facts: Mapping[str, Any], overwrite: bool
+) -> None:
     """Write the features of ``scans``, which are done, to the journal's file, and read them again."""
     write = {".safetensors": _tensors, ".csv": _table, ".npy": _array}[journal.out.suffix.lower()]
     with complete(journal.out, overwrite) as place:
         write(place, journal, scans, facts)
 
 
-def _tensors(place: Path, journal: Journal, scans: Sequence[Scan], facts: Mapping[str, Any]) -> None:
+def _tensors(place: Path, journal: Journal, scans: Sequence[medgmae.data.Scan], facts: Mapping[str, Any]) -> None:
     """``NAME/pooled`` and ``NAME/map``, float32; the facts are JSON under the key "medgmae"."""
     from safetensors import safe_open
 
@@ -56,7 +58,7 @@ def _tensors(place: Path, journal: Journal, scans: Sequence[Scan], facts: Mappin
         _check(read.metadata() == metadata)
 
 
-def _table(place: Path, journal: Journal, scans: Sequence[Scan], facts: Mapping[str, Any]) -> None:
+def _table(place: Path, journal: Journal, scans: Sequence[medgmae.data.Scan], facts: Mapping[str, Any]) -> None:
     """Columns name, path, series, those of a manifest, f0, f1 ... with 9 digits, which is exact for float32."""
     with place.open("w", encoding="utf-8", newline="") as file:
         for row in _rows(journal, scans):
@@ -68,7 +70,7 @@ def _table(place: Path, journal: Journal, scans: Sequence[Scan], facts: Mapping[
             _check(written == read)
 
 
-def _rows(journal: Journal, scans: Sequence[Scan]) -> Iterator[list[str]]:
+def _rows(journal: Journal, scans: Sequence[medgmae.data.Scan]) -> Iterator[list[str]]:
     labels = list(scans[0].labels)
     for i, scan in enumerate(scans):
         vector = journal.tensors(scan)["pooled"].tolist()
@@ -78,7 +80,7 @@ def _rows(journal: Journal, scans: Sequence[Scan]) -> Iterator[list[str]]:
         yield [scan.name, said["path"], said.get("series", ""), *scan.labels.values(), *(f"{x:.9g}" for x in vector)]
 
 
-def _array(place: Path, journal: Journal, scans: Sequence[Scan], facts: Mapping[str, Any]) -> None:
+def _array(place: Path, journal: Journal, scans: Sequence[medgmae.data.Scan], facts: Mapping[str, Any]) -> None:
     """An array (n, F) of float32, and in a .json beside it names and paths in the same order, and the facts."""
     import numpy as np
 

@@ -12,6 +12,7 @@ import torch
 from medgmae.data import conversion
 from medgmae.data.conversion import grid_of
 from medgmae.data.formats import dicom
+from medgmae.data.formats.arrays import is_array, read_array
 from medgmae.data.formats.headers import is_text_header
 from medgmae.data.formats.image import Image, Limits
 from medgmae.data.formats.metaimage import read_metaimage
@@ -24,8 +25,8 @@ from medgmae.data.volume import ScanLike, Volume, as_volume, finite
 
 _log = logging.getLogger("medgmae")
 _READABLE = (
-    "NIfTI (.nii, .nii.gz, or a pair .hdr and .img), MetaImage (.mha, .mhd), NRRD (.nrrd, .nhdr), FreeSurfer (.mgz) or "
-    "DICOM (a folder, or one multi-frame file)"
+    "NIfTI (.nii, .nii.gz, or a pair .hdr and .img), MetaImage (.mha, .mhd), NRRD (.nrrd, .nhdr), FreeSurfer (.mgz), "
+    "DICOM (a folder, or one multi-frame file) or arrays (.npy, .npz)"
 )
 
 
@@ -35,7 +36,7 @@ def _guarded(path: Path, read: Callable[[], Image]) -> Image:
         return read()
     except VolumeError as error:
         text = str(error)
-        raise VolumeError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+        raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from None
     except OSError as error:
         raise VolumeError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RuntimeError, OverflowError) as error:  # nothing known raises these; if something does, say so
@@ -52,7 +53,7 @@ def _expect_channels(stored: int, frames: int, shape: str, channels: int | None)
     if channels is None and frames:
         raise VolumeError(
             f"the image is 4-D, {shape} with {frames} frames; expected a 3-D volume "
-            f"(channels={frames} reads the last axis as channels)"
+            f"(channels={frames} reads them as channels)"
         )
     if channels is not None and stored != channels:
         raise VolumeError(f"the image has {stored} channel(s), {shape}; expected {channels}")
@@ -74,6 +75,8 @@ def _read_file(path: Path, limits: Limits) -> Image:
         return read_nifti(path, limits)
     if is_mgh(path, start):
         return read_mgh(path, limits)
+    if is_array(start):
+        return read_array(path, limits)
     if start[128:132] == b"DICM":
         return dicom.read_file(path, limits)
     if is_text_header(start):
@@ -113,14 +116,16 @@ def read_volume(
     or an image that another library has read, with the same checks.
 
     Voxels that the file scales are float32, whole numbers of DICOM int16 or int32. Several values per voxel (vector
-    pixels, RGB) become channels. A 4-D image is an error unless ``channels`` is the length of its last axis: a time
-    series is not a multi-channel scan. Choices that may surprise (an orientation that is assumed, bytes after the end
-    of a gzip stream, lossy compression) are logged as warnings, with the file's name.
+    pixels, RGB) become channels. A 4-D image is an error unless ``channels`` is the length of its fourth axis: a time
+    series is not a multi-channel scan. Arrays are (D, H, W), or (C, D, H, W) with ``channels``, of voxels of 1 mm.
+    Choices that may surprise (a geometry that is assumed, bytes after the end of a gzip stream, lossy compression) are
+    logged as warnings, with the file's name.
 
     Args:
-        path: NIfTI, MetaImage, NRRD, FreeSurfer MGH or multi-frame DICOM file, recognised by its content; or a folder,
-            searched with its subfolders for DICOM; or an image of SimpleITK, nibabel, MONAI (``MetaTensor``) or
-            TorchIO. Compressed and multi-frame DICOM need the extra ``medgmae[dicom]``.
+        path: NIfTI, MetaImage, NRRD, FreeSurfer MGH or multi-frame DICOM file, or an array (.npy; the only one of an
+            .npz, or its "volume"), recognised by its content; or a folder, searched with its subfolders for DICOM; or
+            an image of SimpleITK, nibabel, MONAI (``MetaTensor``) or TorchIO. Compressed and multi-frame DICOM need the
+            extra ``medgmae[dicom]``.
         series: SeriesInstanceUID, needed when a folder holds several.
         files: of a folder, look at these files alone, such as the slices that ``data.find_series`` found.
         channels: the number of channels expected; ``None`` accepts any number of a 3-D image.
@@ -132,8 +137,8 @@ def read_volume(
     Raises:
         VolumeError: with the path, what is there and what was expected: a missing, empty, truncated, broken or unknown
             file, more voxels than ``max_bytes``, NaN or infinite voxels, a spacing that is not positive, another rank
-            or channel count, several series, slices that are missing, doubled or of mixed geometry; an array, which
-            has no geometry (:func:`~medgmae.data.as_volume` takes it).
+            or channel count, several series, slices that are missing, doubled or of mixed geometry; an array in memory,
+            which has no geometry (:func:`~medgmae.data.as_volume` takes it).
     """
     if not isinstance(path, str | os.PathLike):
         if series is not None or files is not None:
@@ -142,6 +147,15 @@ def read_volume(
         return _read_image(path, channels)
     path = Path(path)
     limits = Limits(allow_outside=allow_outside) if max_bytes is None else Limits(max_bytes, allow_outside)
+    return _guarded_volume(path, read_image(path, limits, series, files), channels)
+
+
+def read_image(path: Path, limits: Limits, series: str | None = None, files: Sequence[Path] | None = None) -> Image:
+    """What a file or DICOM folder holds, for :func:`read_volume` and for what looks at files without a volume.
+
+    Raises:
+        VolumeError: with the path, as of :func:`read_volume`, but for what is wrong with the voxels' values.
+    """
     try:
         exists, is_folder = path.exists(), path.is_dir()
     except (OSError, ValueError) as error:  # a name that is too long, or holds a null byte
@@ -151,10 +165,9 @@ def read_volume(
     if not is_folder and (series is not None or files is not None):
         what = "files=..." if series is None else f"series={series!r}"
         raise VolumeError(f"{path}: {what} is for DICOM folders, and this is a file")
-    image = _guarded(
+    return _guarded(
         path, lambda: dicom.read_folder(path, series, limits, files) if is_folder else _read_file(path, limits)
     )
-    return _guarded_volume(path, image, channels)
 
 
 def _guarded_volume(path: Path, image: Image, channels: int | None) -> Volume:

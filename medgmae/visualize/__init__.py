@@ -1,7 +1,15 @@
 """Pictures of scans in three planes: what a masked autoencoder saw and made of it, features as colours, latent maps,
-segmentations."""
+segmentations. And pictures of data sets."""
 
 from medgmae.inference.latents import latent_to_spatial
+from medgmae.visualize.datasets import check_figure
 from medgmae.visualize.figures import fit_figure, latent_map_figure, reconstruction_figure, segmentation_figure
 
-__all__ = ["fit_figure", "latent_map_figure", "latent_to_spatial", "reconstruction_figure", "segmentation_figure"]
+__all__ = [
+    "check_figure",
+    "fit_figure",
+    "latent_map_figure",
+    "latent_to_spatial",
+    "reconstruction_figure",
+    "segmentation_figure",
+]

@@ -200,7 +200,7 @@ def planes_figure(
     planes = [Plane(grid, axis, at) for _, axis, _ in PLANES]
     widest = max(plane.millimetres[0] for plane in planes)
     heights = [plane.millimetres[1] / widest for plane in planes]
-    figure = _new_figure((3 * len(columns) + 0.5 if width is None else width, 3 * sum(heights) + 0.9))
+    figure = new_figure((3 * len(columns) + 0.5 if width is None else width, 3 * sum(heights) + 0.9))
     rows = figure.subplots(3, len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, plane, (name, _, sides) in zip(rows, planes, PLANES, strict=True):
         for axes, column in zip(row, columns, strict=True):
@@ -241,7 +241,12 @@ def _name_sides(axes: Axes, sides: str) -> None:
         text.set_bbox({"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0})
 
 
-def _new_figure(inches: tuple[float, float]) -> Figure:
+def new_figure(inches: tuple[float, float]) -> Figure:
+    """An empty figure of a width and height.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to get it.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

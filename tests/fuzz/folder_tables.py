@@ -11,7 +11,7 @@ from pathlib import Path
 
 from folder_trees import Row
 
-from medgmae.cli.names import shown
+from medgmae.data import shown
 
 CELLS = (
     "", "61", "COPD, mild", "two\nlines", "two\r\nlines", 'q"uote', "a;b", "=1+1", "-1", "üñ", "\x0b", "\x85", "\u2028",

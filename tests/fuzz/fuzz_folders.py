@@ -40,8 +40,8 @@ from folder_trees import Maker, Pool, Row, Tree
 
 import medgmae
 from medgmae.cli import main as medgmae_main
-from medgmae.cli.names import path_of, shown
 from medgmae.cli.options import DEFAULT_INPUT
+from medgmae.data import path_of, shown
 
 MEMORY = 4 << 30  # bytes that a case may take
 SECONDS, PATIENCE = 10, 90.0  # of work, and of waiting on a machine that does other things too

@@ -21,7 +21,7 @@ import numpy as np
 from medgmae.data.formats.decoding import Decoder
 from medgmae.data.formats.elements import Dataset, has_prefix, read_elements
 from medgmae.data.formats.frames import frames_of, read_frames
-from medgmae.data.formats.image import Image, Limits
+from medgmae.data.formats.image import Image, Limits, unread
 from medgmae.data.formats.slices import (
     Pixels,
     Place,
@@ -257,10 +257,13 @@ def _stack(folder: Path, series: Series, limits: Limits) -> Image:
     pixels, target = slices[0].pixels, common_type([one.pixels for one in slices])
     shape = (pixels.samples, len(slices), pixels.rows, pixels.columns)
     limits.check(shape, target)
-    voxels = np.empty(shape, target)
-    with Decoder() as decoder:
-        for number, one in enumerate(slices):
-            voxels[:, number] = true_values(decode(one.data, one.pixels, decoder), one.pixels, target)
+    if limits.voxels:
+        voxels = np.empty(shape, target)
+        with Decoder() as decoder:
+            for number, one in enumerate(slices):
+                voxels[:, number] = true_values(decode(one.data, one.pixels, decoder), one.pixels, target)
+    else:
+        voxels = unread(shape, target)
     affine = np.eye(4)
     affine[:3, :3] = places[order[0]].direction * [*places[order[0]].spacing, step]
     affine[:3, 3] = places[order[0]].origin

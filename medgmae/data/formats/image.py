@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from medgmae.data.geometry import Floats, VolumeError
 
-_SHARE = 4  # of the free memory, for voxels: reading takes up to three times their size
+SHARE = 4  # of the free memory, for voxels: reading takes up to three times their size
 # Limit, use, and where the part of the use is said that is a cache of files, which gives way: version 2 and 1.
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "file "),
@@ -67,24 +67,36 @@ def named_shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, [*shape[:0:-1], *(shape[:1] if shape[0] > 1 else ())]))
 
 
+class TooLargeError(VolumeError):
+    """A header claims more voxels than the limits allow."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What a header may ask for.
+    """What a header may ask for, and how much of a file is read.
 
     Attributes:
         max_bytes: of voxels in memory; a quarter of the free memory by default.
         allow_outside: whether a header may name data files that lie elsewhere than beside or below it.
+        voxels: whether voxels are read. If not, an image has zeros that take no memory, of the shape and type that the
+            header says; formats whose headers say little without the voxels are read all the same.
     """
 
-    max_bytes: int = field(default_factory=lambda: free_memory() // _SHARE)
+    max_bytes: int = field(default_factory=lambda: free_memory() // SHARE)
     allow_outside: bool = False
+    voxels: bool = True
 
     def check(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        """Raises a VolumeError unless voxels (C, D, H, W), at four bytes at least, stay within the limit."""
+        """Raises a TooLargeError unless voxels (C, D, H, W), at four bytes at least, stay within the limit."""
         needed = int(np.prod(shape, dtype=object)) * max(4, dtype.itemsize)
         if needed > self.max_bytes:
-            raise VolumeError(
+            raise TooLargeError(
                 f"the header claims {named_shape(shape)} voxels, {needed:.4g} bytes in memory; expected at "
                 f"most {self.max_bytes:.4g} (a quarter of the free memory by default; if the file is what you think "
                 f"it is, read_volume(..., max_bytes={needed}))"
             )
+
+
+def unread(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros in place of voxels (C, D, H, W) that are not read: one number in memory."""
+    return np.broadcast_to(np.zeros((), dtype), shape)

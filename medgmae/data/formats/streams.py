@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from medgmae.data.formats.image import Limits, named_shape
+from medgmae.data.formats.image import Limits, named_shape, unread
 from medgmae.data.geometry import VolumeError
 
 Packing = Literal["raw", "gzip", "zlib", "bzip2"]
@@ -206,7 +206,7 @@ class Stored(NamedTuple):
     scale: tuple[float, float] | None = None
 
 
-def _target(stored: Stored) -> np.dtype[Any]:
+def target_type(stored: Stored) -> np.dtype[Any]:
     """The type in memory."""
     kind = stored.dtype.newbyteorder("=").str[1:]
     return np.dtype("f4" if stored.scale is not None else _WIDER.get(kind, kind))
@@ -230,7 +230,7 @@ def scaled(block: NDArray[Any], slope: float, inter: float) -> NDArray[np.float3
     return single
 
 
-def _settled(block: NDArray[Any], stored: Stored) -> NDArray[Any]:
+def settled(block: NDArray[Any], stored: Stored) -> NDArray[Any]:
     """Stored voxels as what they are in memory."""
     if stored.scale is not None:
         return scaled(block, *stored.scale)
@@ -245,11 +245,13 @@ def read_voxels(parts: Sequence[Part], stored: Stored, limits: Limits) -> tuple[
     Raises:
         VolumeError: more voxels than allowed, fewer bytes than voxels, or a broken stream.
     """
-    target = _target(stored)
+    target = target_type(stored)
     share = int(np.prod(stored.shape, dtype=object)) // len(parts)
     needed = share * stored.dtype.itemsize
     starts = [_start(part, needed, named_shape(stored.shape)) for part in parts]
     limits.check(stored.shape, target)
+    if not limits.voxels:
+        return unread(stored.shape, target), ()
     voxels = np.empty(stored.shape, target)
     channels = stored.shape[0]
     flat = voxels.reshape(channels, -1) if stored.interleaved else voxels.reshape(1, -1)
@@ -269,7 +271,7 @@ def read_voxels(parts: Sequence[Part], stored: Stored, limits: Limits) -> tuple[
                     block = buffer[:size]
                     stream.fill(block.view(np.uint8).data)
                     columns = slice(first // len(flat), (first + size) // len(flat))
-                    flat[:, columns] = _settled(block, stored).reshape(-1, len(flat)).T
+                    flat[:, columns] = settled(block, stored).reshape(-1, len(flat)).T
             stream.finish()
             more = part.path.stat().st_size - start - needed if part.packing == "raw" and not part.tail else 0
             if more or stream.trailing:

@@ -1,19 +1,21 @@
-"""Which scans a command reads: files, DICOM series and cases of several contrasts below folders, and what it leaves."""
+"""Which scans lie below folders: files, DICOM series and cases of several contrasts, and what is left out, and why."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import click
-
-import medgmae
-from medgmae.cli.names import SCANS, shown, unique_names
+from medgmae.data.contrasts import find_contrasts
+from medgmae.data.formats.arrays import ENDINGS as ARRAY_ENDINGS
+from medgmae.data.formats.arrays import rank_of_array
+from medgmae.data.formats.dicom import find_series
+from medgmae.data.geometry import VolumeError
+from medgmae.data.listing import Listing, Scan
+from medgmae.data.names import SCAN_ENDINGS, shown, unique_names
 
 # What lies beside scans and is none, by the ending of its name: no reason for --strict to complain.
 _BESIDE = {
@@ -25,53 +27,22 @@ _BESIDE = {
 }
 
 
-@dataclass(frozen=True)
-class Scan:
-    """One row of the result: a file or folder, or one series in a folder, of which ``files`` are the slices if they are
-    known; ``labels`` are columns of a manifest."""
-
-    path: Path
-    series: str | None = None
-    name: str = ""
-    about: str = ""
-    labels: dict[str, str] = field(default_factory=dict)
-    files: tuple[Path, ...] | None = None
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """What the results say of the scan."""
-        series = {} if self.series is None else {"series": shown(self.series), "description": self.about}
-        return {"path": shown(self.path), **series, **({"labels": self.labels} if self.labels else {})}
-
-
-@dataclass
-class Listing:
-    """What is read, what is left out and why, and what should have been read and cannot be."""
-
-    scans: list[Scan] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)
-    unexpected: int = 0
-    errors: list[dict[str, str]] = field(default_factory=list)
-
-    def skip(self, path: Path, reason: str, expected: bool = False) -> None:
-        """Leave a file out; ``expected`` of what is known not to be a scan."""
-        self.skipped.append({"path": shown(path), "reason": reason})
-        self.unexpected += not expected
-
-    def fail(self, path: Path, reason: str) -> None:
-        """Note what should have been read."""
-        self.errors.append({"path": shown(path), "error": f"{shown(path)}: {shown(reason, keep=chr(10))}"})
-
-
 def find_scans(
-    arguments: Sequence[Path], contrasts: Sequence[str] | None = None, series: Sequence[str] = ()
+    arguments: Sequence[Path],
+    contrasts: Sequence[str] | None = None,
+    series: Sequence[str] = (),
+    arrays: bool = False,
 ) -> Listing:
     """Scans in the order given, each once, with names that set them apart.
 
     Folders are searched to their ends. A folder that holds files of several ``contrasts`` is one case; every DICOM
-    series is a scan of its own, or with ``series``, each whose id or description matches one of these patterns.
+    series is a scan of its own, or with ``series``, each whose id or description matches one of these patterns. Files
+    of numpy are scans with ``arrays``, those of three or four axes.
+
+    Raises:
+        VolumeError: no series matches ``series``.
     """
-    search = _Search(Listing(), contrasts, [pattern.lower() for pattern in series])
+    search = _Search(Listing(), contrasts, [pattern.lower() for pattern in series], arrays)
     for path in arguments:
         before = len(search.listing.errors), search.met
         if os.path.isdir(path):
@@ -82,7 +53,7 @@ def find_scans(
             search.argument(path)
     if series and not search.chosen:
         known = "\n  ".join(search.series[:20]) or "there are no DICOM series"
-        raise click.UsageError(f"--series {', '.join(series)} matches none of these:\n  {known}")
+        raise VolumeError(f"series {', '.join(series)} matches none of these:\n  {known}")
     listing = search.listing
     listing.scans = _named(search.joined())
     if not listing.scans and not listing.errors:
@@ -103,8 +74,10 @@ class _Part:
 class _Search:
     """A walk through folders. ``met`` counts the scans met, those met before or not chosen included."""
 
-    def __init__(self, listing: Listing, contrasts: Sequence[str] | None, patterns: Sequence[str]) -> None:
-        self.listing, self.contrasts, self.patterns = listing, contrasts, patterns
+    def __init__(
+        self, listing: Listing, contrasts: Sequence[str] | None, patterns: Sequence[str], arrays: bool
+    ) -> None:
+        self.listing, self.contrasts, self.patterns, self.arrays = listing, contrasts, patterns, arrays
         self.scans: dict[tuple[Path, str | None], Scan] = {}
         self.parts: dict[tuple[Path, str], _Part] = {}
         self.series: list[str] = []
@@ -174,8 +147,13 @@ class _Search:
                     subfolders.append(path)
             elif not path.is_file():
                 self.listing.skip(path, "not a regular file")
-            elif name.endswith(SCANS):
+            elif name.endswith(SCAN_ENDINGS):
                 self.add(Scan(path))
+            elif self.arrays and name.endswith(ARRAY_ENDINGS):
+                if problem := _other_array(path):
+                    self.listing.skip(path, problem, expected=True)
+                else:
+                    self.add(Scan(path))
             elif _is_text_or_picture(path):
                 self.listing.skip(path, _beside(path), expected=True)
             elif _is_dicom(path):
@@ -190,8 +168,8 @@ class _Search:
 
     def _add_series(self, top: Path, folder: Path, files: list[Path]) -> None:
         try:
-            all_series = medgmae.data.find_series(folder, recursive=False)
-        except (medgmae.VolumeError, OSError) as error:  # a slice that cannot be read may be of any of them
+            all_series = find_series(folder, recursive=False)
+        except (VolumeError, OSError) as error:  # a slice that cannot be read may be of any of them
             reason = str(error).removeprefix(f"{folder}: ")
             if isinstance(error, OSError) and error.filename:
                 reason = f"{Path(error.filename).name} cannot be read: {error.strerror}"
@@ -211,9 +189,7 @@ class _Search:
                 for pattern in self.patterns
             ):
                 self.met += 1
-                self.listing.skip(
-                    folder, f"series {shown(series.uid)} ({about}) is not chosen by --series", expected=True
-                )
+                self.listing.skip(folder, f"series {shown(series.uid)} ({about}) is not chosen", expected=True)
                 continue
             self.chosen += 1
             flat = len(series.slices) == 1 and not series.slices[0].enhanced
@@ -258,8 +234,8 @@ def _case(folder: Path, contrasts: Sequence[str]) -> set[Path]:
     """The files of one case's contrasts, where a folder holds one file of a contrast."""
     files: set[Path] = set()
     for name in contrasts:
-        with contextlib.suppress(medgmae.VolumeError):
-            files.update(medgmae.data.find_contrasts(folder, [name]).values())
+        with contextlib.suppress(VolumeError):
+            files.update(find_contrasts(folder, [name]).values())
     return files
 
 
@@ -286,6 +262,14 @@ def _is_text_or_picture(path: Path) -> bool:
     return path.suffix != "" and _beside(path) in ("a table or text", "a picture")
 
 
+def _other_array(path: Path) -> str:
+    """What an array is that is not a volume; empty for one that is, and for a file that reading will refuse."""
+    with contextlib.suppress(VolumeError, OSError):
+        if (rank := rank_of_array(path)) not in (3, 4):
+            return f"an array of {rank} axes, not 3 or 4"
+    return ""
+
+
 def _is_dicom(path: Path) -> bool:
     """By content, or by name: a broken slice is not another kind of file, nor is one that cannot be opened."""
     if path.suffix.lower() in (".dcm", ".ima"):
@@ -302,13 +286,3 @@ def _named(scans: Sequence[Scan]) -> list[Scan]:
         count[scan.path] = count.get(scan.path, 0) + 1
     paths = [scan.path / scan.series if scan.series and count[scan.path] > 1 else scan.path for scan in scans]
     return [replace(scan, name=name) for scan, name in zip(scans, unique_names(paths), strict=True)]
-
-
-def grouped(skipped: Sequence[dict[str, str]]) -> Iterator[str]:
-    """One line per reason, with a few names."""
-    by_reason: dict[str, list[str]] = {}
-    for one in skipped:
-        by_reason.setdefault(one["reason"], []).append(one["path"])
-    for reason, paths in by_reason.items():
-        more = f" and {len(paths) - 3} more" if paths[3:] else ""
-        yield f"Skipped, {reason}: {', '.join(paths[:3])}{more}"

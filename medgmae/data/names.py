@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # What the names of scan files end in; DICOM files are known by their content.
-SCANS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh", ".mgh.gz", ".hdr", ".hdr.gz")
+SCAN_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh", ".mgh.gz", ".hdr", ".hdr.gz")
 
 
 def shown(path: str | os.PathLike[str], keep: str = "") -> str:
@@ -53,7 +53,7 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 def _stem(path: Path) -> str:
     """The file's name without the ending of a scan; a folder's name, and that of a series."""
-    for ending in (*SCANS, ".dcm", ".ima"):
+    for ending in (*SCAN_ENDINGS, ".dcm", ".ima", ".npy", ".npz"):
         if path.name.lower().endswith(ending) and len(path.name) > len(ending):
             return path.name[: -len(ending)]
     return path.name
