@@ -26,7 +26,7 @@ NATIVE = sorted(path for path in (ROOT / "cuda").rglob("*") if path.suffix in ("
 MAY_IMPORT: dict[str, list[str]] = {
     "_version": [],
     "ops": ["_C"],
-    "data": ["_version"],
+    "data": ["_version", "ops.progress"],
     "evaluation": ["losses", "data"],
     "losses": ["ops"],
     "layers": ["ops"],
@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, list[str]] = {
 # Heavy or optional libraries and the only modules that may import them.
 ONLY_IN: dict[str, list[str]] = {
     "SimpleITK": ["data"],
+    "blosc2": ["data"],
     "click": ["cli"],
     "highdicom": ["data"],
     "huggingface_hub": ["checkpoints"],
@@ -215,6 +216,7 @@ def test_heavy_libraries_load_when_used(code: str) -> None:
     assert "medgmae" in loaded
     assert not loaded & {
         "SimpleITK",
+        "blosc2",
         "highdicom",
         "huggingface_hub",
         "matplotlib",
