@@ -9,7 +9,7 @@ step leaves in glibc's heap makes 1,574 MiB before the second begins. A map of 1
 more than that heap takes in, so each adds to the peak. The goal of 0.8 of MONAI's 2,440 MiB leaves room for seven.
 
 Before tuning, 2,496 MiB: the backward pass began with 14 maps, kept by autograd, and the copies that oneDNN makes of
-each in its own layout were the peak, in the second convolution of the finest block. With channels last, for which
+each in its own layout were the peak, in the shortcut of the finest block. With channels last, for which
 oneDNN copies nothing, without the concatenation, and with norms that keep their result alone, 10 maps: 2,115 MiB.
 Prediction for computing the finest step again, branch by branch: six maps, 1,899 MiB: the skip connection, the result
 and a norm of the block, the gradient that arrives, and the two that leave.
