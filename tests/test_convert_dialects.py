@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pkgutil
+from pathlib import Path
 
 import pytest
 import torch
-from dialects import to_mae3d, to_masked_autoencoder, to_medgmae, to_timm_encoder
+from dialects import to_mae3d, to_masked_autoencoder, to_medgmae, to_timm_encoder, to_uva
+from safetensors.torch import load_file
 from small_models import assert_same_state, randomize, state_copy
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from medgmae.checkpoints.dialects import recognise
 from medgmae.checkpoints.dialects.entries import Converted, File, split_place
 from medgmae.checkpoints.dialects.recognise import convert, known_dialects, register_dialect
 
+FIXTURES = Path(__file__).parent / "fixtures/selfmedmae"
 SOURCE = state_copy(randomize(medgmae.create_model("mae_vit_nano_patch8_32")))
 ENCODER = {name.removeprefix("encoder."): value for name, value in SOURCE.items() if name.startswith("encoder.")}
 
@@ -119,3 +122,30 @@ def test_gaussians_and_voxels_are_told_apart_by_their_own_dialects() -> None:
     gaussians = state_copy(randomize(medgmae.create_model("gmae_vit_nano_patch8_32", support="box", spread=False)))
     assert convert(to_medgmae(gaussians)).source == "MedGMAE"
     assert convert(to_mae3d(SOURCE)).source == "MAE3D of SelfMedMAE or MedGMAE"
+
+
+UPSTREAM, UVA = "MAE3D of SelfMedMAE or MedGMAE", "MAE3D of the UVA adaptation of SelfMedMAE"
+
+
+@pytest.mark.parametrize(
+    ("fixture", "own"),
+    [("mae3d_sincos_c1", UPSTREAM), ("mae3d_sincos_c4_aniso", UPSTREAM), ("mae3d_uva_linear_c1", UVA)],
+)
+def test_uva_and_upstream_recognise_their_own_files_alone(fixture: str, own: str) -> None:
+    state = load_file(FIXTURES / f"{fixture}.safetensors")
+    file = File({n.removeprefix("weights/"): t for n, t in state.items() if n.startswith("weights/")}, fixture)
+    assert [dialect.name for dialect in known_dialects() if dialect.matches(file)] == [own]
+
+
+def test_uva_and_upstream_are_opposite_pairs() -> None:
+    """With several channels: each order of the patch weight read as the other would be another model, in silence."""
+    model = randomize(medgmae.create_model("mae_vit_nano_patch8_32", in_chans=2))
+    state = {**state_copy(model), "decoder.prefix_pos_embed": torch.zeros(1, 1, 24)}  # which neither kind of file has
+    upstream, uva = to_mae3d(state), to_uva(state)
+    stem = "encoder.patch_embed.proj.weight"
+    for file, source, other in ((upstream, UPSTREAM, uva[stem]), (uva, UVA, upstream[stem])):
+        report = medgmae.load_pretrained(model, file)
+        assert (report.source, report.adapted) == (f"state dictionary ({source})", {})
+        assert_same_state(model, state)
+        medgmae.load_pretrained(model, {**file, stem: other.reshape(file[stem].shape)})
+        assert not torch.equal(model.state_dict()[stem], state[stem])

@@ -57,7 +57,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], str]] = {
     "selfmedmae/manifest_uva_mae3d_btcv": (
         "mae_vit_base_patch16_96x96x16",
         {},
-        "MAE3D of SelfMedMAE or MedGMAE",
+        "MAE3D of the UVA adaptation of SelfMedMAE",
     ),
     "glmae/manifest_vit_base_patch16_3d": ("vit_base_patch16_96", {}, "ViT with timm's names"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -92,11 +92,11 @@ def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         return F.linear(x.to(weight.dtype), weight, bias)
 
 
-def run_block(block: nn.Module, x: Tensor, recompute: bool, *more: Tensor) -> Tensor:
+def run_block(block: Callable[..., Tensor], x: Tensor, recompute: bool, *more: Tensor) -> Tensor:
     """``block(x, *more)``, which is run again in the backward pass, instead of keeping its activations, if asked."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, x, *more, use_reentrant=False)  # type: ignore[no-any-return]
-    return block(x, *more)  # type: ignore[no-any-return]
+        return checkpoint(block, x, *more, use_reentrant=False)
+    return block(x, *more)
 
 
 def make_head(features: int, num_classes: int, hidden: Sequence[int] = ()) -> nn.Module:

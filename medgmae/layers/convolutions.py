@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medgmae.layers.blocks import run_block
+from medgmae.layers.norms import norm_activate, norm_add_activate
 from medgmae.layers.patches import Shape
 from medgmae.ops.precision import full_precision
-
-SLOPE = 0.01  # of the leaky rectifier
-EPS = 1e-5  # of the instance norm
 
 
 def stage_strides(patch_size: Shape) -> list[Shape]:
@@ -45,36 +44,53 @@ def _prime_factors(number: int) -> list[int]:
     return found
 
 
-def instance_norm(x: Tensor) -> Tensor:
-    """Every channel of every sample with mean 0 and variance 1, without parameters; x: (B, C, *size)."""
-    # Both are the same sums. torch's group norm is the quicker one on the CPU; on a GPU it has a block per channel
-    # only. The forms in torch.nn.functional refuse a map of one place, whose norm is 0.
-    if x.device.type == "cpu":
-        return torch.group_norm(x, x.shape[1], None, None, EPS)
-    return torch.instance_norm(x, None, None, None, None, True, 0.0, EPS, torch.backends.cudnn.enabled)
+class _Convolution(nn.Module):
+    """A convolution with stride 1 that keeps the size, of one map or of several that stand for their concatenation.
+
+    ``forward(x, *more)``: maps (B, channels, *size) whose channels sum up to in_chans; gives (B, out_chans, *size).
+    The concatenation is never made: it and its gradient would be the largest maps of a U-shaped decoder.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        """See the class."""
+        maps = (x, *more)
+        weights = torch.split(self.weight, [m.shape[1] for m in maps], dim=1)
+        # On the CPU torch 2.15 takes memory that nobody has written for a part of the gradient of the weight if d is 2
+        # and the product in bfloat16: now and then it is NaN.
+        if x.dim() == 5 and x.shape[2] == 2 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            with full_precision(x):
+                return self._sum([m.to(self.weight.dtype) for m in maps], weights)
+        return self._sum(maps, weights)
+
+    def _sum(self, maps: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        # What is added in place are sums that no gradient needs.
+        kernel = self.weight.shape[2]
+        if kernel == 1 and maps[0].device.type == "cpu":  # where torch has no fast one for channels that lie last
+            total = F.linear(maps[0].movedim(1, -1), weights[0].flatten(1), self.bias)
+            for x, weight in zip(maps[1:], weights[1:], strict=True):
+                total += F.linear(x.movedim(1, -1), weight.flatten(1))
+            return total.movedim(-1, 1)
+        convolve: Any = F.conv3d if maps[0].dim() == 5 else F.conv2d
+        total = convolve(maps[0], weights[0], self.bias, padding=kernel // 2)
+        for x, weight in zip(maps[1:], weights[1:], strict=True):
+            total += convolve(x, weight, padding=kernel // 2)
+        return total  # type: ignore[no-any-return]
 
 
-def activate(x: Tensor) -> Tensor:
-    """The leaky rectifier of all blocks here, in place: what comes in is a norm's output, which nothing else keeps."""
-    return F.leaky_relu_(x, SLOPE)
+class _Conv2d(_Convolution, nn.Conv2d):
+    pass
 
 
-class _Conv3d(nn.Conv3d):
-    """torch's, but in full precision where its gradient in bfloat16 is not to be trusted."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, d, h, w) to (B, out_channels, ...)."""
-        if x.shape[2] != 2 or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        # On the CPU torch 2.15 takes memory that nobody has written for a part of the gradient of the weight if d is 2:
-        # now and then it is NaN.
-        with full_precision(x):
-            return super().forward(x.to(self.weight.dtype))
+class _Conv3d(_Convolution, nn.Conv3d):
+    pass
 
 
 def convolution(dims: int, in_chans: int, out_chans: int, kernel: int, bias: bool = False) -> nn.Module:
-    """A convolution that keeps the size."""
-    kind: Any = {2: nn.Conv2d, 3: _Conv3d}[dims]
+    """A convolution that keeps the size, see :class:`_Convolution`."""
+    kind: Any = {2: _Conv2d, 3: _Conv3d}[dims]
     return kind(in_chans, out_chans, kernel, padding=kernel // 2, bias=bias)  # type: ignore[no-any-return]
 
 
@@ -94,7 +110,7 @@ class Upsample(nn.Module):
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with instance norms beside a shortcut, which is a 1x1 convolution where the widths differ.
 
-    (B, in_chans, *size) to (B, out_chans, *size).
+    (B, in_chans, *size) to (B, out_chans, *size); several maps stand for their concatenation.
     """
 
     def __init__(self, dims: int, in_chans: int, out_chans: int) -> None:
@@ -103,11 +119,17 @@ class ResidualBlock(nn.Module):
         self.conv2 = convolution(dims, out_chans, out_chans, 3)
         self.shortcut = convolution(dims, in_chans, out_chans, 1) if in_chans != out_chans else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *maps: Tensor) -> Tensor:
         """See the class."""
-        y = activate(instance_norm(self.conv1(x)))
-        y = instance_norm(self.conv2(y))
-        return activate(y + (x if self.shortcut is None else instance_norm(self.shortcut(x))))
+        return norm_add_activate(self.deep(*maps), self.beside(*maps), self.shortcut is not None)
+
+    def deep(self, *maps: Tensor) -> Tensor:
+        """What the convolutions make, before the last norm."""
+        return self.conv2(norm_activate(self.conv1(*maps)))  # type: ignore[no-any-return]
+
+    def beside(self, *maps: Tensor) -> Tensor:
+        """The shortcut, before its norm."""
+        return maps[0] if self.shortcut is None else self.shortcut(*maps)
 
 
 class UpBlock(nn.Module):
@@ -121,14 +143,33 @@ class UpBlock(nn.Module):
         self.up = Upsample(in_chans, out_chans, stride)
         self.block = ResidualBlock(len(stride), (1 + skip) * out_chans, out_chans)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """See the class."""
+    def forward(self, x: Tensor, skip: Tensor | None = None, recompute: bool = False) -> Tensor:
+        """See the class.
+
+        recompute: keep none of the maps between the inputs and the last norms for the backward pass. Each branch of the
+            residual block is computed again when its turn has come and the maps of the other are gone: fewer are there
+            at once than if the block were computed again as a whole.
+        """
+        more = () if skip is None else (skip,)
+        if not recompute:
+            return self.block(*self._refine(x, *more))  # type: ignore[no-any-return]
+
+        def deep(x: Tensor, *more: Tensor) -> Tensor:
+            return self.block.deep(*self._refine(x, *more))
+
+        def beside(x: Tensor, *more: Tensor) -> Tensor:
+            return self.block.beside(*self._refine(x, *more))
+
+        branches = run_block(deep, x, True, *more), run_block(beside, x, True, *more)
+        return norm_add_activate(*branches, self.block.shortcut is not None)
+
+    def _refine(self, x: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         x = self.up(x)
-        if skip is None:
-            return self.block(x)  # type: ignore[no-any-return]
-        for axis, size in enumerate(skip.shape[2:], start=2):
-            x = x.narrow(axis, 0, size)  # a pooled map of odd size comes back one larger
-        return self.block(torch.cat([x, skip], dim=1))  # type: ignore[no-any-return]
+        for skip in more:
+            for axis, size in enumerate(skip.shape[2:], start=2):
+                if x.shape[axis] > size:  # a pooled map of odd size comes back one larger
+                    x = x.narrow(axis, 0, size)
+        return x, *more
 
 
 class SkipPath(nn.Module):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medgmae.layers.blocks import initialize, run_block
 from medgmae.layers.convolutions import ResidualBlock, SkipPath, UpBlock, convolution, stage_strides
+from medgmae.layers.norms import channels_last
 from medgmae.layers.patches import Shape
 from medgmae.models.parts import Part, Readable, Setting, check_classes, given
 from medgmae.models.registry import register_class
@@ -116,13 +118,16 @@ class UNETRDecoder(Part, Readable):
             taps: as many maps (B, E, *grid) as ``num_taps``, shallow ones first.
             last: the map (B, E, *grid) after the encoder's last norm.
         """
-        x = last
+        image, x = channels_last(image), last
         if self.pooled:
             pool = F.avg_pool3d if last.dim() == 5 else F.avg_pool2d
             x = pool(F.pad(last, (1, 1) * (last.dim() - 2)), 3, stride=2)  # whose own padding refuses thin maps
         # Each skip connection is made where it is needed, so that no two fine ones are held at once.
-        for level in reversed(range(len(self.stages))):
-            path, source = (self.skips[level - 1], taps[level - 1]) if level else (self.stem, image)
-            skip = run_block(path, source, self.grad_checkpointing)
+        for level in reversed(range(1, len(self.stages))):
+            skip = run_block(self.skips[level - 1], taps[level - 1], self.grad_checkpointing)
             x = run_block(self.stages[level], x, self.grad_checkpointing, skip)
+        # Kept, the maps of the finest step would be most of what training takes. A CPU computes them again in a twelfth
+        # of a step's time; elsewhere that is for the user to choose.
+        recompute = self.grad_checkpointing or image.device.type == "cpu"
+        x = self.stages[0](x, run_block(self.stem, image, recompute), recompute and torch.is_grad_enabled())
         return self.out(x)  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
-"""The dialect of MAE3D, the masked autoencoder of SelfMedMAE and MedGMAE, and of SelfMedMAE's 2D model.
+"""The dialects of MAE3D, the masked autoencoder of SelfMedMAE and MedGMAE, and of SelfMedMAE's 2D model.
 
-Its tables lie beside the encoder, ``encoder_to_decoder`` is the bridge between the parts. The 2D model has class rows
-in its tables, no bias in the bridge, predicts Fourier codes, and reads the channels of a patch in a wrong order.
+A convolution reads the patches upstream, a linear layer in the UVA adaptation, the channel fastest. The tables lie
+beside the encoder, ``encoder_to_decoder`` is the bridge between the parts. The 2D model has class rows in its tables,
+no bias in the bridge, predicts Fourier codes, and reads the channels of a patch in a wrong order.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from medgmae.checkpoints.dialects.vit import unfold_stem
 from medgmae.layers.patches import Shape
 
 SOURCE = "MAE3D of SelfMedMAE or MedGMAE"
+UVA = "MAE3D of the UVA adaptation of SelfMedMAE"
 
 _MOVED = {
     "encoder_to_decoder.weight": "decoder.embed.weight",
@@ -26,9 +28,24 @@ _MOVED = {
 }
 
 
-@register_dialect(SOURCE, order=35, matches=lambda file: file.has("encoder_pos_embed"))
+def _is_uva(file: File) -> bool:
+    stem = f"encoder.{STEM}"
+    return file.has("encoder_pos_embed") and file.has(stem) and file.tensor(stem).dim() == 2
+
+
+@register_dialect(UVA, order=34, matches=_is_uva)
+def convert_uva(file: File) -> Converted:
+    """As upstream but for the linear patch weight."""
+    return _convert(file, UVA)
+
+
+@register_dialect(SOURCE, order=35, matches=lambda file: file.has("encoder_pos_embed") and not _is_uva(file))
 def convert_mae3d(file: File) -> Converted:
     """A decoder of voxels, or of the Fourier codes of pixels."""
+    return _convert(file, SOURCE)
+
+
+def _convert(file: File, source: str) -> Converted:
     grid, class_row = take_encoder_table(file)
     take_decoder_table(file, int(class_row))
     flat = file.tensor(f"encoder.{STEM}").dim() == 4
@@ -36,7 +53,7 @@ def convert_mae3d(file: File) -> Converted:
     if flat and file.has("encoder_to_decoder.weight") and not file.has("encoder_to_decoder.bias"):
         file.add("decoder.embed.bias", torch.zeros(file.tensor("encoder_to_decoder.weight").shape[0]))
     file.take_all(_place)
-    return file.finish(SOURCE, grid, expects=expects)
+    return file.finish(source, grid, expects=expects)
 
 
 def take_encoder_table(file: File) -> tuple[Shape, bool]:
