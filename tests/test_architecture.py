@@ -36,12 +36,24 @@ MAY_IMPORT: dict[str, list[str]] = {
     "inference": ["models.encoder", "models.parts", "layers", "gaussians", "data", "ops.progress"],
     "factory": ["checkpoints", "models", "data"],
     "visualize": ["inference", "data"],
-    "training": ["factory", "checkpoints", "inference", "evaluation", "data", "losses"],
+    "training": [
+        "_version",
+        "factory",
+        "checkpoints",
+        "inference",
+        "evaluation",
+        "data",
+        "losses",
+        "layers",
+        "visualize",
+        "ops.progress",
+    ],
     "cli": [],
 }
 # Heavy or optional libraries and the only modules that may import them.
 ONLY_IN: dict[str, list[str]] = {
     "SimpleITK": ["data"],
+    "accelerate": ["training"],
     "blosc2": ["data"],
     "click": ["cli"],
     "highdicom": ["data"],

@@ -1,5 +1,39 @@
-"""Training aids on timm's optimisation tools."""
+"""Pre-training, and training aids on timm's optimisation tools."""
 
+from medgmae.training.machine import Machine
 from medgmae.training.optim import cosine_schedule, param_groups, scale_lr
+from medgmae.training.pretrain import pretrain
+from medgmae.training.runs import Run, read_metrics, summary_of
+from medgmae.training.settings import (
+    CropSettings,
+    Phase,
+    Settings,
+    TrainingError,
+    TrainingSettings,
+    parse_change,
+    read_recipe,
+    read_settings,
+    recipes,
+)
+from medgmae.training.stopping import Stopped
 
-__all__ = ["cosine_schedule", "param_groups", "scale_lr"]
+__all__ = [
+    "CropSettings",
+    "Machine",
+    "Phase",
+    "Run",
+    "Settings",
+    "Stopped",
+    "TrainingError",
+    "TrainingSettings",
+    "cosine_schedule",
+    "param_groups",
+    "parse_change",
+    "pretrain",
+    "read_metrics",
+    "read_recipe",
+    "read_settings",
+    "recipes",
+    "scale_lr",
+    "summary_of",
+]

@@ -1,7 +1,8 @@
 """Pictures of scans in three planes: what a masked autoencoder saw and made of it, features as colours, latent maps,
-segmentations. And pictures of data sets."""
+segmentations. And pictures of data sets, and curves of training runs."""
 
 from medgmae.inference.latents import latent_to_spatial
+from medgmae.visualize.curves import runs_figure
 from medgmae.visualize.datasets import check_figure
 from medgmae.visualize.figures import fit_figure, latent_map_figure, reconstruction_figure, segmentation_figure
 
@@ -11,5 +12,6 @@ __all__ = [
     "latent_map_figure",
     "latent_to_spatial",
     "reconstruction_figure",
+    "runs_figure",
     "segmentation_figure",
 ]

@@ -1,0 +1,131 @@
+"""The batches of a run: which crops an update sees and which of their patches are hidden, by its number alone."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from medgmae.data import Crops, draws
+from medgmae.training.settings import expect
+
+_MASK = 1  # of the counters of a draw; crops have others
+
+
+class Batch(NamedTuple):
+    """Crops of one process.
+
+    x: (B, C, *size) float32.
+    noise: (B, N), of which the masks are made, see :func:`~medgmae.random_masking`.
+    of: what each crop is, for error messages.
+    """
+
+    x: Tensor
+    noise: Tensor
+    of: list[str]
+
+    def to(self, device: torch.device) -> Batch:
+        """The tensors on a device."""
+        return Batch(self.x.to(device, non_blocking=True), self.noise.to(device, non_blocking=True), self.of)
+
+
+class MaskedCrops(Dataset[tuple[Tensor, Tensor, str]]):
+    """Crops with the noise of their masks, drawn from (seed, epoch, index) as they are.
+
+    Args:
+        crops: of :class:`~medgmae.data.Crops`.
+        patches: number N of patches of a crop.
+        seed: of the masks.
+    """
+
+    def __init__(self, crops: Crops, patches: int, seed: int) -> None:
+        self.crops, self.patches, self.seed = crops, patches, seed
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, str]:
+        """Position counts on over the epochs: (x, noise, what it is)."""
+        sample = self.crops[position]
+        noise = draws(self.seed, *divmod(position, len(self)), _MASK).random(self.patches, dtype="float32")
+        scan = self.crops.scans[sample["scan"]]
+        return sample["x"], torch.from_numpy(noise), f"{scan.source} at {list(map(int, sample['start']))}"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process does of every update.
+
+    batch: crops per update, of all processes.
+    rank, world: number of this process, and how many there are.
+    micro: crops at once.
+    """
+
+    batch: int
+    rank: int = 0
+    world: int = 1
+    micro: int = 1
+
+    @property
+    def passes(self) -> int:
+        """Forward passes per update."""
+        return self.batch // self.world // self.micro
+
+    def positions(self, first: int, last: int) -> Iterator[list[int]]:
+        """Positions of the crops of every pass, of updates ``first`` up to ``last``."""
+        per_process = self.batch // self.world
+        for update in range(first, last):
+            start = update * self.batch + self.rank * per_process
+            for at in range(start, start + per_process, self.micro):
+                yield list(range(at, at + self.micro))
+
+
+class _Positions:
+    """A sampler of batches for torch's loader."""
+
+    def __init__(self, share: Share, first: int, last: int) -> None:
+        self.share, self.first, self.last = share, first, last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.share.positions(self.first, self.last)
+
+    def __len__(self) -> int:
+        return max(0, self.last - self.first) * self.share.passes
+
+
+def load(crops: MaskedCrops, share: Share, first: int, last: int, workers: int, pin: bool) -> Iterator[Batch]:
+    """The batches of updates ``first`` up to ``last``, as many per update as the share has passes."""
+    loader: DataLoader[Any] = DataLoader(
+        crops,
+        batch_sampler=_Positions(share, first, last),
+        num_workers=workers,
+        collate_fn=stack,
+        pin_memory=pin,
+        worker_init_fn=_leave_signals if workers else None,
+        prefetch_factor=4 if workers else None,
+    )
+    for batch in loader:
+        yield Batch(*batch)
+
+
+def stack(samples: Sequence[tuple[Tensor, Tensor, str]]) -> Batch:
+    """One batch of samples.
+
+    Raises:
+        TrainingError: crops of several sizes.
+    """
+    x, noise, of = zip(*samples, strict=True)
+    sizes = {tuple(one.shape) for one in x}
+    expect(len(sizes) == 1, f"a batch has crops of {' and '.join(map(str, sorted(sizes)))}; expected one size")
+    return Batch(torch.stack(x), torch.stack(noise), list(of))
+
+
+def _leave_signals(worker: int) -> None:
+    """Let the process that trains decide when to stop: a terminal and SLURM send signals to all processes."""
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGINT)):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,120 @@
+"""The scans of a run: prepared once, those that are held out set apart."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medgmae.data import (
+    PreparedFolder,
+    PreparedScan,
+    VolumeError,
+    draws,
+    is_prepared,
+    list_scans,
+    open_prepared,
+    prepare_scans,
+)
+from medgmae.training.settings import Settings, TrainingError, expect
+
+_SPLIT = 2  # of the counters of a draw
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Prepared scans.
+
+    folder: where they are.
+    scans: all of them.
+    input: the block by which they were prepared.
+    sources: what the user named.
+    broken: files that were left out, with the reason.
+    """
+
+    folder: Path
+    scans: Sequence[PreparedScan]
+    input: dict[str, Any]
+    sources: Sequence[str | Path]
+    broken: Sequence[Any] = field(default_factory=tuple)
+
+
+def process_rank() -> int:
+    """The number of this process among those that were launched together."""
+    return int(os.environ.get("RANK", 0))
+
+
+def corpus_of(
+    settings: Settings, data: Sequence[str | Path], size: Sequence[int], folder: Path, skip_broken: bool
+) -> Corpus:
+    """The prepared scans of a source; the first process prepares them in ``folder`` unless they are prepared already.
+
+    Raises:
+        TrainingError: no scans, or some that cannot be prepared.
+    """
+    if len(data) == 1 and is_prepared(data[0]):
+        return _checked(open_prepared(data[0]), settings, data)
+    try:
+        if process_rank() == 0:
+            block = settings.input_block
+            listing = list_scans(data, block.get("contrasts"), arrays=True)
+            problems = [one["error"] for one in listing.errors]
+            expect(
+                not problems or skip_broken,
+                f"{len(problems)} scans cannot be read: {'; '.join(problems[:5])}; --skip-broken leaves them out",
+            )
+            expect(bool(listing.scans), f"no scans in {', '.join(map(str, data))}")
+            crop = tuple(size) if len(size) == 3 else (1, *size)
+            workers = _processes() if len(listing.scans) > 8 else 0  # which take seconds to start
+            prepare_scans(listing.scans, folder, block, workers=workers, skip_broken=skip_broken, crop=crop)
+            _mark(folder).write_text("")
+        else:
+            while not _mark(folder).exists():
+                time.sleep(0.5)
+        return _checked(open_prepared(folder), settings, data)
+    except VolumeError as error:
+        raise TrainingError(str(error)) from error
+
+
+def _mark(folder: Path) -> Path:
+    """A file that says that this launch's first process is done: others of it wait for that."""
+    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ.get('MASTER_PORT', '')}"
+    return folder / f".ready-{launch}"
+
+
+def _processes() -> int:
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _checked(folder: PreparedFolder, settings: Settings, data: Sequence[str | Path]) -> Corpus:
+    expect(bool(folder.scans), f"{folder.folder} holds no prepared scan")
+    return Corpus(Path(folder.folder), folder.scans, folder.input, data, tuple(folder.broken))
+
+
+def split(scans: Sequence[PreparedScan], settings: Settings) -> tuple[list[PreparedScan], list[PreparedScan]]:
+    """Scans to train on, and scans that are held out, drawn by the seed or named by a column of the table.
+
+    A share of fewer than ten scans that comes to less than one holds out none; of more, at least one.
+
+    Raises:
+        TrainingError: nothing is left to train on, or no scan has the column.
+    """
+    held_out = settings.held_out
+    if isinstance(held_out, str):
+        column, _, value = held_out.partition("=")
+        expect(
+            any(column in scan.labels for scan in scans),
+            f"held_out={held_out!r}: the scans have no column {column!r}; they come with one from a CSV table",
+        )
+        chosen = {i for i, scan in enumerate(scans) if scan.labels.get(column) == value}
+        expect(bool(chosen), f"held_out={held_out!r}: no scan has that value")
+    else:
+        count = round(held_out * len(scans)) or int(held_out > 0 and len(scans) >= 10)
+        order = draws(settings.training.seed, _SPLIT).permutation(len(scans))
+        chosen = set(order[:count].tolist())
+    training = [scan for i, scan in enumerate(scans) if i not in chosen]
+    expect(bool(training), f"held_out={held_out!r} leaves nothing of {len(scans)} scans to train on")
+    return training, [scans[i] for i in sorted(chosen)]

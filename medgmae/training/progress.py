@@ -1,0 +1,47 @@
+"""Counters of a run, and the lines of its log that they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from medgmae.training.engine import Plan
+
+
+@dataclass
+class Progress:
+    """Counters of a run; they are part of its state, so that its log does not depend on interruptions.
+
+    step: updates that are done.
+    best: best score so far.
+    last: last loss.
+    sums: of values since the last line of the log, over ``count`` updates.
+    """
+
+    step: int = 0
+    best: float | None = None
+    last: float = math.nan
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, values: Mapping[str, float], seconds: float) -> None:
+        """Count an update."""
+        for name, value in {**values, "seconds": seconds}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.step, self.count, self.last = self.step + 1, self.count + 1, values["loss"]
+
+    def line(self, plan: Plan, megabytes: float) -> dict[str, Any]:
+        """A line of the log, and a new beginning."""
+        means = {name: value / self.count for name, value in self.sums.items()}
+        seconds, waited = means.pop("seconds"), means.pop("waited")
+        self.sums, self.count = {}, 0
+        return {
+            "step": self.step,
+            "epoch": round(plan.epoch(self.step), 4),
+            **means,
+            "crops_per_second": round(plan.batch / seconds, 4),
+            "data_wait": round(waited / seconds, 4),
+            "memory_mb": round(megabytes, 1),
+        }

@@ -1,0 +1,118 @@
+"""What a run is measured by and shows on the way: fixed crops with fixed masks, their PSNR and SSIM, a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from medgmae.data import Grid, Volume
+from medgmae.evaluation import psnr, ssim3d
+from medgmae.inference.reconstruction import Reconstruction
+from medgmae.layers.masking import Masking
+from medgmae.layers.patches import unpatchify
+from medgmae.training.batches import Batch, MaskedCrops, stack
+
+if TYPE_CHECKING:
+    from medgmae.training.engine import Engine
+
+
+class Validation:
+    """Crops that stay the same over a run.
+
+    Args:
+        crops: of scans that are held out, or of those that are trained on.
+        count: how many.
+        micro: crops at once.
+        held_out: whether they are held out.
+    """
+
+    def __init__(self, crops: MaskedCrops, count: int, micro: int, held_out: bool) -> None:
+        self.crops, self.count, self.held_out = crops, min(count, len(crops)), held_out
+        self.micro = max(1, min(micro, self.count))
+
+    def batches(self) -> list[list[int]]:
+        """Positions of crops, batch by batch."""
+        return [list(range(i, min(i + self.micro, self.count))) for i in range(0, self.count, self.micro)]
+
+    def measure(self, engine: Engine, step: int) -> dict[str, Any]:
+        """Loss, PSNR of the hidden voxels in dB and SSIM of the completed crops; the range is that of the crop."""
+        totals: dict[str, float] = {}
+        engine.model.eval()
+        for positions in self.batches():
+            batch = self._batch(positions).to(engine.accelerator.device)
+            masking = engine.masking(batch)
+            with torch.no_grad():
+                loss = engine.forward(batch, step).loss
+                completed = engine.reconstruct(batch.x, masking)
+            for i in range(len(positions)):
+                for name, value in _scores(
+                    completed[i : i + 1].float(), batch.x[i : i + 1], masking, i, engine
+                ).items():
+                    totals[name] = totals.get(name, 0.0) + value / self.count
+            totals["loss"] = totals.get("loss", 0.0) + float(loss) * len(positions) / self.count
+        engine.model.train()
+        return {f"validation_{name}": value for name, value in totals.items()}
+
+    def _batch(self, positions: list[int]) -> Batch:
+        return stack([self.crops[position] for position in positions])
+
+    def picture(self, model: nn.Module, path: Path, title: str) -> None:
+        """The first crop, what the model saw of it and what it made of that, as a PNG file."""
+        from medgmae.visualize import reconstruction_figure
+
+        batch = self._batch([0])
+        if batch.x.dim() == 4:  # a plane is a volume of one slice
+            return
+        masking = _masking(model, batch)
+        was_training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        x, on_device = batch.x.to(device), Masking(*(one.to(device) for one in masking))
+        with torch.no_grad():
+            predicted = model.reconstruct(x, on_device, paste_visible=False).float().cpu()  # type: ignore[operator]
+            gaussians = model.gaussians(x, on_device) if hasattr(model, "gaussians") else None  # type: ignore[operator]
+        model.train(was_training)
+        hidden = voxels_hidden(masking, model.patch_size, tuple(batch.x.shape[2:]))[0]  # type: ignore[arg-type]
+        sample = self.crops.crops[0]
+        grid = self.crops.crops.scans[sample["scan"]].grid
+        place = Grid(batch.x.shape[2:], grid.spacing, tuple(grid.world(sample["start"])), grid.direction)
+        scan = Volume(batch.x[0], place)
+        reconstruction = Reconstruction(
+            scan.with_data(scan.data.masked_fill(hidden, math.nan)),
+            scan.with_data(torch.where(hidden, predicted[0], scan.data)),
+            scan.with_data(predicted[0]),
+            None if gaussians is None else gaussians.to_world(scan.grid),
+        )
+        figure = reconstruction_figure(scan, reconstruction, title=title)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+def _masking(model: nn.Module, batch: Batch) -> Masking:
+    from medgmae.layers.masking import random_masking
+
+    return random_masking(*batch.noise.shape, ratio=model.mask_ratio, noise=batch.noise)  # type: ignore[arg-type, misc]
+
+
+def voxels_hidden(masking: Masking, patch: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+    """Which voxels the masks hide, (B, 1, *size) bool."""
+    grid = tuple(n // p for n, p in zip(size, patch, strict=True))
+    mask = masking.mask.unsqueeze(-1).expand(-1, -1, math.prod(patch))
+    return unpatchify(mask, patch, grid, 1) > 0
+
+
+def _scores(completed: torch.Tensor, x: torch.Tensor, masking: Masking, i: int, engine: Engine) -> dict[str, float]:
+    one = Masking(*(part[i : i + 1] for part in masking))
+    hidden = voxels_hidden(one, engine.plain.patch_size, tuple(x.shape[2:]))  # type: ignore[arg-type]
+    span = float(x.max() - x.min()) or 1.0
+    scores = {}
+    if bool(hidden.any()):
+        # no error at all would make every mean infinite: 100 dB are beyond what float32 crops can show
+        scores["psnr"] = min(psnr(completed, x, data_range=span, where=hidden), 100.0)
+    if x.dim() == 5:
+        scores["ssim"] = float(ssim3d(completed, x, data_range=span))
+    return scores

@@ -1,0 +1,84 @@
+"""Runs of pre-training that are killed again and again: their log and their weights are those of one that was not.
+
+    python tests/fuzz/kill_runs.py --kills 200 --seed 0
+
+Every process is killed with SIGKILL at a random moment, while it starts, reads, computes or writes, and the next one
+resumes; a run that ended begins a new one. Differences in any loss, any measurement or any bit of the model are
+findings, and so is a run that cannot be resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import checkout  # noqa: F401 - sets the path and the number of threads
+import torch
+from training_runs import MACHINE, outcome, scans, settings_of
+
+from medgmae.training import Run, pretrain
+
+SETTINGS = settings_of(**{"training.steps": 14})
+
+
+def start(data: Path, out: Path) -> int:
+    """A process that begins the run or goes on with it; the number of the process."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        pretrain(SETTINGS, [data], out, resume=Run(out).exists, machine=MACHINE)
+        code = 0
+    except BaseException as error:  # the parent reports it: the child must not go on in its code
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    """Kill runs until there were enough kills, then compare."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--kills", type=int, default=200)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--folder", type=Path)
+    given = options.parse_args()
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="kill-runs-"))
+    rng, data = random.Random(given.seed), scans(folder / "scans")
+    begin = time.perf_counter()
+    os.waitpid(start(data, folder / "undisturbed"), 0)
+    seconds, expected = time.perf_counter() - begin, outcome(folder / "undisturbed")
+    kills = findings = runs = 0
+    out = folder / "killed"
+    while kills < given.kills or out.exists():
+        child = start(data, out)
+        if kills < given.kills:
+            time.sleep(rng.uniform(0, 1.1 * seconds))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            kills += 1
+            continue
+        runs += 1
+        if os.waitstatus_to_exitcode(status) != 0 or outcome(out) != expected:
+            findings += 1
+            sys.stdout.write(f"finding: run {runs} after {kills} kills differs or failed\n")
+        shutil.rmtree(out)
+    seconds = time.perf_counter() - begin
+    sys.stdout.write(f"{kills} kills, {runs} runs to their end, {findings} findings, {seconds:.0f} s\n")
+    if given.folder is None:
+        shutil.rmtree(folder)
+    sys.exit(findings > 0)
+
+
+if __name__ == "__main__":
+    main()
