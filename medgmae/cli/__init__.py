@@ -1,5 +1,5 @@
 """The command line: ``medgmae list``, ``info``, ``features``, ``segment``, ``score``, ``slices``, ``reconstruct``,
-``latent-map``, ``fit``, ``convert``, ``data``.
+``latent-map``, ``fit``, ``convert``, ``data``, ``pretrain``, ``runs``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -18,6 +18,7 @@ from medgmae.cli.features import features_command
 from medgmae.cli.fit import fit_command
 from medgmae.cli.latent_map import latent_map_command
 from medgmae.cli.models import info_command, list_command
+from medgmae.cli.pretrain import pretrain_command, runs_command
 from medgmae.cli.reconstruct import reconstruct_command
 from medgmae.cli.score import score_command
 from medgmae.cli.segment import segment_command
@@ -47,3 +48,5 @@ main.add_command(fit_command)
 main.add_command(slices_command)
 main.add_command(convert_command)
 main.add_command(data_group)
+main.add_command(pretrain_command)
+main.add_command(runs_command)

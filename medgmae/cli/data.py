@@ -14,7 +14,7 @@ import medgmae
 from medgmae.cli.batches import list_scans, report_skipped
 from medgmae.cli.common import echo_json, echo_table, megabytes, reports_errors, shown
 from medgmae.cli.files import write_figure
-from medgmae.cli.options import file_option, json_option, overwrite_option
+from medgmae.cli.options import file_option, json_option, overwrite_option, sizes
 
 _MOST = 10  # names of a kind that are printed; --json has all
 
@@ -108,3 +108,53 @@ def _some(lines: Sequence[str]) -> None:
         click.echo(line)
     if lines[_MOST:]:
         click.echo(f"and {len(lines) - _MOST} more; --json has all")
+
+
+@data_group.command("prepare")
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The folder to write.")
+@click.option("--recipe", metavar="NAME|FILE", help="Preprocessing and crops of this recipe of pre-training.")
+@click.option("--tag", metavar="TAG", help="Preprocessing of this weight card instead.")
+@click.option("--crop", callback=sizes(), help="Size of the crops to be read, such as 96. [the preprocessing's]")
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the stored voxels.")
+@click.option("--workers", type=click.IntRange(0), help="Processes. [one for each core, where there are scans enough]")
+@click.option("--skip-broken", is_flag=True, help="Leave out scans that cannot be read, and count them.")
+@json_option
+@reports_errors
+def prepare_command(
+    sources: tuple[Path, ...],
+    out: Path,
+    recipe: str | None,
+    tag: str | None,
+    crop: Any,
+    dtype: str,
+    workers: int | None,
+    skip_broken: bool,
+    as_json: bool,
+) -> None:
+    """Prepare the scans of SOURCES once for pre-training: a compressed file of each in OUT, of which crops are read.
+
+    "medgmae pretrain --data OUT" takes the folder. The same command goes on where a run ended. SOURCES are as for
+    "medgmae data check".
+    """
+    if (recipe is None) == (tag is None):
+        raise click.UsageError("expected --recipe or --tag, and one of them")
+    block = medgmae.training.read_recipe(recipe).input_block if recipe else medgmae.weight_card(str(tag)).input or {}
+    listing = list_scans(sources, block.get("contrasts"), arrays=True)
+    report_skipped(listing)
+    if not listing.scans or (listing.errors and not skip_broken):
+        raise click.ClickException("nothing was prepared: --skip-broken leaves out what cannot be read")
+    count = _workers(listing) if workers is None else workers
+    folder = medgmae.data.prepare_scans(
+        listing.scans, out, block, workers=count, skip_broken=skip_broken, dtype=dtype, crop=crop
+    )
+    size = sum(scan.bytes for scan in folder.scans)
+    facts = {"folder": shown(out), "scans": len(folder.scans), "bytes": size, "broken": folder.broken}
+    for path, error in folder.broken:
+        click.echo(f"Error: {shown(path)}: {shown(error)}", err=True)
+    if as_json:
+        echo_json(facts)
+    else:
+        click.echo(f"{len(folder.scans)} scans, {megabytes(size)}: {shown(out)}")
+    if folder.broken or listing.errors:
+        sys.exit(1)
