@@ -1,4 +1,4 @@
-"""README, docs/slices.md and docs/data.md are true: their blocks run; docs/models.md is the registry and the cards."""
+"""README and docs are true: the blocks of README, slices, data and training run; docs/models.md is the registry."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SLICES = (ROOT / "docs/slices.md").read_text(encoding="utf-8")
 DATA = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")
 # MONAI takes ten seconds to import, and a fit a minute.
-SLOW = ("monai", "medgmae fit")
+SLOW = ("monai", "medgmae fit", "training import Machine")
 
 
 def blocks() -> list[ParameterSet]:
     """Language and text of every block of code, under its heading."""
     cases, title = [], ""
     pattern = r"^#+ ([^\n]+)$|^```(python|bash)\n(.*?)^```"
-    for heading, language, code in re.findall(pattern, README + SLICES + DATA, flags=re.S | re.M):
+    for heading, language, code in re.findall(pattern, README + SLICES + DATA + TRAINING, flags=re.S | re.M):
         title = heading or title
         if code and not any(word in code for word in BUILDS):
             slow = [pytest.mark.slow] if any(word in code for word in SLOW) else []
@@ -60,7 +61,7 @@ def test_block_runs_and_leaves_nothing(language: str, code: str, tmp_path: Path)
 
 
 def test_every_block_is_run() -> None:
-    text = README + SLICES + DATA
+    text = README + SLICES + DATA + TRAINING
     assert len(blocks()) == text.count("```python") + text.count("```bash") - 1  # but the one that builds
 
 
