@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import shutil
 import signal
@@ -131,15 +132,14 @@ def test_another_block_or_type_is_refused(tmp_path: Path) -> None:
         prepared(scans, tmp_path / "out", dtype="float32")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_broken_scans_stop_or_are_counted(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_scans_stop_or_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scans = saved(tmp_path / "scans", 3)
     scans[1].path.write_bytes(scans[1].path.read_bytes()[:200])
     with pytest.raises(VolumeError, match=r"1\.nii\.gz"):
-        prepared(scans, tmp_path / "out", workers=workers)
+        prepared(scans, tmp_path / "out")
     assert not is_prepared(tmp_path / "out")
     with caplog.at_level(logging.WARNING, "medgmae"):
-        done = prepared(scans, tmp_path / "out", workers=workers, skip_broken=True)
+        done = prepared(scans, tmp_path / "out", workers=1, skip_broken=True)
     assert [scan.name for scan in done.scans] == ["scan 0", "scan 2"]
     ((path, error),) = done.broken
     assert path == str(scans[1].path)
@@ -259,6 +259,22 @@ def test_a_run_that_was_ended_goes_on(tmp_path: Path, how: signal.Signals, worke
         scan.volume()
 
 
+def test_a_process_that_was_killed_is_said(tmp_path: Path) -> None:
+    """As the kernel does where memory runs out."""
+    saved(tmp_path / "scans", 12, (60, 128, 128))
+    run = child(tmp_path, 1)
+    while not list((tmp_path / "out").glob("*.b2nd")):
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.002)
+    for process in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+        if "spawn_main" in Path(f"/proc/{process}/cmdline").read_text():
+            os.kill(int(process), signal.SIGKILL)
+    error = run.communicate(timeout=20)[1]
+    assert run.returncode == 1
+    assert "VolumeError: a process ended while it prepared one of " in error
+    assert "use fewer workers" in error
+
+
 def _alive(session: int) -> bool:
     """Whether a process of that session runs."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -275,11 +291,11 @@ def _alive(session: int) -> bool:
 def test_a_full_disk_is_said_and_keeps_what_is_done(tmp_path: Path, workers: int) -> None:
     scans = saved(tmp_path / "scans", 2)
     out = tmp_path / "out"
-    prepared(scans[:1], out)
+    (small,) = prepared(scans[:1], out).scans
     big = tmp_path / "scans/big.nii.gz"
     ball((40, 72, 64)).save(big)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * small.bytes, limits[1]))
     try:
         with pytest.raises(VolumeError, match="the disk is full; what is done stays"):
             prepared([*scans, Listed(big, "big")], out, skip_broken=True, workers=workers)
@@ -294,8 +310,9 @@ def test_a_full_disk_is_said_and_keeps_what_is_done(tmp_path: Path, workers: int
 
 def test_too_little_space_is_said_before_it_is_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scans = saved(tmp_path / "scans", 12)
+    (first,) = prepared(scans[:1], tmp_path / "first").scans
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3 * first.bytes))
     with pytest.raises(VolumeError, match=r"will take about .* GB.* are free; make room"):
         prepared(scans, tmp_path / "out")
     assert 1 <= len(inodes(tmp_path / "out")) < 12

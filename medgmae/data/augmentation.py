@@ -110,7 +110,8 @@ class Augmentation:
         return ((height - h) // 2, (width - w) // 2), (h, w)
 
     def __call__(self, x: Tensor, rng: np.random.Generator) -> Tensor:
-        """The crop (C, D, H, W) or (C, H, W) changed, of the same size, contiguous; ``x`` stays as it is."""
+        """The crop (C, D, H, W) or (C, H, W) changed, of the same size, contiguous. ``x`` itself may be changed too:
+        fresh memory for every step would take longer than the steps."""
         self.check(x.shape[1:])
         if self.affine is not None and rng.random() < self.affine[0]:
             x = _affine(x, self.affine[1], self.affine[2], rng)
@@ -121,13 +122,13 @@ class Augmentation:
         if rng.random() < self.rotate90:
             x = torch.rot90(x, int(rng.integers(1, 4)), (-2, -1)).contiguous()
         if (u := _drawn(self.scale, rng)) is not None:
-            x = x * (1 + u)
+            x.mul_(1 + u)
         if (u := _drawn(self.shift, rng)) is not None:
-            x = x + u
+            x.add_(u)
         if (u := _drawn(self.gamma, rng)) is not None:
             x = x.abs().pow_(math.exp(u)).copysign_(x)
         if (u := _drawn(self.noise, rng)) is not None:
-            x = x + u * torch.from_numpy(rng.standard_normal(tuple(x.shape), np.float32))
+            x.add_(torch.from_numpy(rng.standard_normal(tuple(x.shape), np.float32)), alpha=u)
         return x
 
 

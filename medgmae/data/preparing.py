@@ -245,6 +245,8 @@ def _alone(out: Path) -> Iterator[None]:
         raise VolumeError(
             f"{out}: another run is preparing scans into it; wait for it, or choose another folder"
         ) from None
+    except NotImplementedError:
+        _log.warning("%s is on a file system without locks: start one run at a time", out)
     try:
         yield
     finally:

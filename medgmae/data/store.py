@@ -307,7 +307,7 @@ def partition(shape: Sequence[int], crop: Sequence[int], itemsize: int) -> tuple
 
 def _compression(blosc2: Any, threads: int) -> dict[str, Any]:
     """By the measurements in benchmarks/loader.py."""
-    return {"codec": blosc2.Codec.LZ4, "filters": [blosc2.Filter.BITSHUFFLE], "clevel": 5, "nthreads": threads}
+    return {"codec": blosc2.Codec.LZ4HC, "filters": [blosc2.Filter.SHUFFLE], "clevel": 5, "nthreads": threads}
 
 
 def _scan_of(folder: Path, row: Mapping[str, Any]) -> PreparedScan:
