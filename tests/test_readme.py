@@ -1,4 +1,4 @@
-"""README and docs are true: the blocks of README, slices, data and training run; docs/models.md is the registry."""
+"""README and docs are true: the blocks of five pages run; docs/models.md is the registry."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SLICES = (ROOT / "docs/slices.md").read_text(encoding="utf-8")
 DATA = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+PREPARED = (ROOT / "docs/prepared.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
@@ -31,7 +32,7 @@ def blocks() -> list[ParameterSet]:
     """Language and text of every block of code, under its heading."""
     cases, title = [], ""
     pattern = r"^#+ ([^\n]+)$|^```(python|bash)\n(.*?)^```"
-    for heading, language, code in re.findall(pattern, README + SLICES + DATA + TRAINING, flags=re.S | re.M):
+    for heading, language, code in re.findall(pattern, README + SLICES + DATA + PREPARED + TRAINING, flags=re.S | re.M):
         title = heading or title
         if code and not any(word in code for word in BUILDS):
             slow = [pytest.mark.slow] if any(word in code for word in SLOW) else []
@@ -61,7 +62,7 @@ def test_block_runs_and_leaves_nothing(language: str, code: str, tmp_path: Path)
 
 
 def test_every_block_is_run() -> None:
-    text = README + SLICES + DATA + TRAINING
+    text = README + SLICES + DATA + PREPARED + TRAINING
     assert len(blocks()) == text.count("```python") + text.count("```bash") - 1  # but the one that builds
 
 
