@@ -64,7 +64,7 @@ class Place:
     """Options of a run that do not change what comes out of it, and ``threads``."""
 
     device: str | None
-    workers: int
+    workers: int | None
     sharded: bool
     log_every: int
     checkpoint_every: int
@@ -80,7 +80,7 @@ _place = gathered(
     "place",
     Place,
     click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[a GPU where there is one]"),
-    click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read crops, of each process."),
+    click.option("--workers", type=click.IntRange(0), help="Processes that read crops, of each. [8 beside a GPU]"),
     click.option("--sharded", is_flag=True, help="Spread weights over the processes (FSDP2) instead of copying them."),
     click.option("--log-every", type=click.IntRange(1), default=10, help="Updates between lines of the log."),
     click.option(

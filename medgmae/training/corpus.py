@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medgmae.data import (
     PreparedFolder,
@@ -20,6 +19,9 @@ from medgmae.data import (
     prepare_scans,
 )
 from medgmae.training.settings import Settings, TrainingError, expect
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _SPLIT = 2  # of the counters of a draw
 
@@ -42,54 +44,50 @@ class Corpus:
     broken: Sequence[Any] = field(default_factory=tuple)
 
 
-def process_rank() -> int:
-    """The number of this process among those that were launched together."""
-    return int(os.environ.get("RANK", 0))
-
-
 def corpus_of(
-    settings: Settings, data: Sequence[str | Path], size: Sequence[int], folder: Path, skip_broken: bool
+    settings: Settings,
+    data: Sequence[str | Path],
+    size: Sequence[int],
+    folder: Path,
+    skip_broken: bool,
+    accelerator: Accelerator,
 ) -> Corpus:
     """The prepared scans of a source; the first process prepares them in ``folder`` unless they are prepared already.
 
     Raises:
         TrainingError: no scans, or some that cannot be prepared.
     """
-    if len(data) == 1 and is_prepared(data[0]):
-        return _checked(open_prepared(data[0]), settings, data)
     try:
-        if process_rank() == 0:
-            block = settings.input_block
-            listing = list_scans(data, block.get("contrasts"), arrays=True)
-            problems = [one["error"] for one in listing.errors]
-            expect(
-                not problems or skip_broken,
-                f"{len(problems)} scans cannot be read: {'; '.join(problems[:5])}; --skip-broken leaves them out",
-            )
-            expect(bool(listing.scans), f"no scans in {', '.join(map(str, data))}")
-            crop = tuple(size) if len(size) == 3 else (1, *size)
-            workers = _processes() if len(listing.scans) > 8 else 0  # which take seconds to start
-            prepare_scans(listing.scans, folder, block, workers=workers, skip_broken=skip_broken, crop=crop)
-            _mark(folder).write_text("")
-        else:
-            while not _mark(folder).exists():
-                time.sleep(0.5)
-        return _checked(open_prepared(folder), settings, data)
-    except VolumeError as error:
+        if len(data) == 1 and is_prepared(data[0]):
+            return _checked(open_prepared(data[0]), data)
+        if accelerator.is_main_process:
+            _prepare(settings.input_block, data, size, folder, skip_broken)
+        accelerator.wait_for_everyone()
+        return _checked(open_prepared(folder), data)
+    except (VolumeError, ImportError) as error:
         raise TrainingError(str(error)) from error
 
 
-def _mark(folder: Path) -> Path:
-    """A file that says that this launch's first process is done: others of it wait for that."""
-    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ.get('MASTER_PORT', '')}"
-    return folder / f".ready-{launch}"
+def _prepare(
+    block: dict[str, Any], data: Sequence[str | Path], size: Sequence[int], folder: Path, skip_broken: bool
+) -> None:
+    listing = list_scans(data, block.get("contrasts"), arrays=True)
+    problems = [one["error"] for one in listing.errors]
+    expect(
+        not problems or skip_broken,
+        f"{len(problems)} scans cannot be read: {'; '.join(problems[:5])}; --skip-broken leaves them out",
+    )
+    expect(bool(listing.scans), f"no scans in {', '.join(map(str, data))}")
+    crop = tuple(size) if len(size) == 3 else (1, *size)
+    workers = _processes() if len(listing.scans) > 8 else 0  # which take seconds to start
+    prepare_scans(listing.scans, folder, block, workers=workers, skip_broken=skip_broken, crop=crop)
 
 
 def _processes() -> int:
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _checked(folder: PreparedFolder, settings: Settings, data: Sequence[str | Path]) -> Corpus:
+def _checked(folder: PreparedFolder, data: Sequence[str | Path]) -> Corpus:
     expect(bool(folder.scans), f"{folder.folder} holds no prepared scan")
     return Corpus(Path(folder.folder), folder.scans, folder.input, data, tuple(folder.broken))
 

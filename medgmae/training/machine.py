@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +24,7 @@ class Machine:
     """What a run needs that does not change what comes out of it.
 
     device: "cpu", "cuda", or None: a GPU where there is one.
-    workers: processes of each training process that read crops.
+    workers: processes of each training process that read crops; None: up to 8 beside a GPU, none beside a CPU.
     sharded: spread weights and moments over the processes (FSDP2) instead of copying them to each.
     log_every: updates between lines of the log.
     checkpoint_every: updates between states, each with a measurement and the model itself.
@@ -36,7 +37,7 @@ class Machine:
     """
 
     device: str | None = None
-    workers: int = 0
+    workers: int | None = None
     sharded: bool = False
     log_every: int = 10
     checkpoint_every: int = 500
@@ -56,10 +57,20 @@ class Machine:
             ("keep", 1),
         ):
             value = getattr(self, name)
-            expect(value >= least, f"{name} is {value}; expected at least {least}")
+            expect(value is None or value >= least, f"{name} is {value}; expected at least {least}")
         unknown = sorted(set(self.log) - set(TRACKERS))
         expect(not unknown, f"log is {', '.join(unknown)}; expected some of {', '.join(TRACKERS)}")
         expect(self.device in (None, "cpu", "cuda"), f"device is {self.device!r}; expected 'cpu' or 'cuda'")
+
+
+def workers_of(machine: Machine, accelerator: Accelerator) -> int:
+    """Processes that read crops for this one."""
+    if machine.workers is not None:
+        return machine.workers
+    if accelerator.device.type == "cpu":
+        return 0  # they would take the cores that compute
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, (os.cpu_count() or 1) // beside)
 
 
 def accelerator_for(machine: Machine, precision: str, folder: Path) -> Accelerator:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,9 +17,9 @@ from medgmae.data import Augmentation, Crops, PreparedScan, is_prepared
 from medgmae.factory import create_model
 from medgmae.ops.progress import progress_bar
 from medgmae.training.batches import Batch, MaskedCrops, load
-from medgmae.training.corpus import Corpus, corpus_of, process_rank, split
+from medgmae.training.corpus import Corpus, corpus_of, split
 from medgmae.training.engine import Engine, NotFinite, Plan, memory
-from medgmae.training.machine import Machine, accelerator_for
+from medgmae.training.machine import Machine, accelerator_for, workers_of
 from medgmae.training.progress import Progress
 from medgmae.training.provenance import card_of
 from medgmae.training.runs import Run
@@ -27,6 +27,9 @@ from medgmae.training.settings import Settings, TrainingError, expect
 from medgmae.training.states import Checkpoints, State
 from medgmae.training.stopping import Stopped, StopRequest
 from medgmae.training.validation import Validation
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _log = logging.getLogger("medgmae")
 
@@ -62,24 +65,24 @@ def pretrain(
     machine, run = machine or Machine(), Run(out)
     if resume:
         settings = run.settings()
-    first_process = process_rank() == 0
-    if first_process:
+    accelerator = accelerator_for(machine, settings.training.precision, run.folder)
+    if accelerator.is_main_process:
         expect(resume or not run.exists, f"{out} holds a run; --resume goes on with it, or choose another folder")
         run.open()
     try:
         with StopRequest() as request:
-            model = start_model(settings)
-            size = crop_size(settings, model)
+            state = Checkpoints(run.checkpoints, machine.keep).last() if resume else None
+            model = start_model(settings if state is None else settings.changed({"init": None}))
             prepared = machine.prepared or run.folder / "prepared"
             if resume and not data:
                 start = run.starts()[0]
                 data, prepared = start["data"], machine.prepared or Path(start["prepared"])
                 data = [prepared] if is_prepared(prepared) else data
-            corpus = corpus_of(settings, data, size, prepared, machine.skip_broken)
-            session = Session(settings, machine, run, model, corpus, request)
-            session.go()
+            size = crop_size(settings, model)
+            corpus = corpus_of(settings, data, size, prepared, machine.skip_broken, accelerator)
+            Session(settings, machine, run, model, corpus, accelerator, request).go(state)
     finally:
-        if first_process:
+        if accelerator.is_main_process:
             run.close()
     return run.folder
 
@@ -90,7 +93,7 @@ def start_model(settings: Settings) -> nn.Module:
     Raises:
         TrainingError: not a masked autoencoder.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.training.seed)
         model = create_model(settings.model, pretrained=settings.init, **settings.model_options)
     expect(hasattr(model, "reconstruct"), f"{settings.model} is not a masked autoencoder; expected mae_* or gmae_*")
@@ -107,11 +110,11 @@ class Session:
         run: Run,
         model: nn.Module,
         corpus: Corpus,
+        accelerator: Accelerator,
         request: StopRequest,
     ) -> None:
         self.settings, self.machine, self.run, self.request = settings, machine, run, request
-        self.accelerator = accelerator_for(machine, settings.training.precision, run.folder)
-        self.main = self.accelerator.is_main_process
+        self.accelerator, self.main = accelerator, accelerator.is_main_process
         training, held_out = split(corpus.scans, settings)
         self.corpus, self.crops = corpus, _crops(settings, model, training, corpus, augment=True)
         measured = _crops(settings, model, held_out or training, corpus, augment=False)
@@ -122,13 +125,12 @@ class Session:
         self.numbers = [len(training), len(held_out)]
         self.progress = Progress()
 
-    def go(self) -> None:
-        """Train to the end.
+    def go(self, state: State | None) -> None:
+        """Train to the end, from a state or from the start.
 
         Raises:
             Stopped: asked to end before.
         """
-        state = self.checkpoints.last()
         if state is not None:
             self.engine.resume(state)
             self.progress = Progress(**state.facts["progress"])
@@ -138,8 +140,8 @@ class Session:
         if self.machine.log:
             places = {"wandb": {"dir": str(self.run.folder), "name": self.run.folder.name}}
             self.accelerator.init_trackers("medgmae", init_kwargs=places)
-        pin = self.accelerator.device.type == "cuda"
-        batches = load(self.crops, self.engine.share, first, self.plan.steps, self.machine.workers, pin)
+        workers, gpu = workers_of(self.machine, self.accelerator), self.accelerator.device.type == "cuda"
+        batches = load(self.crops, self.engine.share, first, self.plan.steps, workers, pin=gpu)
         show = self.machine.progress if self.main else False
         with progress_bar(self.plan.steps, "pre-training", show, unit="step") as bar:
             bar.update(first)
@@ -195,7 +197,7 @@ class Session:
 
     def _rebuilt(self, state: State) -> nn.Module:
         """The model of a state, on the CPU and in no wrapper."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             model = create_model(self.settings.model, **self.settings.model_options)
         model.load_state_dict(state.model)
         return model

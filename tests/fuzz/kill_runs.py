@@ -10,6 +10,7 @@ findings, and so is a run that cannot be resumed.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import random
 import shutil
@@ -34,6 +35,7 @@ def start(data: Path, out: Path) -> int:
     if child:
         return child
     code = 1
+    faulthandler.dump_traceback_later(120, exit=True)
     try:
         torch.set_num_threads(1)
         pretrain(SETTINGS, [data], out, resume=Run(out).exists, machine=MACHINE)
@@ -53,7 +55,11 @@ def main() -> None:
     options.add_argument("--folder", type=Path)
     given = options.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="kill-runs-"))
-    rng, data = random.Random(given.seed), scans(folder / "scans")
+    rng, data = random.Random(given.seed), folder / "scans"
+    if not (maker := os.fork()):  # here, ITK would start threads, which children do not have
+        scans(data)
+        os._exit(0)
+    os.waitpid(maker, 0)
     begin = time.perf_counter()
     os.waitpid(start(data, folder / "undisturbed"), 0)
     seconds, expected = time.perf_counter() - begin, outcome(folder / "undisturbed")
