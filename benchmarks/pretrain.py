@@ -53,6 +53,7 @@ from medgmae.training import Machine, Run, read_recipe
 from medgmae.training.batches import Batch, load
 from medgmae.training.corpus import corpus_of
 from medgmae.training.engine import memory
+from medgmae.training.machine import accelerator_for
 from medgmae.training.pretrain import Session, crop_size, start_model
 from medgmae.training.stopping import StopRequest
 
@@ -97,8 +98,10 @@ class Bench:
             data.write_text(f"{','.join(header)}\n{','.join(row)}\n")
         model = start_model(settings)
         self.size = crop_size(settings, model)
-        corpus = corpus_of(settings, [data], self.size, folder / "prepared", False)
-        session = Session(settings, Machine(device=device), Run(folder), model, corpus, StopRequest())
+        machine, run = Machine(device=device), Run(folder)
+        accelerator = accelerator_for(machine, settings.training.precision, folder)
+        corpus = corpus_of(settings, [data], self.size, folder / "prepared", False, accelerator)
+        session = Session(settings, machine, run, model, corpus, accelerator, StopRequest())
         self.engine, self.model, self.rival = session.engine, session.engine.plain, case.rival
         self.device = self.engine.accelerator.device
         self.batches = load(session.crops, self.engine.share, 0, 1000, 0, self.device.type == "cuda")

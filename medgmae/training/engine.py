@@ -143,14 +143,22 @@ class Engine:
 
     def _step(self, step: int, of: list[str]) -> float:
         self._freeze(step)
-        found: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip or math.inf)
-        norm = float(found.full_tensor() if hasattr(found, "full_tensor") else found)
+        norm = self._clipped_norm()
         scaled = self.accelerator.scaler is not None  # which leaves out updates that overflow in half precision
         if not math.isfinite(norm) and not scaled:
             raise NotFinite(f"the norm of the gradient is {norm}", of)
         self.prepared.step()
         self.prepared.zero_grad()
         return norm
+
+    def _clipped_norm(self) -> float:
+        """The norm of the gradient before it is clipped."""
+        if self.training.clip is not None:
+            found: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip)
+        else:  # clipping to infinity would write every gradient once more
+            self.accelerator.unscale_gradients()
+            found = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
 
     def _freeze(self, step: int) -> None:
         """Take their gradients from parameters that do not learn in this phase."""
