@@ -89,6 +89,18 @@ def test_signals_save_and_a_resumed_run_is_the_same(
     assert outcome(tmp_path / "run") == outcome(undisturbed)
 
 
+def test_an_end_before_the_first_update_is_one_at_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medgmae.training import corpus
+
+    monkeypatch.setattr(corpus, "prepare_scans", lambda *args, **options: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run_of(settings_of(), data, tmp_path / "run")
+    monkeypatch.undo()
+    run_of(settings_of(), data, tmp_path / "run")
+
+
 def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
     from medgmae.training.engine import Engine
 

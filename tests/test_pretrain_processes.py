@@ -115,14 +115,15 @@ def test_the_command_line_stops_resumes_and_refuses(data: Path, alone: Path, tmp
 
 
 def test_the_final_settings_are_printed(tmp_path: Path) -> None:
-    options = ["--out", tmp_path / "run", "--print-config", "--steps", "100", "--set", "training.clip=0.5"]
+    options = ["--print-config", "--steps", "100", "--set", "training.clip=0.5"]
     shown = run("pretrain", "--model", "gmae_vit_base_patch8_96", *options, "--batch-size", "2", "--held-out", "fold=0")
     assert shown.exit_code == 0, shown.stderr
     lines = shown.stdout.splitlines()
     for line in ('model = "gmae_vit_base_patch8_96"', "steps = 100", "clip = 0.5", "batch_size = 2", "seed = 41"):
         assert line in lines
     assert 'held_out = "fold=0"' in lines
-    assert not (tmp_path / "run").exists()
+    nowhere = run("pretrain", "--model", "mae_vit_nano_patch8_32", "--data", tmp_path)
+    assert (nowhere.exit_code, "missing option '--out'" in nowhere.stderr) == (2, True)
     wrong = run("pretrain", "--model", "mae_vit_nano_patch8_32", *options, "--set", "training.momentum=1")
     assert (wrong.exit_code, "training.momentum is not a setting" in wrong.stderr) == (1, True)
     both = run("pretrain", "--model", "mae_vit_nano_patch8_32", *options, "--epochs", "1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ _place = gathered(
     type=click.Path(path_type=Path),
     help="A scan, a folder, a .csv or .txt list, or prepared scans; may be repeated.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The run's folder.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="The run's folder.")
 @click.option("--recipe", metavar="NAME|FILE", help="Settings to begin with. [by the model]")
 @click.option("--resume", is_flag=True, help="Go on with the run in OUT, with its settings and data.")
 @click.option("--print-config", is_flag=True, help="Print the settings, and do nothing else.")
@@ -114,7 +115,7 @@ _place = gathered(
 def pretrain_command(
     name: str | None,
     data: tuple[Path, ...],
-    out: Path,
+    out: Path | None,
     recipe: str | None,
     resume: bool,
     print_config: bool,
@@ -130,11 +131,12 @@ def pretrain_command(
     Ctrl-C, SIGTERM and SIGUSR1 save and end the run, with exit code 130, 143 or 138; --resume goes on as if nothing had
     been. Several processes: torchrun --nproc-per-node 4 -m medgmae pretrain ...
     """
-    import torch
-
+    if print_config and not resume:
+        click.echo(_settings(name, recipe, changes).toml())
+        return
+    if out is None:
+        raise click.UsageError("missing option '--out'")
     check_name(out)
-    if place.threads:
-        torch.set_num_threads(place.threads)
     if resume:
         given = [option for option, value in vars(changes).items() if value not in (None, ())]
         given += [option for option, value in (("model", name), ("recipe", recipe)) if value]
@@ -143,31 +145,28 @@ def pretrain_command(
                 f"--resume goes on with the settings of the run: leave out --{given[0].replace('_', '-')}; to train on "
                 "with others, start a run with --init OUT"
             )
-    settings = _resumed(out) if resume else _settings(name, recipe, changes)
+    settings = medgmae.training.Run(out).settings() if resume else _settings(name, recipe, changes)
     if print_config:
         click.echo(settings.toml())
         return
     if not data and not resume:
         raise click.UsageError("missing option '--data'")
+    _train(settings, data, out, resume, place)
+
+
+def _train(settings: Any, data: tuple[Path, ...], out: Path, resume: bool, place: Place) -> None:
+    import torch
+
+    if place.threads:
+        torch.set_num_threads(place.threads)
     machine = medgmae.training.Machine(**{key: value for key, value in vars(place).items() if key != "threads"})
     try:
         folder = medgmae.training.pretrain(settings, data, out, resume=resume, machine=machine)
     except medgmae.training.Stopped as stopped:
         click.echo(shown(str(stopped)), err=True)
         raise click.exceptions.Exit(128 + stopped.signal) from None
-    if int(_environment("RANK") or 0) == 0:
+    if os.environ.get("RANK", "0") == "0":
         click.echo(f"pre-trained: {shown(folder)}")
-
-
-def _environment(name: str) -> str | None:
-    import os
-
-    return os.environ.get(name)
-
-
-def _resumed(out: Path) -> Any:
-
-    return medgmae.training.Run(out).settings()
 
 
 def _settings(name: str | None, recipe: str | None, changes: Changes) -> Any:

@@ -70,16 +70,16 @@ def pretrain(
         expect(resume or not run.exists, f"{out} holds a run; --resume goes on with it, or choose another folder")
         run.open()
     try:
-        with StopRequest() as request:
-            state = Checkpoints(run.checkpoints, machine.keep).last() if resume else None
-            model = start_model(settings if state is None else settings.changed({"init": None}))
-            prepared = machine.prepared or run.folder / "prepared"
-            if resume and not data:
-                start = run.starts()[0]
-                data, prepared = start["data"], machine.prepared or Path(start["prepared"])
-                data = [prepared] if is_prepared(prepared) else data
-            size = crop_size(settings, model)
-            corpus = corpus_of(settings, data, size, prepared, machine.skip_broken, accelerator)
+        state = Checkpoints(run.checkpoints, machine.keep).last() if resume else None
+        model = start_model(settings if state is None else settings.changed({"init": None}))
+        prepared = machine.prepared or run.folder / "prepared"
+        if resume and not data:
+            start = run.starts()[0]
+            data, prepared = start["data"], machine.prepared or Path(start["prepared"])
+            data = [prepared] if is_prepared(prepared) else data
+        size = crop_size(settings, model)
+        corpus = corpus_of(settings, data, size, prepared, machine.skip_broken, accelerator)
+        with StopRequest() as request:  # before, nothing is lost by an end at once
             Session(settings, machine, run, model, corpus, accelerator, request).go(state)
     finally:
         if accelerator.is_main_process:
