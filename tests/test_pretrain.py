@@ -168,7 +168,9 @@ def test_every_objective_learns_one_crop(model: str, options: dict[str, Any], tm
         },
         **{"held_out": 0.0, **options},
     )
-    run = run_of(settings, scan, tmp_path / "run", replace(MACHINE, log_every=1, checkpoint_every=60))
+    machine = replace(MACHINE, log_every=1, checkpoint_every=60, picture_every=60)
+    run = run_of(settings, scan, tmp_path / "run", machine)
+    assert (run / "pictures" / "step_00000060.png").stat().st_size > 5000
     losses = [line["loss"] for line in numbers(run) if "loss" in line]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     score = numbers(run)[-1]

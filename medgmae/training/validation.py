@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medgmae.data import Grid, Volume
 from medgmae.evaluation import psnr, ssim3d
@@ -62,34 +62,34 @@ class Validation:
 
     def picture(self, model: nn.Module, path: Path, title: str) -> None:
         """The first crop, what the model saw of it and what it made of that, as a PNG file."""
-        from medgmae.visualize import reconstruction_figure
-
         batch = self._batch([0])
-        if batch.x.dim() == 4:  # a plane is a volume of one slice
-            return
         masking = _masking(model, batch)
         was_training = model.training
         model.eval()
         device = next(model.parameters()).device
         x, on_device = batch.x.to(device), Masking(*(one.to(device) for one in masking))
         with torch.no_grad():
-            predicted = model.reconstruct(x, on_device, paste_visible=False).float().cpu()  # type: ignore[operator]
+            predicted = model.reconstruct(x, on_device, paste_visible=False).float().cpu()[0]  # type: ignore[operator]
             gaussians = model.gaussians(x, on_device) if hasattr(model, "gaussians") else None  # type: ignore[operator]
         model.train(was_training)
         hidden = voxels_hidden(masking, model.patch_size, tuple(batch.x.shape[2:]))[0]  # type: ignore[arg-type]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure = self._figure(batch.x[0], hidden, predicted, gaussians, title)
+        figure.savefig(path)
+
+    def _figure(self, x: Tensor, hidden: Tensor, predicted: Tensor, gaussians: Any, title: str) -> Any:
+        from medgmae.visualize import images_figure, reconstruction_figure
+
+        visible, filled = x.masked_fill(hidden, math.nan), torch.where(hidden, predicted, x)
+        if x.dim() == 3:
+            images = {"plane": x[0], "visible patches": visible[0], "reconstruction": filled[0]}
+            return images_figure(images, title=title)
         sample = self.crops.crops[0]
         grid = self.crops.crops.scans[sample["scan"]].grid
-        place = Grid(batch.x.shape[2:], grid.spacing, tuple(grid.world(sample["start"])), grid.direction)
-        scan = Volume(batch.x[0], place)
-        reconstruction = Reconstruction(
-            scan.with_data(scan.data.masked_fill(hidden, math.nan)),
-            scan.with_data(torch.where(hidden, predicted[0], scan.data)),
-            scan.with_data(predicted[0]),
-            None if gaussians is None else gaussians.to_world(scan.grid),
-        )
-        figure = reconstruction_figure(scan, reconstruction, title=title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        scan = Volume(x, Grid(x.shape[1:], grid.spacing, tuple(grid.world(sample["start"])), grid.direction))
+        world = None if gaussians is None else gaussians.to_world(scan.grid)
+        shown, completed, whole = (scan.with_data(data) for data in (visible, filled, predicted))
+        return reconstruction_figure(scan, Reconstruction(shown, completed, whole, world), title=title)
 
 
 def _masking(model: nn.Module, batch: Batch) -> Masking:
@@ -98,14 +98,14 @@ def _masking(model: nn.Module, batch: Batch) -> Masking:
     return random_masking(*batch.noise.shape, ratio=model.mask_ratio, noise=batch.noise)  # type: ignore[arg-type, misc]
 
 
-def voxels_hidden(masking: Masking, patch: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+def voxels_hidden(masking: Masking, patch: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
     """Which voxels the masks hide, (B, 1, *size) bool."""
     grid = tuple(n // p for n, p in zip(size, patch, strict=True))
     mask = masking.mask.unsqueeze(-1).expand(-1, -1, math.prod(patch))
     return unpatchify(mask, patch, grid, 1) > 0
 
 
-def _scores(completed: torch.Tensor, x: torch.Tensor, masking: Masking, i: int, engine: Engine) -> dict[str, float]:
+def _scores(completed: Tensor, x: Tensor, masking: Masking, i: int, engine: Engine) -> dict[str, float]:
     one = Masking(*(part[i : i + 1] for part in masking))
     hidden = voxels_hidden(one, engine.plain.patch_size, tuple(x.shape[2:]))  # type: ignore[arg-type]
     span = float(x.max() - x.min()) or 1.0

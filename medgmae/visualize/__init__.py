@@ -5,10 +5,12 @@ from medgmae.inference.latents import latent_to_spatial
 from medgmae.visualize.curves import runs_figure
 from medgmae.visualize.datasets import check_figure
 from medgmae.visualize.figures import fit_figure, latent_map_figure, reconstruction_figure, segmentation_figure
+from medgmae.visualize.images import images_figure
 
 __all__ = [
     "check_figure",
     "fit_figure",
+    "images_figure",
     "latent_map_figure",
     "latent_to_spatial",
     "reconstruction_figure",
