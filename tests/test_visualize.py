@@ -17,7 +17,7 @@ from medgmae import Masking, ViT, Volume, create_model, create_transform, extrac
 from medgmae.data import Grid, crop_or_pad
 from medgmae.inference.colours import feature_colours, pca_rgb
 from medgmae.inference.features import dense_features
-from medgmae.visualize import fit_figure, latent_map_figure, reconstruction_figure
+from medgmae.visualize import fit_figure, images_figure, latent_map_figure, reconstruction_figure, runs_figure
 
 DATA = Path(__file__).parent.parent / "examples/data"
 TAG = "mae_vit_tiny_patch8_64.demo"
@@ -277,19 +277,19 @@ def test_without_matplotlib_the_error_says_how_to_get_it() -> None:
 def test_planes_side_by_side_on_one_scale() -> None:
     plane = torch.rand(8, 12)
     hidden = plane.masked_fill(plane > 0.5, float("nan"))
-    figure = medgmae.visualize.images_figure({"plane": plane, "visible": hidden, "twice": 2 * plane}, title="a")
+    figure = images_figure({"plane": plane, "visible": hidden, "twice": 2 * plane}, title="a")
     assert [axes.get_title() for axes in figure.axes] == ["plane", "visible", "twice"]
     limits = {axes.images[0].get_clim() for axes in figure.axes}
     assert limits == {(float(plane.min()), float(plane.max()))}
     for images in ({}, {"volume": torch.rand(2, 3, 4)}):
         with pytest.raises(ValueError, match=r"images \(h, w\) by title"):
-            medgmae.visualize.images_figure(images)
+            images_figure(images)
 
 
 def test_curves_of_runs() -> None:
     logs = {"a": [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4, "validation_psnr": 9.0}], "b": [], "c": []}
     logs["c"] = [{"step": 2, "validation_psnr": 8.0}]
-    figure = medgmae.visualize.runs_figure(logs)
+    figure = runs_figure(logs)
     titles = {axes.get_title(): axes for axes in figure.axes}
     assert set(titles) == {"loss", "PSNR of hidden voxels, dB"}
     assert titles["loss"].get_yscale() == "log"
@@ -297,4 +297,4 @@ def test_curves_of_runs() -> None:
     assert [line.get_label() for line in psnr] == ["a", "c"]
     assert psnr[0].get_color() == titles["loss"].lines[0].get_color() != psnr[1].get_color()
     with pytest.raises(ValueError, match="no numbers in the logs of b"):
-        medgmae.visualize.runs_figure({"b": []})
+        runs_figure({"b": []})
