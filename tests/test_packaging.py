@@ -176,7 +176,8 @@ def names(wheel: Path) -> list[str]:
 
 
 def test_sdist_holds_every_source(unpacked: Path) -> None:
-    for folder, patterns in {"cuda": ["*"], "medgmae": ["*.py", "*.pyi", "py.typed"], "weights": ["*"]}.items():
+    package = ["*.py", "*.pyi", "*.toml", "py.typed"]
+    for folder, patterns in {"cuda": ["*"], "medgmae": package, "weights": ["*"]}.items():
         expected = {path.relative_to(ROOT) for pattern in patterns for path in (ROOT / folder).rglob(pattern)}
         expected = {path for path in expected if (ROOT / path).is_file() and "__pycache__" not in path.parts}
         assert not {path for path in expected if not (unpacked / path).exists()}
@@ -184,7 +185,8 @@ def test_sdist_holds_every_source(unpacked: Path) -> None:
 
 
 def test_wheel_holds_code_and_cards_and_nothing_else(wheel: Path) -> None:
-    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "medgmae").rglob("*.py")}
+    files = [path for ending in ("*.py", "*.toml") for path in (ROOT / "medgmae").rglob(ending)]
+    expected = {path.relative_to(ROOT).as_posix() for path in files}
     expected |= {f"medgmae/weights/{path.name}" for path in (ROOT / "weights").iterdir() if path.is_file()}
     expected |= {"medgmae/py.typed", "medgmae/_C.pyi"}
     held = {name for name in names(wheel) if ".dist-info/" not in name}
@@ -202,7 +204,7 @@ def test_wheel_metadata(wheel: Path) -> None:
         assert "medgmae = medgmae.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         metadata = archive.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
-    for extra in ("viz", "monai", "evaluation", "test", "dev"):
+    for extra in ("viz", "monai", "evaluation", "train", "tensorboard", "wandb", "test", "dev"):
         assert f"Provides-Extra: {extra}\n" in metadata
 
 
