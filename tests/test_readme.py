@@ -24,8 +24,8 @@ TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")
-# MONAI takes ten seconds to import, and a fit a minute.
-SLOW = ("monai", "medgmae fit", "training import Machine")
+# MONAI takes ten seconds to import, and a fit a minute; what is trained is trained in test_pretrain.py too.
+SLOW = ("monai", "medgmae fit", "training import Machine", "data prepare")
 
 
 def blocks() -> list[ParameterSet]:
