@@ -271,7 +271,7 @@ def test_series_that_pydicom_ships(folder: str) -> None:
 @pytest.mark.parametrize("kind", ["text", "gzip", "series", "frames"])
 def test_the_fuzzer_of_meanings_finds_nothing_in_a_short_run(kind: str) -> None:
     """The full run has 10,000 cases of each kind: python tests/fuzz/fuzz_meanings.py KIND --count 10000."""
-    command = [sys.executable, "tests/fuzz/fuzz_meanings.py", kind, "--count", "12", "--seed", "11"]
+    command = [sys.executable, "tests/fuzz/fuzz_meanings.py", kind, "--count", "25", "--seed", "11"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
