@@ -12,7 +12,7 @@ gives a float32 tensor (1, n, n, n) in this process, and but for one, no augment
 The sides take turns; crops are compared with those of the raw arrays. All files are in the page cache: a disk that is
 slower than memory adds its time by the bytes read, which the sizes tell.
 
-Floor, written before: a 96^3 crop is 3.5 MB of float32 to be written, 0.3 ms at 10 GB/s with fresh memory, and raw
+Floor, before the first run (codecs were tried): a 96^3 crop is 3.5 MB of float32, 0.3 ms at 10 GB/s, and raw
 arrays take little more. Blocks of 16 x 32 x 32 that a crop touches have 2.0 times its voxels: 3.6 MB of float16 through
 a decoder of 2 GB/s. Prediction: 2.2 ms with LZ4, 2.3 to 4 times the raw arrays in a quarter of their bytes; the goal of
 1.3 times would be missed on the crop alone, and met only where raw files are opened anew. MONAI reads the whole volume,

@@ -95,7 +95,7 @@ def _checked(folder: PreparedFolder, data: Sequence[str | Path]) -> Corpus:
 def split(scans: Sequence[PreparedScan], settings: Settings) -> tuple[list[PreparedScan], list[PreparedScan]]:
     """Scans to train on, and scans that are held out, drawn by the seed or named by a column of the table.
 
-    A share of fewer than ten scans that comes to less than one holds out none; of more, at least one.
+    A share is rounded to a number of scans; of ten or more it is at least one.
 
     Raises:
         TrainingError: nothing is left to train on, or no scan has the column.

@@ -52,7 +52,7 @@ def pretrain(
         settings: see :class:`Settings`; :func:`read_recipe` has those of published systems.
         data: scans, folders, lists, or a folder that :func:`~medgmae.data.prepare_scans` wrote.
         out: the run's folder.
-        resume: go on with the run that is there.
+        resume: go on with the run that is there, by its own settings, and without ``data`` with its own scans.
         machine: see :class:`Machine`.
 
     Returns:
