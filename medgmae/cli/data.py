@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ def check_command(
     """
     listing = list_scans(sources, arrays=True)
     report_skipped(listing)
-    report = medgmae.data.check_scans(listing, headers=headers, workers=workers or _workers(listing))
+    report = medgmae.data.check_scans(listing, headers=headers, workers=workers or max(1, listing.processes))
     for one in report.errors[len(listing.errors) :]:
         click.echo(f"Error: {one['error']}", err=True)
     if png is not None and report.volumes:
@@ -60,12 +59,6 @@ def check_command(
         _print(report)
     if report.errors:
         sys.exit(1)
-
-
-def _workers(listing: medgmae.data.Listing) -> int:
-    """One process for each core that this one may use, and no more than have some scans each: a start takes seconds."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, len(listing.scans) // 4))
 
 
 def _print(report: medgmae.data.CheckReport) -> None:
@@ -144,7 +137,7 @@ def prepare_command(
     report_skipped(listing)
     if not listing.scans or (listing.errors and not skip_broken):
         raise click.ClickException("nothing was prepared: --skip-broken leaves out what cannot be read")
-    count = _workers(listing) if workers is None else workers
+    count = listing.processes if workers is None else workers
     folder = medgmae.data.prepare_scans(
         listing.scans, out, block, workers=count, skip_broken=skip_broken, dtype=dtype, crop=crop
     )

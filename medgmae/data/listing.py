@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,12 @@ class Listing:
     skipped: list[dict[str, str]] = field(default_factory=list)
     unexpected: int = 0
     errors: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def processes(self) -> int:
+        """How many are worth starting, which takes seconds each: one for a core and for four scans; 0 for fewer."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores, len(self.scans) // 4)
 
     def skip(self, path: Path, reason: str, expected: bool = False) -> None:
         """Leave a file out; ``expected`` of what is known not to be a scan."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from medgmae.data import Crops, draws
+from medgmae.layers.masking import Masking, random_masking
 from medgmae.training.settings import expect
 
 _MASK = 1  # of the counters of a draw; crops have others
@@ -32,6 +33,11 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         """The tensors on a device."""
         return Batch(self.x.to(device, non_blocking=True), self.noise.to(device, non_blocking=True), self.of)
+
+    def masking(self, ratio: float) -> Masking:
+        """The masks that the noise makes at a ratio."""
+        batch, tokens = self.noise.shape
+        return random_masking(batch, tokens, ratio=ratio, noise=self.noise)
 
 
 class MaskedCrops(Dataset[tuple[Tensor, Tensor, str]]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from medgmae.training.settings import Settings, TrainingError, expect
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_SPLIT = 2  # of the counters of a draw
+_SPLIT = (0, 0, 2)  # counters of a draw that no crop, mask or epoch has
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,7 @@ def _prepare(
     )
     expect(bool(listing.scans), f"no scans in {', '.join(map(str, data))}")
     crop = tuple(size) if len(size) == 3 else (1, *size)
-    workers = _processes() if len(listing.scans) > 8 else 0  # which take seconds to start
-    prepare_scans(listing.scans, folder, block, workers=workers, skip_broken=skip_broken, crop=crop)
-
-
-def _processes() -> int:
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    prepare_scans(listing.scans, folder, block, workers=listing.processes, skip_broken=skip_broken, crop=crop)
 
 
 def _checked(folder: PreparedFolder, data: Sequence[str | Path]) -> Corpus:
@@ -111,7 +105,7 @@ def split(scans: Sequence[PreparedScan], settings: Settings) -> tuple[list[Prepa
         expect(bool(chosen), f"held_out={held_out!r}: no scan has that value")
     else:
         count = round(held_out * len(scans)) or int(held_out > 0 and len(scans) >= 10)
-        order = draws(settings.training.seed, _SPLIT).permutation(len(scans))
+        order = draws(settings.training.seed, *_SPLIT).permutation(len(scans))
         chosen = set(order[:count].tolist())
     training = [scan for i, scan in enumerate(scans) if i not in chosen]
     expect(bool(training), f"held_out={held_out!r} leaves nothing of {len(scans)} scans to train on")

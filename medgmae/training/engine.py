@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medgmae.layers.masking import Masking, random_masking
+from medgmae.layers.masking import Masking
 from medgmae.training.batches import Batch, Share
 from medgmae.training.optim import cosine_schedule, param_groups, scale_lr
 from medgmae.training.settings import Settings, TrainingError, TrainingSettings, expect
@@ -139,7 +139,7 @@ class Engine:
 
     def masking(self, batch: Batch) -> Masking:
         """The masks of a batch, at the model's ratio."""
-        return random_masking(*batch.noise.shape, ratio=self.plain.mask_ratio, noise=batch.noise)  # type: ignore[arg-type, misc]
+        return batch.masking(self.plain.mask_ratio)  # type: ignore[arg-type]
 
     def _step(self, step: int, of: list[str]) -> float:
         self._freeze(step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from medgmae._version import __version__
+from medgmae.data.store import write_whole
 from medgmae.training.settings import Settings, TrainingError, read_recipe
 
 SETTINGS, METRICS, ABOUT = "settings.toml", "metrics.jsonl", "run.json"
@@ -76,13 +76,13 @@ class Run:
         """Note a start: the settings the first time, what it runs with every time, and no numbers beyond ``step``."""
         place = self.folder / SETTINGS
         if not place.exists():
-            write_text(place, settings.toml() + "\n")
+            write_whole(place, f"{settings.toml()}\n".encode())
         starts = self.starts()
         starts.append({"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **_versions(), **about})
-        write_text(self.folder / ABOUT, json.dumps({"starts": starts}, indent=2) + "\n")
+        write_whole(self.folder / ABOUT, json.dumps({"starts": starts}, indent=2).encode())
         log = self.folder / METRICS
         kept = [json.dumps(one) for one in read_metrics(log) if one["step"] <= step]
-        write_text(log, "".join(f"{line}\n" for line in kept))
+        write_whole(log, "".join(f"{line}\n" for line in kept).encode())
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Add a line of numbers."""
@@ -125,16 +125,6 @@ def summary_of(folder: str | Path) -> dict[str, Any]:
         "data_wait": last.get("data_wait"),
         "memory_mb": last.get("memory_mb"),
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.writing")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _versions() -> dict[str, str]:

@@ -63,7 +63,7 @@ class Validation:
     def picture(self, model: nn.Module, path: Path, title: str) -> None:
         """The first crop, what the model saw of it and what it made of that, as a PNG file."""
         batch = self._batch([0])
-        masking = _masking(model, batch)
+        masking = batch.masking(model.mask_ratio)  # type: ignore[arg-type]
         was_training = model.training
         model.eval()
         device = next(model.parameters()).device
@@ -90,12 +90,6 @@ class Validation:
         world = None if gaussians is None else gaussians.to_world(scan.grid)
         shown, completed, whole = (scan.with_data(data) for data in (visible, filled, predicted))
         return reconstruction_figure(scan, Reconstruction(shown, completed, whole, world), title=title)
-
-
-def _masking(model: nn.Module, batch: Batch) -> Masking:
-    from medgmae.layers.masking import random_masking
-
-    return random_masking(*batch.noise.shape, ratio=model.mask_ratio, noise=batch.noise)  # type: ignore[arg-type, misc]
 
 
 def voxels_hidden(masking: Masking, patch: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
