@@ -50,11 +50,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from unetr import resident
 
 from medgmae.training import Machine, Run, read_recipe
-from medgmae.training.batches import Batch, load
+from medgmae.training.batches import MaskedBatch, load
 from medgmae.training.corpus import corpus_of
 from medgmae.training.engine import memory
 from medgmae.training.machine import accelerator_for
-from medgmae.training.pretrain import Session, crop_size, start_model
+from medgmae.training.pretrain import Pretraining, crop_size, start_model
+from medgmae.training.session import Session
 from medgmae.training.stopping import StopRequest
 
 HERE = Path(__file__).parent
@@ -101,10 +102,11 @@ class Bench:
         machine, run = Machine(device=device), Run(folder)
         accelerator = accelerator_for(machine, settings.training.precision, folder)
         corpus = corpus_of(settings, [data], self.size, folder / "prepared", False, accelerator)
-        session = Session(settings, machine, run, model, corpus, accelerator, StopRequest())
+        job = Pretraining(settings, run, model, corpus)
+        session = Session(job, machine, run, accelerator, StopRequest())
         self.engine, self.model, self.rival = session.engine, session.engine.plain, case.rival
         self.device = self.engine.accelerator.device
-        self.batches = load(session.crops, self.engine.share, 0, 1000, 0, self.device.type == "cuda")
+        self.batches = load(job.samples, self.engine.share, 0, 1000, 0, self.device.type == "cuda")
         self.loss = RIVALS[case.rival](self.model)
         self.step = 0
 
@@ -113,10 +115,10 @@ class Bench:
         self.step += 1
         return self.engine.update(self.step, self.batches)
 
-    def plain(self, batch: Batch) -> float:
+    def plain(self, batch: MaskedBatch) -> float:
         """The same of plain torch; its loss."""
         self.engine.schedule.step(self.step)
-        x, masking = batch.x, self.engine.masking(batch)
+        x, masking = batch.x, batch.masking(self.model.mask_ratio)
         with native_for(self.rival):
             with self.engine.accelerator.autocast():
                 loss = self.loss(x, masking)
@@ -127,7 +129,7 @@ class Bench:
         self.engine.optimizer.zero_grad()
         return float(loss.detach())
 
-    def next(self) -> Batch:
+    def next(self) -> MaskedBatch:
         """A crop with its noise, on the device."""
         return next(self.batches).to(self.device)
 
@@ -140,7 +142,7 @@ class Bench:
     def agree(self) -> dict[str, float]:
         """How far loss and gradient of the two ways lie apart, relative; stop where they disagree."""
         batch = self.next()
-        masking = self.engine.masking(batch)
+        masking = batch.masking(self.model.mask_ratio)
         stem: Any = self.model.get_parameter("encoder.patch_embed.proj.weight")  # which everything shapes
         found: list[tuple[float, Tensor]] = []
         for native, way in ((True, lambda x, m: self.model(x, m).loss), (False, self.loss)):
@@ -162,7 +164,7 @@ class Bench:
         """Of the matrix products of a step."""
         batch = self.next()
         with FlopCounterMode(display=False) as counter:
-            self.engine.forward(batch, 0).loss.backward()
+            self.engine.values(batch, 0)["loss"].backward()
         self.model.zero_grad()
         return int(counter.get_total_flops())
 

@@ -19,8 +19,8 @@ import torch
 from training_runs import MACHINE, numbers, outcome, run_of, scan_file, scans, settings_of
 
 import medgmae
-from medgmae.training import Machine, Run, Stopped, TrainingError, pretrain, read_metrics
-from medgmae.training.batches import stack
+from medgmae.training import Machine, Run, Settings, Stopped, TrainingError, pretrain, read_metrics
+from medgmae.training.batches import stacked
 from medgmae.training.pretrain import start_model
 
 
@@ -69,7 +69,7 @@ def test_a_run_leaves_a_model_its_numbers_and_pictures(undisturbed: Path, data: 
 
 
 def test_settings_that_are_written_make_the_same_run(undisturbed: Path, data: Path, tmp_path: Path) -> None:
-    again = run_of(Run(undisturbed).settings(), data, tmp_path / "again")
+    again = run_of(Run(undisturbed).settings(Settings), data, tmp_path / "again")
     assert outcome(again) == outcome(undisturbed)
 
 
@@ -85,7 +85,7 @@ def test_signals_save_and_a_resumed_run_is_the_same(
     assert (stopped.value.signal, stopped.value.step) == (number, 5)
     assert len(numbers(tmp_path / "run")) < len(numbers(undisturbed))
     medgmae.create_model(f"local-dir:{tmp_path / 'run'}")
-    pretrain(Run(tmp_path / "run").settings(), [], tmp_path / "run", resume=True, machine=MACHINE)
+    pretrain(Run(tmp_path / "run").settings(Settings), [], tmp_path / "run", resume=True, machine=MACHINE)
     assert outcome(tmp_path / "run") == outcome(undisturbed)
 
 
@@ -194,9 +194,9 @@ def test_phases_hold_the_rest_still(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_batch_has_crops_of_one_size() -> None:
-    samples = [(torch.zeros(1, n, 8, 8), torch.zeros(4), "a") for n in (8, 16)]
+    samples = [torch.zeros(1, n, 8, 8) for n in (8, 16)]
     with pytest.raises(TrainingError, match=r"\(1, 8, 8, 8\) and \(1, 16, 8, 8\)"):
-        stack(samples)
+        stacked(samples)
 
 
 @pytest.mark.gpu
@@ -266,7 +266,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         run_of(settings_of(), data, out)
     monkeypatch.undo()
     assert not list((out / "checkpoints").glob(".*writing"))
-    pretrain(Run(out).settings(), [], out, resume=True, machine=MACHINE)
+    pretrain(Run(out).settings(Settings), [], out, resume=True, machine=MACHINE)
     assert outcome(out) == outcome(undisturbed)
 
 
@@ -276,7 +276,7 @@ def test_two_runs_into_one_folder(data: Path, tmp_path: Path, monkeypatch: pytes
     first = threading.Thread(target=run_of, args=(settings_of(), data, out))
     first.start()
     assert entered.wait(60)
-    other = f"from medgmae.training import *; pretrain(Run({str(out)!r}).settings(), [], {str(out)!r}, resume=True)"
+    other = f"from medgmae.training import *; out = {str(out)!r}; pretrain(Run(out).settings(Settings), [], out, resume=True)"
     done = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=120)
     go.set()
     first.join()

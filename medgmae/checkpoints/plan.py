@@ -17,7 +17,7 @@ from medgmae.checkpoints.settings import compare_settings, encoder_of, model_set
 from medgmae.layers.patches import Shape
 
 # Names that belong to a task rather than to the encoder: never required, dropped when they do not fit.
-HEAD = ("head.", "fc_norm.")
+HEAD = ("head.", "fc_norm.", "attn_pool.")
 
 # The last layer of a decoder that belongs to a task.
 LAST = "out."

@@ -145,7 +145,9 @@ def pretrain_command(
                 f"--resume goes on with the settings of the run: leave out --{given[0].replace('_', '-')}; to train on "
                 "with others, start a run with --init OUT"
             )
-    settings = medgmae.training.Run(out).settings() if resume else _settings(name, recipe, changes)
+    settings = (
+        medgmae.training.Run(out).settings(medgmae.training.Settings) if resume else _settings(name, recipe, changes)
+    )
     if print_config:
         click.echo(settings.toml())
         return

@@ -5,6 +5,7 @@
 - "max": their largest value, feature by feature.
 - "token_avg": class token and mean of the patches side by side, twice as wide (TANGERINE).
 - "last": the last patch token.
+- "attention": what one learned query finds among the patch tokens, the attentive probe (V-JEPA, Bardes et al. 2024).
 - "max_logit": the head is applied to every patch; the largest logit counts, class by class (3D Mamba MAE).
 - "none": no pooling; one vector per patch.
 """
@@ -14,9 +15,10 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-GlobalPool = Literal["token", "avg", "max", "token_avg", "last", "max_logit", "none"]
+GlobalPool = Literal["token", "avg", "max", "token_avg", "last", "attention", "max_logit", "none"]
 
 # What other libraries say.
 _OTHER_WORDS: dict[object, GlobalPool] = {"": "none", None: "none", "cls": "token", "mean": "avg", "cat": "token_avg"}
@@ -50,3 +52,31 @@ def pool_tokens(prefix: Tensor, patches: Tensor, global_pool: GlobalPool) -> Ten
     if global_pool == "token_avg":
         return torch.cat([prefix.mean(1), patches.mean(1)], dim=1)
     return patches[:, -1] if global_pool == "last" else patches
+
+
+class AttentionPool(nn.Module):
+    """One learned query that attends to the patch tokens, in heads about 64 wide: (B, N, E) to (B, E).
+
+    Args:
+        dim: width E.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.heads = next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)
+        self.query = nn.Parameter(torch.empty(1, 1, dim))
+        self.norm = nn.LayerNorm(dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def reset_parameters(self) -> None:
+        """Initialise the query."""
+        nn.init.trunc_normal_(self.query, std=0.02)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, N, E) to (B, E)."""
+        batch, count, dim = patches.shape
+        keys, values = self.kv(self.norm(patches)).reshape(batch, count, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        query = self.query.to(keys.dtype).reshape(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
+        found = functional.scaled_dot_product_attention(query, keys, values)  # (B, heads, 1, E / heads)
+        return self.proj(found.reshape(batch, dim))  # type: ignore[no-any-return]

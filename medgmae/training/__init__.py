@@ -7,25 +7,34 @@ from medgmae.training.runs import Run, read_metrics, summary_of
 from medgmae.training.settings import (
     CropSettings,
     Phase,
+    RunSettings,
     Settings,
-    TrainingError,
+    TaskSettings,
     TrainingSettings,
-    parse_change,
+    TuneSettings,
+    TuningSettings,
+    ViewSettings,
     read_recipe,
     read_settings,
     recipes,
 )
 from medgmae.training.stopping import Stopped
+from medgmae.training.tables import TrainingError, parse_change
 
 __all__ = [
     "CropSettings",
     "Machine",
     "Phase",
     "Run",
+    "RunSettings",
     "Settings",
     "Stopped",
+    "TaskSettings",
     "TrainingError",
     "TrainingSettings",
+    "TuneSettings",
+    "TuningSettings",
+    "ViewSettings",
     "cosine_schedule",
     "param_groups",
     "parse_change",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,12 +14,26 @@ from torch.utils.data import DataLoader, Dataset
 
 from medgmae.data import Crops, draws
 from medgmae.layers.masking import Masking, random_masking
-from medgmae.training.settings import expect
+from medgmae.training.tables import expect
 
 _MASK = 1  # of the counters of a draw; crops have others
 
 
-class Batch(NamedTuple):
+class Batch(Protocol):
+    """Samples of one process, as a tuple of tensors.
+
+    of: what each sample is, for error messages.
+    """
+
+    @property
+    def of(self) -> list[str]:
+        """See above."""
+
+    def to(self, device: torch.device) -> Any:
+        """The tensors on a device."""
+
+
+class MaskedBatch(NamedTuple):
     """Crops of one process.
 
     x: (B, C, *size) float32.
@@ -30,9 +45,9 @@ class Batch(NamedTuple):
     noise: Tensor
     of: list[str]
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> MaskedBatch:
         """The tensors on a device."""
-        return Batch(self.x.to(device, non_blocking=True), self.noise.to(device, non_blocking=True), self.of)
+        return MaskedBatch(self.x.to(device, non_blocking=True), self.noise.to(device, non_blocking=True), self.of)
 
     def masking(self, ratio: float) -> Masking:
         """The masks that the noise makes at a ratio."""
@@ -40,7 +55,22 @@ class Batch(NamedTuple):
         return random_masking(batch, tokens, ratio=ratio, noise=self.noise)
 
 
-class MaskedCrops(Dataset[tuple[Tensor, Tensor, str]]):
+T = TypeVar("T", bound=Batch)
+
+
+class Samples(Dataset[Any], Generic[T]):
+    """Samples of a run: what a position gives, which counts on over the epochs, depends on the seed alone."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+
+    @abstractmethod
+    def stack(self, samples: Sequence[Any]) -> T:
+        """One batch of samples."""
+
+
+class MaskedCrops(Samples[MaskedBatch]):
     """Crops with the noise of their masks, drawn from (seed, epoch, index) as they are.
 
     Args:
@@ -61,6 +91,26 @@ class MaskedCrops(Dataset[tuple[Tensor, Tensor, str]]):
         noise = draws(self.seed, *divmod(position, len(self)), _MASK).random(self.patches, dtype="float32")
         scan = self.crops.scans[sample["scan"]]
         return sample["x"], torch.from_numpy(noise), f"{scan.source} at {list(map(int, sample['start']))}"
+
+    def stack(self, samples: Sequence[tuple[Tensor, Tensor, str]]) -> MaskedBatch:
+        """One batch of samples.
+
+        Raises:
+            TrainingError: crops of several sizes.
+        """
+        x, noise, of = zip(*samples, strict=True)
+        return MaskedBatch(stacked(x), torch.stack(noise), list(of))
+
+
+def stacked(x: Sequence[Tensor]) -> Tensor:
+    """Crops of one size as one tensor.
+
+    Raises:
+        TrainingError: crops of several sizes.
+    """
+    sizes = {tuple(one.shape) for one in x}
+    expect(len(sizes) == 1, f"a batch has crops of {' and '.join(map(str, sorted(sizes)))}; expected one size")
+    return torch.stack(list(x))
 
 
 @dataclass(frozen=True)
@@ -104,31 +154,18 @@ class _Positions:
         return max(0, self.last - self.first) * self.share.passes
 
 
-def load(crops: MaskedCrops, share: Share, first: int, last: int, workers: int, pin: bool) -> Iterator[Batch]:
+def load(samples: Samples[T], share: Share, first: int, last: int, workers: int, pin: bool) -> Iterator[T]:
     """The batches of updates ``first`` up to ``last``, as many per update as the share has passes."""
     loader: DataLoader[Any] = DataLoader(
-        crops,
+        samples,
         batch_sampler=_Positions(share, first, last),
         num_workers=workers,
-        collate_fn=stack,
+        collate_fn=samples.stack,
         pin_memory=pin,
         worker_init_fn=_leave_signals if workers else None,
         prefetch_factor=4 if workers else None,
     )
-    for batch in loader:
-        yield Batch(*batch)
-
-
-def stack(samples: Sequence[tuple[Tensor, Tensor, str]]) -> Batch:
-    """One batch of samples.
-
-    Raises:
-        TrainingError: crops of several sizes.
-    """
-    x, noise, of = zip(*samples, strict=True)
-    sizes = {tuple(one.shape) for one in x}
-    expect(len(sizes) == 1, f"a batch has crops of {' and '.join(map(str, sorted(sizes)))}; expected one size")
-    return Batch(torch.stack(x), torch.stack(noise), list(of))
+    yield from loader
 
 
 def _leave_signals(worker: int) -> None:

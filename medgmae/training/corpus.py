@@ -17,7 +17,8 @@ from medgmae.data import (
     open_prepared,
     prepare_scans,
 )
-from medgmae.training.settings import Settings, TrainingError, expect
+from medgmae.training.settings import Settings
+from medgmae.training.tables import TrainingError, expect
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

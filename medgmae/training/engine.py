@@ -1,26 +1,25 @@
-"""Updates of a masked autoencoder on one process or many: forward, backward, clip, step."""
+"""Updates of a model on one process or many: forward, backward, clip, step."""
 
 from __future__ import annotations
 
 import fnmatch
-import inspect
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medgmae.layers.masking import Masking
 from medgmae.training.batches import Batch, Share
-from medgmae.training.optim import cosine_schedule, param_groups, scale_lr
-from medgmae.training.settings import Settings, TrainingError, TrainingSettings, expect
+from medgmae.training.optim import cosine_schedule, scale_lr
+from medgmae.training.settings import TrainingSettings
 from medgmae.training.states import State, gather, restore
+from medgmae.training.tables import TrainingError, expect
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,9 +52,24 @@ class Plan:
         )
         return cls(samples, training.batch_size, steps, warmup)
 
+    @property
+    def per_epoch(self) -> int:
+        """Updates of an epoch."""
+        return max(1, round(self.samples / self.batch))
+
     def epoch(self, step: float) -> float:
         """Epochs, with their fractions, after so many updates."""
         return step * self.batch / self.samples
+
+
+class Objective(Protocol):
+    """What a model learns."""
+
+    def groups(self, model: nn.Module) -> Sequence[dict[str, Any]]:
+        """Parameter groups of the model."""
+
+    def __call__(self, model: nn.Module, batch: Any, step: int) -> Mapping[str, Tensor]:
+        """The ``loss`` of a batch in this update, and its terms; ``model`` may be wrapped."""
 
 
 class NotFinite(Exception):
@@ -70,28 +84,33 @@ class Engine:
     """A model with its optimiser and schedule on the devices of this process.
 
     Args:
-        model: a masked autoencoder.
-        settings: of the run.
+        model: what learns.
+        objective: what it learns.
+        training: settings of the run.
         plan: of the run.
         accelerator: of accelerate.
         sharded: spread weights, gradients and moments over the processes (FSDP2).
     """
 
     def __init__(
-        self, model: nn.Module, settings: Settings, plan: Plan, accelerator: Accelerator, sharded: bool = False
+        self,
+        model: nn.Module,
+        objective: Objective,
+        training: TrainingSettings,
+        plan: Plan,
+        accelerator: Accelerator,
+        sharded: bool = False,
     ) -> None:
-        training = settings.training
-        self.training, self.plan, self.accelerator = training, plan, accelerator
+        self.objective, self.training, self.plan, self.accelerator = objective, training, plan, accelerator
         self.share = share_of(training, accelerator)
         self.plain, self.sharded = model, sharded
-        self.takes_step = "step" in inspect.signature(model.forward).parameters
         if training.checkpointing:
             model.set_grad_checkpointing()  # type: ignore[operator]
         if training.compile:
             model.compile()
         self.model = shard(model, accelerator) if sharded else accelerator.prepare(model)
         rate = scale_lr(training.lr, training.batch_size) if training.lr_per_256 else training.lr
-        groups = param_groups(model, weight_decay=training.weight_decay)
+        groups = list(objective.groups(model))
         betas = (training.betas[0], training.betas[1])
         # Fused: one pass over weights and moments. Torch's default on a CPU makes eight, with copies.
         self.prepared = accelerator.prepare(torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True))
@@ -115,11 +134,10 @@ class Engine:
             of += batch.of
             self._seed(step, number)
             with self._without_sync(number):
-                output = self.forward(batch.to(self.accelerator.device), step)
-                values = {"loss": output.loss, **getattr(output, "terms", {})}
+                values = self.values(batch.to(self.accelerator.device), step)
                 for name, value in values.items():
                     totals[name] = totals.get(name, 0) + value.detach().float() / self.share.passes
-                self.accelerator.backward(output.loss / self.share.passes)
+                self.accelerator.backward(values["loss"] / self.share.passes)
         means = self._means(totals)
         if not math.isfinite(means["loss"]):
             raise NotFinite(f"the loss is {means['loss']}", of)
@@ -127,19 +145,10 @@ class Engine:
         rate = max(group["lr"] / group.get("lr_scale", 1.0) for group in self.optimizer.param_groups)
         return {**means, "lr": rate, "grad_norm": norm, "waited": waited}
 
-    def forward(self, batch: Batch, step: int) -> Any:
-        """What the model gives for crops and the masks that are made of their noise."""
+    def values(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
+        """The loss of a batch on this device, and its terms."""
         with self.accelerator.autocast():
-            return self.model(batch.x, self.masking(batch), **({"step": step} if self.takes_step else {}))
-
-    def reconstruct(self, x: Tensor, masking: Masking) -> Tensor:
-        """Crops with their hidden patches filled in by the model, (B, C, *size)."""
-        with self.accelerator.autocast():
-            return self.plain.reconstruct(x, masking)  # type: ignore[operator, no-any-return]
-
-    def masking(self, batch: Batch) -> Masking:
-        """The masks of a batch, at the model's ratio."""
-        return batch.masking(self.plain.mask_ratio)  # type: ignore[arg-type]
+            return self.objective(self.model, batch, step)
 
     def _step(self, step: int, of: list[str]) -> float:
         self._freeze(step)
@@ -227,11 +236,12 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     expect(accelerator.num_processes > 1, "sharded needs several processes: torchrun --nproc-per-node N -m medgmae ...")
     mesh = init_device_mesh(device.type, (accelerator.num_processes,))
     model.to(device)
-    for part in (model.encoder, model.decoder):
+    for part in (model.encoder, getattr(model, "decoder", None)):
         for block in getattr(part, "blocks", ()):
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "reconstruct")
+    if hasattr(model, "reconstruct"):
+        register_fsdp_forward_method(model, "reconstruct")
     return model
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from medgmae.training.settings import TrainingError, expect
+from medgmae.training.tables import TrainingError, expect
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,7 +27,7 @@ class Machine:
     workers: processes of each training process that read crops; None: up to 8 beside a GPU, none beside a CPU.
     sharded: spread weights and moments over the processes (FSDP2) instead of copying them to each.
     log_every: updates between lines of the log.
-    checkpoint_every: updates between states, each with a measurement and the model itself.
+    checkpoint_every: updates between states, each with a measurement and the model itself; None: an epoch.
     picture_every: updates between pictures, a multiple of ``checkpoint_every`` where they are shown; 0: none.
     keep: states that are kept, beside the best.
     log: "tensorboard", "wandb" or both, beside metrics.jsonl.
@@ -40,7 +40,7 @@ class Machine:
     workers: int | None = None
     sharded: bool = False
     log_every: int = 10
-    checkpoint_every: int = 500
+    checkpoint_every: int | None = 500
     picture_every: int = 500
     keep: int = 3
     log: Sequence[str] = ()

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import logging
+import inspect
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medgmae.checkpoints.saving import save_pretrained
 from medgmae.data import Augmentation, Crops, PreparedScan, is_prepared
 from medgmae.factory import create_model
-from medgmae.ops.progress import progress_bar
-from medgmae.training.batches import Batch, MaskedCrops, load
+from medgmae.training.batches import MaskedBatch, MaskedCrops
 from medgmae.training.corpus import Corpus, corpus_of, split
-from medgmae.training.engine import Engine, NotFinite, Plan, memory
-from medgmae.training.machine import Machine, accelerator_for, workers_of
-from medgmae.training.progress import Progress
+from medgmae.training.engine import Engine, Plan
+from medgmae.training.machine import Machine, accelerator_for
+from medgmae.training.optim import param_groups
 from medgmae.training.provenance import card_of
 from medgmae.training.runs import Run
-from medgmae.training.settings import Settings, TrainingError, expect
+from medgmae.training.session import Job, Session
+from medgmae.training.settings import Settings, TrainingSettings
 from medgmae.training.states import Checkpoints, State
-from medgmae.training.stopping import Stopped, StopRequest
+from medgmae.training.stopping import StopRequest
+from medgmae.training.tables import expect
 from medgmae.training.validation import Validation
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-_log = logging.getLogger("medgmae")
 
 
 def pretrain(
@@ -64,7 +59,7 @@ def pretrain(
     """
     machine, run = machine or Machine(), Run(out)
     if resume:
-        settings = run.settings()
+        settings = run.settings(Settings)
     accelerator = accelerator_for(machine, settings.training.precision, run.folder)
     if accelerator.is_main_process:
         expect(resume or not run.exists, f"{out} holds a run; --resume goes on with it, or choose another folder")
@@ -79,8 +74,9 @@ def pretrain(
             data = [prepared] if is_prepared(prepared) else data
         size = crop_size(settings, model)
         corpus = corpus_of(settings, data, size, prepared, machine.skip_broken, accelerator)
+        job = Pretraining(settings, run, model, corpus)
         with StopRequest() as request:  # before, nothing is lost by an end at once
-            Session(settings, machine, run, model, corpus, accelerator, request).go(state)
+            Session(job, machine, run, accelerator, request).go(state)
     finally:
         if accelerator.is_main_process:
             run.close()
@@ -100,146 +96,97 @@ def start_model(settings: Settings) -> nn.Module:
     return model
 
 
-class Session:
-    """One start of a run, from its last state to its end or until it is stopped."""
+class Pretraining(Job):
+    """A masked autoencoder learns crops of scans by heart.
 
-    def __init__(
-        self,
-        settings: Settings,
-        machine: Machine,
-        run: Run,
-        model: nn.Module,
-        corpus: Corpus,
-        accelerator: Accelerator,
-        request: StopRequest,
-    ) -> None:
-        self.settings, self.machine, self.run, self.request = settings, machine, run, request
-        self.accelerator, self.main = accelerator, accelerator.is_main_process
+    Args:
+        settings: of the run.
+        run: its folder.
+        model: a masked autoencoder.
+        corpus: the scans.
+    """
+
+    title = "pre-training"
+    model: Any
+    settings: Settings
+    samples: MaskedCrops
+
+    def __init__(self, settings: Settings, run: Run, model: nn.Module, corpus: Corpus) -> None:
+        self.settings = settings
+        self.run, self.model, self.corpus = run, model, corpus
+        self.objective = Reconstruct(model, settings.training)
         training, held_out = split(corpus.scans, settings)
-        self.corpus, self.crops = corpus, _crops(settings, model, training, corpus, augment=True)
-        measured = _crops(settings, model, held_out or training, corpus, augment=False)
-        self.plan = Plan.of(settings.training, len(self.crops))
-        self.engine = Engine(model, settings, self.plan, self.accelerator, machine.sharded)
-        self.validation = Validation(measured, 8, self.engine.share.micro, bool(held_out))
-        self.checkpoints = Checkpoints(run.checkpoints, machine.keep)
+        self.samples = self._crops(training, augment=True)
+        self.validation = Validation(self._crops(held_out or training, augment=False), 8, bool(held_out))
         self.numbers = [len(training), len(held_out)]
-        self.progress = Progress()
+        self.about = {
+            "data": [str(one) for one in corpus.sources],
+            "prepared": str(corpus.folder),
+            "scans": len(training),
+            "held_out": len(held_out),
+            "broken": corpus.broken,
+        }
 
-    def go(self, state: State | None) -> None:
-        """Train to the end, from a state or from the start.
-
-        Raises:
-            Stopped: asked to end before.
-        """
-        if state is not None:
-            self.engine.resume(state)
-            self.progress = Progress(**state.facts["progress"])
-        first = self.progress.step
-        if self.main:
-            self.run.begin(self.settings, self._about(), first)
-        if self.machine.log:
-            places = {"wandb": {"dir": str(self.run.folder), "name": self.run.folder.name}}
-            self.accelerator.init_trackers("medgmae", init_kwargs=places)
-        workers, gpu = workers_of(self.machine, self.accelerator), self.accelerator.device.type == "cuda"
-        batches = load(self.crops, self.engine.share, first, self.plan.steps, workers, pin=gpu)
-        show = self.machine.progress if self.main else False
-        with progress_bar(self.plan.steps, "pre-training", show, unit="step") as bar:
-            bar.update(first)
-            for step in range(first, self.plan.steps):
-                self._update(step, batches)
-                bar.update()
-                bar.set_postfix_str(f"loss {self.progress.last:.4f}")
-        if first == self.plan.steps:  # a run that had ended, perhaps before its model was written
-            self._export(self.engine.state(self._facts()))
-        if self.machine.log:
-            self.accelerator.end_training()
-
-    def _update(self, step: int, batches: Iterator[Batch]) -> None:
-        progress, begin = self.progress, time.perf_counter()
-        try:
-            values = self.engine.update(step, batches)
-        except NotFinite as reason:
-            self._save(measure=False)
-            raise TrainingError(
-                f"step {step}: {reason.what}. The weights before it are in {self.run.checkpoints}. The crops were: "
-                f"{'; '.join(reason.of)}. Look at these scans; a lower training.lr, training.clip=1.0 or "
-                "training.precision=fp32 may help"
-            ) from None
-        progress.add(values, time.perf_counter() - begin)
-        done = progress.step
-        if done % self.machine.log_every == 0 or done == self.plan.steps:
-            self._log(progress.line(self.plan, memory(self.accelerator.device)))
-        stop = self.engine.any(bool(self.request.signal))
-        if stop or done % self.machine.checkpoint_every == 0 or done == self.plan.steps:
-            self._save(measure=not stop or done == self.plan.steps)
-        if self.machine.picture_every and (done % self.machine.picture_every == 0 or done == self.plan.steps):
-            self._picture()
-        if stop and done < self.plan.steps:
-            raise Stopped(self.request.signal or 15, done, self.run.folder)
-
-    def _save(self, measure: bool) -> None:
-        """Measure, save the state and the model."""
-        progress = self.progress
-        best = False
-        if measure:
-            scores = self.validation.measure(self.engine, progress.step)
-            score = scores.get("validation_psnr", -scores["validation_loss"])
-            best = progress.best is None or score > progress.best
-            progress.best = score if best else progress.best
-            self._log({"step": progress.step, **scores, "held_out": self.validation.held_out})
-        state = self.engine.state(self._facts())
-        if self.main:
-            self.checkpoints.save(state, best)
-            self._export(state)
-
-    def _facts(self) -> dict[str, Any]:
-        return {"step": self.progress.step, "progress": vars(self.progress)}
-
-    def _rebuilt(self, state: State) -> nn.Module:
-        """The model of a state, on the CPU and in no wrapper."""
+    def rebuilt(self, state: State) -> nn.Module:
+        """See :class:`Job`."""
         with torch.random.fork_rng(devices=[]):
             model = create_model(self.settings.model, **self.settings.model_options)
         model.load_state_dict(state.model)
         return model
 
-    def _export(self, state: State) -> None:
-        """Write the model itself; only the first process has all of it."""
-        if self.main:
-            model: Any = self._rebuilt(state)
-            size, step = self.crops.crops.size, self.progress.step
-            model.pretrained_cfg = card_of(self.settings, size, self.corpus, self.numbers, self.plan, step)
-            save_pretrained(model, self.run.folder)
+    def measure(self, engine: Engine, step: int) -> tuple[dict[str, Any], float]:
+        """Loss, PSNR and SSIM of fixed crops with fixed masks; the score is the PSNR."""
+        values = self.validation.measure(engine, step)
+        score = values.get("validation_psnr", -values["validation_loss"])
+        return {**values, "held_out": self.validation.held_out}, score
 
-    def _picture(self) -> None:
+    def export(self, model: Any, plan: Plan, step: int) -> None:
+        """See :class:`Job`."""
+        size = self.samples.crops.size
+        model.pretrained_cfg = card_of(self.settings, size, self.corpus, self.numbers, plan, step)
+        save_pretrained(model, self.run.folder)
+
+    def picture(self, model: nn.Module, path: Path, title: str) -> None:
         """What the model makes of the first measured crop."""
-        model = self._rebuilt(self.engine.state({})) if self.machine.sharded else self.engine.plain
-        if not self.main:
-            return
-        step = self.progress.step
-        try:
-            self.validation.picture(model, self.run.pictures / f"step_{step:08d}.png", f"step {step}")
-        except ImportError as error:
-            _log.warning("no pictures: %s", error)
+        self.validation.picture(model, path, title)
 
-    def _log(self, values: dict[str, Any]) -> None:
-        if self.main:
-            self.run.log(values)
-        if self.machine.log:
-            self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
+    def _crops(self, scans: Sequence[PreparedScan], *, augment: bool) -> MaskedCrops:
+        settings, encoder = self.settings, self.model.encoder
+        size = crop_size(settings, self.model)
+        channels = {scan.channels for scan in scans}
+        expect(
+            channels == {encoder.in_chans},
+            f"the scans have {sorted(channels)} channels and the model {encoder.in_chans}; give model_options.in_chans",
+        )
+        crops = Crops(
+            scans,
+            size,
+            per_scan=settings.crops.per_scan,
+            foreground=settings.crops.foreground,
+            pad=float(self.corpus.input.get("pad") or 0.0),
+            normalize=settings.crops.normalize,
+            augmentation=Augmentation.of(settings.augmentation) if augment else None,
+            seed=settings.training.seed,
+        )
+        patches = math.prod(n // p for n, p in zip(size, encoder.patch_size, strict=True))
+        return MaskedCrops(crops, patches, settings.training.seed)
 
-    def _about(self) -> dict[str, Any]:
-        training, held_out = self.numbers
-        return {
-            "data": [str(one) for one in self.corpus.sources],
-            "prepared": str(self.corpus.folder),
-            "scans": training,
-            "held_out": held_out,
-            "broken": self.corpus.broken,
-            "processes": self.accelerator.num_processes,
-            "device": str(self.accelerator.device),
-            "precision": str(self.accelerator.mixed_precision),
-            "threads": torch.get_num_threads(),
-        }
+
+class Reconstruct:
+    """The loss of a masked autoencoder, for crops and the masks that are made of their noise."""
+
+    def __init__(self, model: Any, training: TrainingSettings) -> None:
+        self.ratio, self.training = model.mask_ratio, training
+        self.takes_step = "step" in inspect.signature(model.forward).parameters
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Without layer-wise rates, which the decoder has no place in."""
+        return param_groups(model, weight_decay=self.training.weight_decay)
+
+    def __call__(self, model: nn.Module, batch: MaskedBatch, step: int) -> dict[str, Tensor]:
+        """The loss and the terms of the model's own."""
+        output = model(batch.x, batch.masking(self.ratio), **({"step": step} if self.takes_step else {}))
+        return {"loss": output.loss, **getattr(output, "terms", {})}
 
 
 def crop_size(settings: Settings, model: Any) -> tuple[int, ...]:
@@ -252,26 +199,3 @@ def crop_size(settings: Settings, model: Any) -> tuple[int, ...]:
     fits = len(size) == len(patch) and all(n > 0 and n % p == 0 for n, p in zip(size, patch, strict=True))
     expect(fits, f"crops.size is {list(size)}; expected multiples of the patch {list(patch)}")
     return size
-
-
-def _crops(
-    settings: Settings, model: Any, scans: Sequence[PreparedScan], corpus: Corpus, *, augment: bool
-) -> MaskedCrops:
-    encoder, size = model.encoder, crop_size(settings, model)
-    channels = {scan.channels for scan in scans}
-    expect(
-        channels == {encoder.in_chans},
-        f"the scans have {sorted(channels)} channels and the model {encoder.in_chans}; give model_options.in_chans",
-    )
-    crops = Crops(
-        scans,
-        size,
-        per_scan=settings.crops.per_scan,
-        foreground=settings.crops.foreground,
-        pad=float(corpus.input.get("pad") or 0.0),
-        normalize=settings.crops.normalize,
-        augmentation=Augmentation.of(settings.augmentation) if augment else None,
-        seed=settings.training.seed,
-    )
-    patches = math.prod(n // p for n, p in zip(size, encoder.patch_size, strict=True))
-    return MaskedCrops(crops, patches, settings.training.seed)

@@ -16,12 +16,14 @@ class Progress:
 
     step: updates that are done.
     best: best score so far.
+    since: measurements after it.
     last: last loss.
     sums: of values since the last line of the log, over ``count`` updates.
     """
 
     step: int = 0
     best: float | None = None
+    since: int = 0
     last: float = math.nan
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0
@@ -31,6 +33,12 @@ class Progress:
         for name, value in {**values, "seconds": seconds}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.step, self.count, self.last = self.step + 1, self.count + 1, values["loss"]
+
+    def score(self, score: float) -> bool:
+        """Count a measurement; whether it is the best so far."""
+        best = self.best is None or score > self.best
+        self.best, self.since = (score, 0) if best else (self.best, self.since + 1)
+        return best
 
     def line(self, plan: Plan, megabytes: float) -> dict[str, Any]:
         """A line of the log, and a new beginning."""

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 
 from medgmae._version import __version__
 from medgmae.data.store import write_whole
-from medgmae.training.settings import Settings, TrainingError, read_recipe
+from medgmae.training.settings import RunSettings, S, TuneSettings, read_run_settings
+from medgmae.training.tables import TrainingError
 
 SETTINGS, METRICS, ABOUT = "settings.toml", "metrics.jsonl", "run.json"
 
@@ -37,15 +38,19 @@ class Run:
         """Whether a run was begun here."""
         return (self.folder / SETTINGS).exists()
 
-    def settings(self) -> Settings:
+    def settings(self, kind: type[S]) -> S:
         """The settings of the run that was begun here.
 
         Raises:
-            TrainingError: there is none.
+            TrainingError: there is none, or it is of another kind.
         """
         if not self.exists:
             raise TrainingError(f"{self.folder} holds no run; start one without --resume")
-        return read_recipe(self.folder / SETTINGS)
+        settings = read_run_settings(self.folder / SETTINGS)
+        if not isinstance(settings, kind):
+            word = "fine-tuning" if isinstance(settings, TuneSettings) else "pre-training"
+            raise TrainingError(f"{self.folder} is a run of {word}; go on with that command, or choose another folder")
+        return settings
 
     def starts(self) -> list[dict[str, Any]]:
         """What the run was started with, each time."""
@@ -72,7 +77,7 @@ class Run:
         """Let go of the folder."""
         self._lock.release()
 
-    def begin(self, settings: Settings, about: Mapping[str, Any], step: int) -> None:
+    def begin(self, settings: RunSettings, about: Mapping[str, Any], step: int) -> None:
         """Note a start: the settings the first time, what it runs with every time, and no numbers beyond ``step``."""
         place = self.folder / SETTINGS
         if not place.exists():
@@ -108,7 +113,7 @@ def summary_of(folder: str | Path) -> dict[str, Any]:
         TrainingError: no run.
     """
     run = Run(folder)
-    settings, log = run.settings(), run.folder / METRICS
+    settings, log = run.settings(RunSettings), run.folder / METRICS
     lines = read_metrics(log)
     losses = [one for one in lines if "loss" in one]
     scores = [one["validation_psnr"] for one in lines if "validation_psnr" in one]

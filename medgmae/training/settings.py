@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import re
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, overload
 
 from medgmae.factory import card_input
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from medgmae.training.tables import Table, TrainingError, expect, load_table, read_table
 
 RECIPES = Path(__file__).parent / "recipes"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+KINDS = ("classify", "regress", "survive")
+VIEWS = ("center", "resize", "windows")
+ENCODERS = ("full", "frozen", "lora")
 
-
-class TrainingError(ValueError):
-    """Settings that are not valid, data that cannot be used, or a run that cannot go on."""
+S = TypeVar("S", bound="RunSettings")
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,7 @@ class TrainingSettings:
     batch_size: crops per update, of all processes and micro-batches together.
     micro_batch: crops that a process computes at once; None: its share of the batch.
     lr: peak; with ``lr_per_256`` that of a batch of 256.
+    layer_decay: factor on the rate per layer from the head down, see :func:`~medgmae.training.param_groups`.
     min_lr, warmup_steps, warmup_epochs: linear from 0 to the peak, then half a cosine to ``min_lr``.
     weight_decay, betas: of AdamW; biases, norms and what the model names are not decayed.
     clip: largest norm of the gradient; None: not clipped.
@@ -77,6 +72,7 @@ class TrainingSettings:
     micro_batch: int | None = None
     lr: float = 1e-3
     lr_per_256: bool = False
+    layer_decay: float | None = None
     min_lr: float = 0.0
     warmup_steps: int | None = None
     warmup_epochs: float | None = None
@@ -89,52 +85,57 @@ class TrainingSettings:
     checkpointing: bool = False
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        expect((self.steps is None) != (self.epochs is None), "training needs steps or epochs, and one of them")
+        for name, least in (("steps", 1), ("batch_size", 1), ("micro_batch", 1), ("warmup_steps", 0), ("seed", 0)):
+            value = getattr(self, name)
+            expect(value is None or value >= least, f"training.{name} is {value}; expected at least {least}")
+        for name in ("epochs", "lr", "clip", "layer_decay"):
+            value = getattr(self, name)
+            expect(value is None or value > 0, f"training.{name} is {value}; expected more than 0")
+        for name in ("min_lr", "warmup_epochs", "weight_decay"):
+            value = getattr(self, name)
+            expect(value is None or value >= 0, f"training.{name} is {value}; expected at least 0")
+        betas, two = self.betas, len(self.betas) == 2
+        expect(two and all(0 <= b < 1 for b in betas), f"training.betas are {betas}; expected two numbers in [0, 1)")
+        expect(
+            self.precision in PRECISIONS,
+            f"training.precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}",
+        )
+        expect(
+            self.warmup_steps is None or self.warmup_epochs is None,
+            "training.warmup_steps and training.warmup_epochs both say how long the warm-up is; leave one out",
+        )
+
 
 @dataclass(frozen=True)
-class Settings:
-    """A run.
+class RunSettings(Table):
+    """What every run has.
 
     model: architecture, as :func:`~medgmae.create_model` takes it.
     model_options: its options.
     init: weights to start from, anything that ``load_pretrained`` takes; None: random.
     input: preprocessing, the ``input`` block of a weight card, or the tag of one.
-    crops, augmentation, training: see there; ``augmentation`` is that of :class:`~medgmae.data.Augmentation`.
+    augmentation: that of :class:`~medgmae.data.Augmentation`.
+    training: see there.
     held_out: what is measured on and not trained on: a share of the scans below 1, or "column=value" of a table, such
         as "fold=0".
     """
+
+    alternatives: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("training.steps", "training.epochs"),
+        ("training.warmup_steps", "training.warmup_epochs"),
+    )
 
     model: str
     model_options: dict[str, Any] = field(default_factory=dict)
     init: str | None = None
     input: dict[str, Any] | str = field(default_factory=dict)
-    crops: CropSettings = field(default_factory=CropSettings)
     augmentation: dict[str, Any] = field(default_factory=dict)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     held_out: float | str = 0.1
 
     def __post_init__(self) -> None:
-        training, crops = self.training, self.crops
-        expect((training.steps is None) != (training.epochs is None), "training needs steps or epochs, and one of them")
-        for name, least in (("steps", 1), ("batch_size", 1), ("micro_batch", 1), ("warmup_steps", 0), ("seed", 0)):
-            value = getattr(training, name)
-            expect(value is None or value >= least, f"training.{name} is {value}; expected at least {least}")
-        for name in ("epochs", "lr", "clip"):
-            value = getattr(training, name)
-            expect(value is None or value > 0, f"training.{name} is {value}; expected more than 0")
-        for name in ("min_lr", "warmup_epochs", "weight_decay"):
-            value = getattr(training, name)
-            expect(value is None or value >= 0, f"training.{name} is {value}; expected at least 0")
-        betas, two = training.betas, len(training.betas) == 2
-        expect(two and all(0 <= b < 1 for b in betas), f"training.betas are {betas}; expected two numbers in [0, 1)")
-        expect(
-            training.precision in PRECISIONS,
-            f"training.precision is {training.precision!r}; expected one of {', '.join(PRECISIONS)}",
-        )
-        expect(
-            training.warmup_steps is None or training.warmup_epochs is None,
-            "training.warmup_steps and training.warmup_epochs both say how long the warm-up is; leave one out",
-        )
-        expect(crops.per_scan >= 1, f"crops.per_scan is {crops.per_scan}; expected at least 1")
         share = isinstance(self.held_out, float) and 0 <= self.held_out < 1
         column = isinstance(self.held_out, str) and "=" in self.held_out
         expect(share or column, f"held_out is {self.held_out!r}; expected a share from 0 to below 1, or 'column=value'")
@@ -144,26 +145,7 @@ class Settings:
         """The ``input`` block itself."""
         return dict(card_input(self.input) if isinstance(self.input, str) else self.input)
 
-    def changed(self, changes: Mapping[str, Any]) -> Settings:
-        """The settings with others by dotted name, such as ``{"training.lr": 1e-4, "model": "vit_..."}``.
-
-        Raises:
-            TrainingError: an unknown name, or a value of another kind.
-        """
-        table = asdict(self)
-        for name, value in changes.items():
-            *path, last = name.split(".")
-            inner = table
-            for key in path:
-                inner = inner.get(key)  # type: ignore[assignment]
-                expect(isinstance(inner, dict), f"{name}: there are no settings below {key!r}")
-            inner[last] = value
-            other = _EITHER.get(name)
-            if other is not None and value is not None and other not in changes:
-                inner[other.rsplit(".", 1)[-1]] = None  # of steps and epochs, the one that is named now is meant
-        return read_settings(table)
-
-    def lasting(self, *, steps: int | None = None, epochs: float | None = None) -> Settings:
+    def lasting(self: S, *, steps: int | None = None, epochs: float | None = None) -> S:
         """The settings with another length; the warm-up keeps its share of it."""
         training = self.training
         before, after = training.steps or training.epochs or 1, steps or epochs or 1
@@ -175,128 +157,195 @@ class Settings:
         none = dict.fromkeys(("steps", "epochs", "warmup_steps", "warmup_epochs"))
         return self.changed({f"training.{name}": value for name, value in {**none, **unit}.items()})
 
-    def toml(self) -> str:
-        """The settings as a recipe."""
-        return _toml(asdict(self))
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """A run of pre-training: what every run has, and its ``crops``."""
+
+    crops: CropSettings = field(default_factory=CropSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self.crops.per_scan >= 1, f"crops.per_scan is {self.crops.per_scan}; expected at least 1")
 
 
-_PAIRS = [("training.steps", "training.epochs"), ("training.warmup_steps", "training.warmup_epochs")]
-_EITHER = {one: other for pair in _PAIRS for one, other in (pair, pair[::-1])}
+@dataclass(frozen=True)
+class TaskSettings:
+    """What is predicted of a scan.
+
+    kind: "classify", "regress", or "survive" (Cox's proportional hazards).
+    labels: columns of the table. "classify" takes one with the name of a class in each row; with ``multilabel`` any
+        number, each with 0 or 1, empty where it is not known. "regress" takes any number, in their own units.
+        "survive" takes two: the time, and 1 for an event at that time or 0 for the end of observation.
+    classes: names of the classes in the order of the outputs; empty: those of the table, sorted.
+    multilabel: every column is a question of its own (sigmoid), with one output each.
+    label_smoothing: share of the target that all classes get alike.
+    class_weights: weight the loss of a case by the inverse share of its class.
+    balanced: draw cases such that all classes are seen equally often.
+    """
+
+    kind: str = "classify"
+    labels: list[str] = field(default_factory=lambda: ["label"])
+    classes: list[str] = field(default_factory=list)
+    multilabel: bool = False
+    label_smoothing: float = 0.0
+    class_weights: bool = False
+    balanced: bool = False
+
+    def __post_init__(self) -> None:
+        expect(self.kind in KINDS, f"task.kind is {self.kind!r}; expected one of {', '.join(KINDS)}")
+        expect(bool(self.labels), "task.labels is empty; expected the names of columns")
+        expect(len(set(self.labels)) == len(self.labels), f"task.labels has a column twice: {self.labels}")
+        count = len(self.labels)
+        if self.kind == "survive":
+            expect(count == 2, f"task.labels is {self.labels}; expected two columns, the time and the event")
+        if self.kind == "classify" and not self.multilabel:
+            expect(count == 1, f"task.labels is {self.labels}; expected one column, or task.multilabel = true")
+        own = self.classes or self.label_smoothing or self.class_weights or self.balanced or self.multilabel
+        expect(
+            self.kind == "classify" or not own,
+            f"task.kind is {self.kind!r}, which has no classes: leave out classes, multilabel, label_smoothing, "
+            "class_weights and balanced",
+        )
+        expect(
+            not self.multilabel or not (self.classes or self.balanced),
+            "task.multilabel has a column for each class: leave out classes and balanced",
+        )
+        expect(0 <= self.label_smoothing < 1, f"task.label_smoothing is {self.label_smoothing}; expected 0 to below 1")
 
 
-def recipes() -> list[str]:
-    """Names of the recipes that the library has."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+@dataclass(frozen=True)
+class ViewSettings:
+    """What the model sees of a scan.
+
+    kind: "center": the middle of the scan, padded to ``size``; "resize": the whole scan, resampled to ``size``, which
+        changes its proportions; "windows": windows of ``size``, whose pooled vectors are averaged.
+    size: voxels (d, h, w); None: what the model was made for.
+    overlap: of windows, least share in common with the next.
+    windows: how many of them, drawn at random, are looked at in a step of training.
+    """
+
+    kind: str = "center"
+    size: list[int] | None = None
+    overlap: float = 0.0
+    windows: int = 1
+
+    def __post_init__(self) -> None:
+        expect(self.kind in VIEWS, f"view.kind is {self.kind!r}; expected one of {', '.join(VIEWS)}")
+        expect(0 <= self.overlap < 1, f"view.overlap is {self.overlap}; expected 0 to below 1")
+        expect(self.windows >= 1, f"view.windows is {self.windows}; expected at least 1")
 
 
-def read_recipe(name: str | Path) -> Settings:
-    """The settings of a recipe of the library, or of a TOML file, such as a run's ``settings.toml``.
+@dataclass(frozen=True)
+class TuningSettings:
+    """Which parameters learn, and which weights are kept.
+
+    encoder: "full": all of them; "frozen": the head and the pooling alone, the linear probe, or with
+        ``model_options.global_pool = "attention"`` the attentive one; "lora": low-rank changes of the linear layers of
+        the blocks, and the head (Hu et al. 2021, with ``peft``).
+    lora_rank, lora_alpha: rank, and scale of the changes times the rank.
+    head_std: standard deviation of the head's first weights.
+    select: whose weights are the result: "last", or those with the best "loss" or "auc" on the cases held out.
+    patience: measurements without a better one (of the loss, or of ``select``) after which the run ends; None: never.
+    """
+
+    encoder: str = "full"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    head_std: float = 2e-5
+    select: str = "last"
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        expect(self.encoder in ENCODERS, f"tuning.encoder is {self.encoder!r}; expected one of {', '.join(ENCODERS)}")
+        expect(self.lora_rank >= 1, f"tuning.lora_rank is {self.lora_rank}; expected at least 1")
+        for name in ("lora_alpha", "head_std"):
+            expect(getattr(self, name) > 0, f"tuning.{name} is {getattr(self, name)}; expected more than 0")
+        expect(
+            self.select in ("last", "loss", "auc"),
+            f"tuning.select is {self.select!r}; expected 'last', 'loss' or 'auc'",
+        )
+        expect(self.patience is None or self.patience >= 1, f"tuning.patience is {self.patience}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class TuneSettings(RunSettings):
+    """A run of fine-tuning: what every run has, and what is predicted, from which view, by what.
+
+    task, view, tuning: see there.
+    folds: runs, each of which holds another part of the cases out; 0: one run, by ``held_out``.
+    fold: column of the table that says the fold of each case, 0, 1, ...; None: drawn by the seed, stratified by class.
+    group: column whose cases stay together, such as the patient.
+    """
+
+    task: TaskSettings = field(default_factory=TaskSettings)
+    view: ViewSettings = field(default_factory=ViewSettings)
+    tuning: TuningSettings = field(default_factory=TuningSettings)
+    folds: int = 0
+    fold: str | None = None
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self.folds != 1 and self.folds >= 0, f"folds is {self.folds}; expected 0 for one run, or at least 2")
+        expect(self.fold is None or self.folds > 0, f"fold is {self.fold!r}, and folds is 0; say how many there are")
+        expect(
+            self.tuning.select != "auc" or self.task.kind == "classify",
+            f"tuning.select is 'auc', which {self.task.kind!r} has not; expected 'last' or 'loss'",
+        )
+
+
+def recipes(kind: type[RunSettings] = Settings) -> list[str]:
+    """Names of the recipes that the library has, of pre-training or of fine-tuning."""
+    return sorted(path.stem for path in _folder(kind).glob("*.toml"))
+
+
+@overload
+def read_recipe(name: str | Path) -> Settings: ...
+
+
+@overload
+def read_recipe(name: str | Path, kind: type[S]) -> S: ...
+
+
+def read_recipe(name: str | Path, kind: type[RunSettings] = Settings) -> RunSettings:
+    """The settings of a recipe of the library, or of a TOML file.
 
     Raises:
         TrainingError: no such recipe, or one that is not valid.
     """
-    path = RECIPES / f"{name}.toml"
-    if str(name) not in recipes():
-        path = Path(name)
-        expect(path.suffix == ".toml", f"{name} is not a recipe; expected {', '.join(recipes())}, or a .toml file")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TrainingError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # not TOML, not UTF-8
-        raise TrainingError(f"the recipe {path} is not valid TOML: {error}") from None
-    try:
-        return read_settings(table)
-    except TrainingError as error:
-        raise TrainingError(f"the recipe {path}: {error}") from None
+    path = _folder(kind) / f"{name}.toml"
+    if str(name) not in recipes(kind):
+        path, known = Path(name), ", ".join(recipes(kind))
+        expect(path.suffix == ".toml", f"{name} is not a recipe; expected {known}, or a .toml file")
+    return _of_file(path, load_table(path), kind)
+
+
+def read_run_settings(path: Path) -> RunSettings:
+    """The settings that a run keeps in its ``settings.toml``.
+
+    Raises:
+        TrainingError: they cannot be read, or are not valid.
+    """
+    table = load_table(path)
+    return _of_file(path, table, TuneSettings if "task" in table else Settings)
 
 
 def read_settings(table: Mapping[str, Any]) -> Settings:
-    """Settings of nested tables.
+    """Settings of pre-training of nested tables.
 
     Raises:
         TrainingError: an unknown name, a value of another kind, or values that do not go together.
     """
-    return _read(Settings, table, "")  # type: ignore[no-any-return]
+    return read_table(Settings, table)
 
 
-def parse_change(text: str) -> tuple[str, Any]:
-    """``"training.lr=1e-4"`` as a name and a value of TOML; what is not TOML is text.
+def _folder(kind: type[RunSettings]) -> Path:
+    return RECIPES / "finetune" if issubclass(kind, TuneSettings) else RECIPES
 
-    Raises:
-        TrainingError: no "=" in it.
-    """
-    name, equals, value = text.partition("=")
-    expect(bool(equals and name.strip()), f"{text!r} is not a setting; expected NAME=VALUE, as in training.lr=1e-4")
+
+def _of_file(path: Path, table: Mapping[str, Any], kind: type[S]) -> S:
     try:
-        return name.strip(), tomllib.loads(f"value = {value}")["value"] if value.strip() != "none" else None
-    except ValueError:
-        return name.strip(), value.strip()
-
-
-def expect(holds: bool, message: str) -> None:
-    """Raise a TrainingError where something does not hold."""
-    if not holds:
-        raise TrainingError(message)
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as ``kind``: a dataclass of a table, lists of them, numbers and text as they are."""
-    options = get_args(kind) or (kind,)
-    if is_dataclass(kind):
-        expect(isinstance(value, Mapping), f"{where} is {value!r}; expected a table")
-        hints = get_type_hints(kind)
-        prefix = f"{where}." if where else ""
-        unknown = sorted(set(value) - set(hints))
-        expect(not unknown, f"{prefix}{unknown[0] if unknown else ''} is not a setting; expected {', '.join(hints)}")
-        needed = [one.name for one in fields(kind) if one.name == "model"]
-        expect(all(value.get(name) for name in needed), "no model is named; give one, such as mae_vit_base_patch16_96")
-        return kind(**{name: _read(hints[name], inner, prefix + name) for name, inner in value.items()})  # type: ignore[operator]
-    if getattr(kind, "__origin__", None) is list:
-        expect(isinstance(value, (list, tuple)), f"{where} is {value!r}; expected a list")
-        return [_read(options[0], inner, where) for inner in value]
-    if getattr(kind, "__origin__", None) is dict:
-        expect(isinstance(value, Mapping), f"{where} is {value!r}; expected a table")
-        return dict(value)
-    if len(options) > 1:
-        if value is None and type(None) in options:
-            return None
-        for option in options:
-            try:
-                return _read(option, value, where)
-            except TrainingError:
-                continue
-        raise TrainingError(f"{where} is {value!r}; expected {' or '.join(map(_named, options))}")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    expect(fits, f"{where} is {value!r}; expected {_named(kind)}")
-    return value
-
-
-def _named(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
-    return names.get(kind) or ("a list" if getattr(kind, "__origin__", None) is list else "a table")
-
-
-def _toml(table: Mapping[str, Any], name: str = "") -> str:
-    """Tables below values; None is left out, as TOML has none."""
-    values = {key: value for key, value in table.items() if value is not None}
-    inner = {key: value for key, value in values.items() if isinstance(value, Mapping)}
-    lines = [f"{_key(key)} = {_value(value)}" for key, value in values.items() if key not in inner]
-    lines = [*([f"[{name}]"] if name and lines else []), *lines]
-    blocks = ["\n".join(lines)] if lines else []
-    blocks += [_toml(value, f"{name}.{_key(key)}" if name else _key(key)) for key, value in inner.items()]
-    return "\n\n".join(block for block in blocks if block)
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else json.dumps(name)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(key)} = {_value(one)}" for key, one in value.items() if one is not None) + "}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_value, value))}]"
-    return json.dumps(value, ensure_ascii=False)
+        return read_table(kind, table)
+    except TrainingError as error:
+        raise TrainingError(f"the recipe {path}: {error}") from None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from medgmae.training.settings import TrainingError
+from medgmae.training.tables import TrainingError
 
 BEST = "best.safetensors"
 _NAME = re.compile(r"step_(\d{8})\.safetensors")

@@ -14,7 +14,7 @@ from medgmae.evaluation import psnr, ssim3d
 from medgmae.inference.reconstruction import Reconstruction
 from medgmae.layers.masking import Masking
 from medgmae.layers.patches import unpatchify
-from medgmae.training.batches import Batch, MaskedCrops, stack
+from medgmae.training.batches import MaskedBatch, MaskedCrops
 
 if TYPE_CHECKING:
     from medgmae.training.engine import Engine
@@ -26,28 +26,27 @@ class Validation:
     Args:
         crops: of scans that are held out, or of those that are trained on.
         count: how many.
-        micro: crops at once.
         held_out: whether they are held out.
     """
 
-    def __init__(self, crops: MaskedCrops, count: int, micro: int, held_out: bool) -> None:
+    def __init__(self, crops: MaskedCrops, count: int, held_out: bool) -> None:
         self.crops, self.count, self.held_out = crops, min(count, len(crops)), held_out
-        self.micro = max(1, min(micro, self.count))
 
-    def batches(self) -> list[list[int]]:
-        """Positions of crops, batch by batch."""
-        return [list(range(i, min(i + self.micro, self.count))) for i in range(0, self.count, self.micro)]
+    def batches(self, micro: int) -> list[list[int]]:
+        """Positions of crops, ``micro`` at once."""
+        return [list(range(i, min(i + micro, self.count))) for i in range(0, self.count, micro)]
 
     def measure(self, engine: Engine, step: int) -> dict[str, Any]:
         """Loss, PSNR of the hidden voxels in dB and SSIM of the completed crops; the range is that of the crop."""
         totals: dict[str, float] = {}
         engine.model.eval()
-        for positions in self.batches():
+        for positions in self.batches(engine.share.micro):
             batch = self._batch(positions).to(engine.accelerator.device)
-            masking = engine.masking(batch)
+            masking = batch.masking(engine.plain.mask_ratio)  # type: ignore[arg-type]
             with torch.no_grad():
-                loss = engine.forward(batch, step).loss
-                completed = engine.reconstruct(batch.x, masking)
+                loss = engine.values(batch, step)["loss"]
+                with engine.accelerator.autocast():
+                    completed: Tensor = engine.plain.reconstruct(batch.x, masking)  # type: ignore[operator]
             for i in range(len(positions)):
                 for name, value in _scores(
                     completed[i : i + 1].float(), batch.x[i : i + 1], masking, i, engine
@@ -57,8 +56,8 @@ class Validation:
         engine.model.train()
         return {f"validation_{name}": value for name, value in totals.items()}
 
-    def _batch(self, positions: list[int]) -> Batch:
-        return stack([self.crops[position] for position in positions])
+    def _batch(self, positions: list[int]) -> MaskedBatch:
+        return self.crops.stack([self.crops[position] for position in positions])
 
     def picture(self, model: nn.Module, path: Path, title: str) -> None:
         """The first crop, what the model saw of it and what it made of that, as a PNG file."""
