@@ -298,6 +298,48 @@ def dice_ce_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-6) -> Ten
     return dice_loss(logits, target, smooth=smooth) + F.cross_entropy(logits, _ids(logits, target))
 
 
+def multilabel_loss(logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """Mean binary cross-entropy of the labels that are known, a scalar; 0 where none is.
+
+    Args:
+        logits: (B, L).
+        target: (B, L), 0 or 1, NaN where the label is not known.
+        smoothing: moves targets towards 1/2 by this share.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    logits, target = _at_least_single(logits), _masks(logits, target).to(logits.device)
+    known = ~target.isnan()
+    wanted = torch.where(known, target, 0.5).to(logits.dtype) * (1 - smoothing) + smoothing / 2
+    losses = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    return (losses * known).sum() / known.sum().clamp(min=1)
+
+
+def cox_loss(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
+    """Negative log partial likelihood of Cox's proportional hazards per event, a scalar; ties as Breslow (1974).
+
+    A batch without an event has loss 0. Of a batch that is a part of the cases, only its own risk sets count.
+
+    Args:
+        risk: (B,), the log hazard ratio.
+        time: (B,), of the event or of the end of observation, any unit.
+        event: (B,), 1 for an event, 0 for a case that was observed no longer.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if not risk.dim() == 1 or not risk.shape == time.shape == event.shape:
+        raise ValueError(
+            f"risk, time and event must be (B,), got {tuple(risk.shape)}, {tuple(time.shape)}, {tuple(event.shape)}"
+        )
+    risk = _at_least_single(risk)
+    at_risk = time[None, :] >= time[:, None]  # (B, B): who is still observed at the time of each
+    likelihoods = risk - risk[None, :].masked_fill(~at_risk, -math.inf).logsumexp(1)
+    happened = event.to(risk.dtype)
+    return -(likelihoods * happened).sum() / happened.sum().clamp(min=1)
+
+
 def _at_least_single(logits: Tensor) -> Tensor:
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 

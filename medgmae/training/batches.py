@@ -55,6 +55,23 @@ class MaskedBatch(NamedTuple):
         return random_masking(batch, tokens, ratio=ratio, noise=self.noise)
 
 
+class CaseBatch(NamedTuple):
+    """Cases of one process.
+
+    x: (B, K, C, *size) float32, K windows of each.
+    targets: (B, T) float32.
+    of: what each case is, for error messages.
+    """
+
+    x: Tensor
+    targets: Tensor
+    of: list[str]
+
+    def to(self, device: torch.device) -> CaseBatch:
+        """The tensors on a device."""
+        return CaseBatch(self.x.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), self.of)
+
+
 T = TypeVar("T", bound=Batch)
 
 
