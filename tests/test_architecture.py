@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, list[str]] = {
     "checkpoints": ["_version", "layers", "models.encoder", "models.parts", "models.registry"],
     "inference": ["models.encoder", "models.parts", "layers", "gaussians", "data", "ops.progress"],
     "factory": ["checkpoints", "models", "data"],
-    "visualize": ["inference", "data"],
+    "visualize": ["inference", "evaluation", "data"],
     "training": [
         "_version",
         "factory",

@@ -15,9 +15,17 @@ import torch
 
 from medgmae import Masking, ViT, Volume, create_model, create_transform, extract_features, reconstruct_scan
 from medgmae.data import Grid, crop_or_pad
+from medgmae.evaluation import classification_metrics
 from medgmae.inference.colours import feature_colours, pca_rgb
 from medgmae.inference.features import dense_features
-from medgmae.visualize import fit_figure, images_figure, latent_map_figure, reconstruction_figure, runs_figure
+from medgmae.visualize import (
+    classification_figure,
+    fit_figure,
+    images_figure,
+    latent_map_figure,
+    reconstruction_figure,
+    runs_figure,
+)
 
 DATA = Path(__file__).parent.parent / "examples/data"
 TAG = "mae_vit_tiny_patch8_64.demo"
@@ -298,3 +306,36 @@ def test_curves_of_runs() -> None:
     assert psnr[0].get_color() == titles["loss"].lines[0].get_color() != psnr[1].get_color()
     with pytest.raises(ValueError, match="no numbers in the logs of b"):
         runs_figure({"b": []})
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_curves_of_classifiers_and_of_their_folds(classes: int) -> None:
+    labels = torch.arange(90) % classes
+    noise = torch.randn(90, classes, generator=torch.Generator().manual_seed(1))
+    shares = (noise + torch.nn.functional.one_hot(labels, classes)).softmax(1)
+    folds = torch.arange(90) // 30
+    folds[labels == 1] %= 2  # fold 2 has no case of class 1
+    figure = classification_figure(shares, labels, ["no", "yes", "perhaps"][:classes], folds=folds, title="probe")
+    roc, precision, confusion, calibration = figure.axes
+    drawn = [1] if classes == 2 else [0, 1, 2]
+    assert len(roc.lines) == sum(1 + (2 if k == 1 else 3) for k in drawn) + 1  # and the line of chance
+    assert len(precision.lines) == len(roc.lines) - 1
+    assert len(calibration.lines) == len(drawn) + 1
+    aucs = [re.search(r": ([\d.]+)$", text.get_text()) for text in roc.get_legend().get_texts()]
+    if classes == 2:
+        assert float(aucs[0][1]) == pytest.approx(classification_metrics(shares.log(), labels).auc, abs=6e-4)
+    cells = [int(text.get_text()) for text in confusion.texts]
+    assert sum(cells) == 90
+    assert cells[0] == int(((labels == 0) & (shares.argmax(1) == 0)).sum())
+    assert [tick.get_text() for tick in confusion.get_yticklabels()] == ["no", "yes", "perhaps"][:classes]
+    assert figure.get_suptitle() == "probe"
+    assert len(classification_figure(shares, labels).axes[0].lines) == len(drawn) + 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({"names": ["a"]}, "1 names for 2 classes"), ({"folds": [0]}, "folds are (1,); expected one per case, (3,)")],
+)
+def test_curves_of_classifiers_say_what_they_need(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        classification_figure([[0.1, 0.9], [0.5, 0.5], [0.9, 0.1]], [1, 0, 0], **more)

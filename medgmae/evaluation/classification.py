@@ -1,4 +1,4 @@
-"""How well features or a classifier tell cases apart: metrics, stratified folds, nearest neighbours, linear probe.
+"""How well features or a classifier tell cases apart: metrics, nearest neighbours, linear probe.
 
 scikit-learn does the work (``pip install medgmae[evaluation]``); this module holds the protocols around it. All metrics
 are between 0 and 1. With two classes, class 1 is the positive one; with more, each metric is the macro average over the
@@ -7,16 +7,16 @@ classes, each against the rest.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Values: TypeAlias = Tensor | NDArray[Any] | Sequence[Any]
+from medgmae.evaluation.arguments import Values, check_classes, check_rows, class_labels, library, table_of
+from medgmae.evaluation.folds import stratified_folds
+
 Probe = Literal["linear", "knn"]
 
 
@@ -55,37 +55,8 @@ def classification_metrics(logits: Values, labels: Values) -> Metrics:
             a case: its AUC and sensitivity are not defined.
         ImportError: scikit-learn is not installed.
     """
-    scores, classes = _table(logits, "logits"), _labels(labels)
+    scores, classes = table_of(logits, "logits"), class_labels(labels)
     return _metrics(scores, torch.from_numpy(scores).softmax(1).numpy(), classes)
-
-
-def stratified_folds(labels: Values, folds: int = 5, seed: int = 42) -> Tensor:
-    """The fold in which each case is a test case, as scikit-learn's ``StratifiedKFold`` shuffles them.
-
-    With ``fold = stratified_folds(labels)``, train on the cases where ``fold != k`` and collect the logits of those
-    where ``fold == k``, for each k, as :func:`fold_metrics` takes them.
-
-    Args:
-        labels: (n,) whole numbers from 0 on; every class goes into every fold.
-        folds: how many, at least 2.
-        seed: ``random_state``; 42 with 5 folds is the protocol of 3D Mamba MAE.
-
-    Returns:
-        (n,) int64, 0 to folds - 1.
-
-    Raises:
-        ValueError: a class with fewer cases than folds, fewer than two classes, or labels that are not classes.
-        ImportError: scikit-learn is not installed.
-    """
-    classes = _labels(labels)
-    if folds < 2:
-        raise ValueError(f"folds must be at least 2, got {folds}")
-    _check_classes(classes, int(classes.max()) + 1, least=folds, why=f"each of the {folds} folds needs one to test on")
-    splitter = _sklearn("model_selection").StratifiedKFold(folds, shuffle=True, random_state=seed)
-    fold_of_case = torch.empty(len(classes), dtype=torch.int64)
-    for fold, (_, test) in enumerate(splitter.split(np.zeros(len(classes)), classes)):
-        fold_of_case[torch.from_numpy(test)] = fold
-    return fold_of_case
 
 
 def fold_metrics(logits: Values, labels: Values, fold_of_case: Values) -> FoldMetrics:
@@ -94,14 +65,14 @@ def fold_metrics(logits: Values, labels: Values, fold_of_case: Values) -> FoldMe
     Args:
         logits: (n, K), each row from the model that was not trained on this case.
         labels: (n,) whole numbers from 0 to K - 1.
-        fold_of_case: (n,) of :func:`stratified_folds`.
+        fold_of_case: (n,) of :func:`~medgmae.evaluation.stratified_folds`.
 
     Raises:
         ValueError: what :func:`classification_metrics` raises, for the cases of a fold too; it names the fold.
         ImportError: scikit-learn is not installed.
     """
-    scores = _table(logits, "logits")
-    return _by_fold(scores, torch.from_numpy(scores).softmax(1).numpy(), _labels(labels), fold_of_case)
+    scores = table_of(logits, "logits")
+    return _by_fold(scores, torch.from_numpy(scores).softmax(1).numpy(), class_labels(labels), fold_of_case)
 
 
 def cross_validate_features(
@@ -115,15 +86,15 @@ def cross_validate_features(
         probe: "linear": logistic regression (L2, C = 1) on features standardised by the training cases; "knn": the
             share of each class among the ``k`` nearest training cases, by Euclidean distance.
         k: neighbours.
-        folds, seed: see :func:`stratified_folds`.
+        folds, seed: see :func:`~medgmae.evaluation.stratified_folds`.
 
     Raises:
         ValueError: shapes that do not fit, NaN or infinite features, fewer training cases than ``k``, an unknown
-            probe; and what :func:`stratified_folds` raises.
+            probe; and what :func:`~medgmae.evaluation.stratified_folds` raises.
         ImportError: scikit-learn is not installed.
     """
-    table, classes = _table(features, "features", 1), _labels(labels)
-    _check_rows(table, "features", classes)
+    table, classes = table_of(features, "features", 1), class_labels(labels)
+    check_rows(table, "features", classes)
     if probe not in ("linear", "knn"):
         raise ValueError(f"probe must be 'linear' or 'knn', got {probe!r}")
     fold_of_case = stratified_folds(labels, folds, seed).numpy()
@@ -155,14 +126,14 @@ def knn_shares(train: Values, train_labels: Values, features: Values, k: int = 5
         ValueError: shapes that do not fit, NaN or infinite features, ``k`` out of range, labels that are not classes.
         ImportError: scikit-learn is not installed.
     """
-    known, classes, new = _table(train, "train", 1), _labels(train_labels), _table(features, "features", 1)
-    _check_rows(known, "train", classes)
-    _check_classes(classes, int(classes.max()) + 1)
+    known, classes, new = table_of(train, "train", 1), class_labels(train_labels), table_of(features, "features", 1)
+    check_rows(known, "train", classes)
+    check_classes(classes, int(classes.max()) + 1)
     if known.shape[1] != new.shape[1]:
         raise ValueError(f"train has {known.shape[1]} features per case and features {new.shape[1]}; expected the same")
     if not 1 <= k <= len(known):
         raise ValueError(f"k must be 1 to {len(known)}, the number of training cases, got {k}")
-    neighbours = _sklearn("neighbors").KNeighborsClassifier(k, algorithm="brute")
+    neighbours = library("sklearn.neighbors").KNeighborsClassifier(k, algorithm="brute")
     return torch.from_numpy(neighbours.fit(known, classes).predict_proba(new))
 
 
@@ -187,8 +158,8 @@ def knn_metrics(
             :func:`knn_shares` raises.
         ImportError: scikit-learn is not installed.
     """
-    table, classes = _table(features, "features", 1), _labels(labels)
-    _check_rows(table, "features", classes)
+    table, classes = table_of(features, "features", 1), class_labels(labels)
+    check_rows(table, "features", classes)
     count = int((1 - test_share) * len(classes))
     if not 0 < count < len(classes):
         raise ValueError(
@@ -199,81 +170,27 @@ def knn_metrics(
     train, test = order[:count], order[count:]
     for name, part in (("training", train), ("test", test)):
         why = f"both sides of the split need one, and the {name} cases are {len(part)}"
-        _check_classes(classes[part], int(classes.max()) + 1, why=why)
+        check_classes(classes[part], int(classes.max()) + 1, why=why)
     shares = knn_shares(table[train], classes[train], table[test], k).numpy()
     return _metrics(shares, shares, classes[test])
 
 
-def _sklearn(module: str) -> Any:
-    try:
-        return importlib.import_module(f"sklearn.{module}")
-    except ImportError as error:
-        raise ImportError(
-            "evaluation needs scikit-learn, which is not installed: pip install medgmae[evaluation]"
-        ) from error
-
-
 def _linear_probe() -> Any:
-    scaler = _sklearn("preprocessing").StandardScaler()
-    return _sklearn("pipeline").make_pipeline(scaler, _sklearn("linear_model").LogisticRegression(max_iter=2000))
-
-
-def _array(values: Values) -> NDArray[Any]:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        return (values.double() if values.is_floating_point() else values).numpy()
-    return np.asarray(values)
-
-
-def _table(values: Values, name: str, least: int = 2) -> NDArray[Any]:
-    """(n, at least ``least``) finite float64."""
-    table = _array(values)
-    if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < least:
-        raise ValueError(f"{name} must be (cases, {least} or more columns), got {tuple(table.shape)}")
-    table = table.astype(np.float64)
-    bad = ~np.isfinite(table)
-    if bad.any():
-        raise ValueError(
-            f"{name} must be finite, got {int(bad.sum())} NaN or infinite values in {int(bad.any(1).sum())} cases"
-        )
-    return table
-
-
-def _labels(values: Values) -> NDArray[np.int64]:
-    labels = _array(values)
-    if labels.ndim != 1 or len(labels) < 1:
-        raise ValueError(f"labels must be (cases,), got {tuple(labels.shape)}")
-    if labels.dtype.kind not in "iub" or labels.min() < 0:
-        kind = f"{labels.dtype}" + (f" from {labels.min()} on" if labels.dtype.kind in "iuf" else "")
-        raise ValueError(f"labels must be whole numbers from 0 on, got {kind}; leave out cases without a label")
-    return labels.astype(np.int64)
-
-
-def _check_rows(table: NDArray[Any], name: str, labels: NDArray[np.int64]) -> None:
-    if len(table) != len(labels):
-        raise ValueError(f"{name} has {len(table)} cases and labels has {len(labels)}; expected the same number")
-
-
-def _check_classes(labels: NDArray[np.int64], classes: int, least: int = 1, why: str = "") -> None:
-    """Every class has at least ``least`` cases, and there are at least two."""
-    why = why or "metrics of a class without cases are not defined"
-    counts = np.bincount(labels, minlength=classes)
-    if len(counts) < 2:
-        raise ValueError(f"all {len(labels)} cases have the label 0; expected two classes or more")
-    rare = [f"{label} has {count}" for label, count in enumerate(counts) if count < least]
-    if rare:
-        raise ValueError(f"of {len(labels)} cases, class {', class '.join(rare)}; {why}")
+    scaler = library("sklearn.preprocessing").StandardScaler()
+    return library("sklearn.pipeline").make_pipeline(
+        scaler, library("sklearn.linear_model").LogisticRegression(max_iter=2000)
+    )
 
 
 def _metrics(scores: NDArray[Any], shares: NDArray[Any], labels: NDArray[np.int64]) -> Metrics:
     """``scores`` (n, K) decide and rank; ``shares`` (n, K) are the same as probabilities, whose rows sum to 1."""
     classes, predicted = scores.shape[1], scores.argmax(1)
-    _check_rows(scores, "logits", labels)
+    check_rows(scores, "logits", labels)
     if labels.max() >= classes:
         raise ValueError(f"labels must be 0 to {classes - 1}, the columns of the logits, got {labels.max()}")
-    _check_classes(labels, classes)
+    check_classes(labels, classes)
     two = classes == 2
-    metrics, average = _sklearn("metrics"), "binary" if two else "macro"
+    metrics, average = library("sklearn.metrics"), "binary" if two else "macro"
     confusion = metrics.multilabel_confusion_matrix(labels, predicted, labels=range(classes))  # each against the rest
     specificity = confusion[:, 0, 0] / confusion[:, 0].sum(1)
     ranks = scores[:, 1] - scores[:, 0] if two else shares  # the same ranks as softmax's, which rounds to 1
@@ -289,9 +206,9 @@ def _metrics(scores: NDArray[Any], shares: NDArray[Any], labels: NDArray[np.int6
 def _by_fold(
     scores: NDArray[Any], shares: NDArray[Any], labels: NDArray[np.int64], fold_of_case: Values
 ) -> FoldMetrics:
-    folds, metrics = _labels(fold_of_case), []
-    _check_rows(scores, "logits", labels)
-    _check_rows(scores, "logits", folds)
+    folds, metrics = class_labels(fold_of_case), []
+    check_rows(scores, "logits", labels)
+    check_rows(scores, "logits", folds)
     for fold in range(int(folds.max()) + 1):
         part = folds == fold
         if not part.any():

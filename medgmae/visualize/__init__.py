@@ -1,7 +1,8 @@
 """Pictures of scans in three planes: what a masked autoencoder saw and made of it, features as colours, latent maps,
-segmentations. And pictures of data sets, and curves of training runs."""
+segmentations. And pictures of data sets and classifiers, and curves of training runs."""
 
 from medgmae.inference.latents import latent_to_spatial
+from medgmae.visualize.classifiers import classification_figure
 from medgmae.visualize.curves import runs_figure
 from medgmae.visualize.datasets import check_figure
 from medgmae.visualize.figures import fit_figure, latent_map_figure, reconstruction_figure, segmentation_figure
@@ -9,6 +10,7 @@ from medgmae.visualize.images import images_figure
 
 __all__ = [
     "check_figure",
+    "classification_figure",
     "fit_figure",
     "images_figure",
     "latent_map_figure",
