@@ -76,9 +76,10 @@ class Listing:
 
     @property
     def processes(self) -> int:
-        """How many are worth starting, which takes seconds each: one for a core and for four scans; 0 for fewer."""
+        """How many are worth starting, which takes seconds each: one for a core and for 16 scans, and 0 for one."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cores, len(self.scans) // 4)
+        count = min(cores, len(self.scans) // 16)
+        return count if count > 1 else 0
 
     def skip(self, path: Path, reason: str, expected: bool = False) -> None:
         """Leave a file out; ``expected`` of what is known not to be a scan."""

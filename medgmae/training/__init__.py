@@ -1,5 +1,6 @@
-"""Pre-training, and training aids on timm's optimisation tools."""
+"""Pre-training, fine-tuning, and training aids on timm's optimisation tools."""
 
+from medgmae.training.finetune import finetune
 from medgmae.training.machine import Machine
 from medgmae.training.optim import cosine_schedule, param_groups, scale_lr
 from medgmae.training.pretrain import pretrain
@@ -36,6 +37,7 @@ __all__ = [
     "TuningSettings",
     "ViewSettings",
     "cosine_schedule",
+    "finetune",
     "param_groups",
     "parse_change",
     "pretrain",
