@@ -15,6 +15,7 @@ import medgmae
 from medgmae.cli.convert import convert_command
 from medgmae.cli.data import data_group
 from medgmae.cli.features import features_command
+from medgmae.cli.finetune import finetune_command
 from medgmae.cli.fit import fit_command
 from medgmae.cli.latent_map import latent_map_command
 from medgmae.cli.models import info_command, list_command
@@ -49,4 +50,5 @@ main.add_command(slices_command)
 main.add_command(convert_command)
 main.add_command(data_group)
 main.add_command(pretrain_command)
+main.add_command(finetune_command)
 main.add_command(runs_command)

@@ -4,6 +4,7 @@ from medgmae.training.finetune import finetune
 from medgmae.training.machine import Machine
 from medgmae.training.optim import cosine_schedule, param_groups, scale_lr
 from medgmae.training.pretrain import pretrain
+from medgmae.training.rehearsal import rehearse
 from medgmae.training.runs import Run, read_metrics, summary_of
 from medgmae.training.settings import (
     CropSettings,
@@ -45,6 +46,7 @@ __all__ = [
     "read_recipe",
     "read_settings",
     "recipes",
+    "rehearse",
     "scale_lr",
     "summary_of",
 ]

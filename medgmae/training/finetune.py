@@ -123,22 +123,22 @@ def study_of(
         TrainingError: scans or labels that cannot be used.
     """
     view = view_of(settings)
-    listed = None if len(data) == 1 and is_prepared(data[0]) else _labelled(settings, data, skip_broken)
+    if not (len(data) == 1 and is_prepared(data[0])):
+        listed(settings, data, skip_broken)  # reading the scans takes longer than finding a wrong label
     corpus = corpus_of(view.prepared, data, view.size, folder, skip_broken, accelerator, "float32")
     rows, names = [scan.labels for scan in corpus.scans], [scan.name for scan in corpus.scans]
     targets = read_targets(rows, names, settings.task)
-    if listed is not None and listed.names != targets.names:
-        raise TrainingError(f"without the broken scans no case is left of some of the classes {listed.names}")
-    try:
-        parts, groups = divide(settings, targets, rows)
-        refuse_copies(corpus.scans, parts)
-    except ImportError as error:
-        raise TrainingError(str(error)) from error
+    parts, groups = _divided(settings, targets, rows)
+    refuse_copies(corpus.scans, parts)
     return Study(settings, corpus, targets, view, parts, groups)
 
 
-def _labelled(settings: TuneSettings, data: Sequence[str | Path], skip_broken: bool) -> Targets:
-    """The targets of a table before its scans are read, which takes longer."""
+def listed(settings: TuneSettings, data: Sequence[str | Path], skip_broken: bool) -> tuple[Targets, list[Part]]:
+    """The targets of a table and how its cases are divided, before any scan is read.
+
+    Raises:
+        TrainingError: a table, files or labels that cannot be used.
+    """
     try:
         listing = list_scans(data, settings.input_block.get("contrasts"), arrays=True)
     except VolumeError as error:
@@ -147,9 +147,16 @@ def _labelled(settings: TuneSettings, data: Sequence[str | Path], skip_broken: b
         shown = "; ".join(one["error"] for one in listing.errors[:5])
         raise TrainingError(f"{len(listing.errors)} scans cannot be read: {shown}; --skip-broken leaves them out")
     expect(bool(listing.scans), f"no scans in {', '.join(map(str, data))}")
-    targets = read_targets([s.labels for s in listing.scans], [s.name for s in listing.scans], settings.task)
-    divide(settings, targets, [s.labels for s in listing.scans])
-    return targets
+    rows = [scan.labels for scan in listing.scans]
+    targets = read_targets(rows, [scan.name for scan in listing.scans], settings.task)
+    return targets, _divided(settings, targets, rows)[0]
+
+
+def _divided(settings: TuneSettings, targets: Targets, rows: Sequence[dict[str, str]]) -> tuple[list[Part], Any]:
+    try:
+        return divide(settings, targets, rows)
+    except ImportError as error:
+        raise TrainingError(str(error)) from error
 
 
 def completed(settings: TuneSettings) -> TuneSettings:
