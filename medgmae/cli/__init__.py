@@ -19,6 +19,7 @@ from medgmae.cli.finetune import finetune_command
 from medgmae.cli.fit import fit_command
 from medgmae.cli.latent_map import latent_map_command
 from medgmae.cli.models import info_command, list_command
+from medgmae.cli.predict import predict_command
 from medgmae.cli.pretrain import pretrain_command, runs_command
 from medgmae.cli.reconstruct import reconstruct_command
 from medgmae.cli.score import score_command
@@ -51,4 +52,5 @@ main.add_command(convert_command)
 main.add_command(data_group)
 main.add_command(pretrain_command)
 main.add_command(finetune_command)
+main.add_command(predict_command)
 main.add_command(runs_command)

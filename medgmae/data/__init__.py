@@ -14,7 +14,7 @@ from medgmae.data.geometry import Grid, VolumeError, centred_start
 from medgmae.data.io import read_volume, write_volume
 from medgmae.data.labels import label_channels, patch_labels
 from medgmae.data.listing import Listing, Scan
-from medgmae.data.manifest import read_manifest
+from medgmae.data.manifest import read_manifest, table_rows
 from medgmae.data.names import SCAN_ENDINGS, path_of, shown, unique_names
 from medgmae.data.preparing import prepare_scans
 from medgmae.data.scans import find_scans
@@ -73,6 +73,7 @@ __all__ = [
     "shown",
     "slices",
     "stack_channels",
+    "table_rows",
     "unique_names",
     "window",
     "write_dicom_seg",

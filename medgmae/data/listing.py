@@ -17,8 +17,8 @@ from medgmae.data.volume import Volume
 @dataclass(frozen=True)
 class Scan:
     """One row of the result: a file or folder, or one series in a folder, of which ``files`` are the slices if they are
-    known; ``labels`` are columns of a table. Where a table has a column for each of several ``contrasts``, these are
-    their files, and ``path`` is the first of them."""
+    known; ``labels`` are columns of a table, and ``row`` is its row there, counted from 1 with the heading. Where a
+    table has a column for each of several ``contrasts``, these are their files, and ``path`` is the first of them."""
 
     path: Path
     series: str | None = None
@@ -27,6 +27,7 @@ class Scan:
     labels: dict[str, str] = field(default_factory=dict)
     files: tuple[Path, ...] | None = None
     contrasts: dict[str, Path] | None = None
+    row: int | None = None
 
     @property
     def source(self) -> Path | dict[str, Path]:
@@ -67,12 +68,14 @@ class Scan:
 
 @dataclass
 class Listing:
-    """What is read, what is left out and why, and what should have been read and cannot be."""
+    """What is read, what is left out and why, and what should have been read and cannot be; of a table also by the
+    number of its row."""
 
     scans: list[Scan] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     unexpected: int = 0
     errors: list[dict[str, str]] = field(default_factory=list)
+    broken_rows: dict[int, str] = field(default_factory=dict)
 
     @property
     def processes(self) -> int:

@@ -18,6 +18,15 @@ from medgmae.data.scans import unreachable
 _WRITTEN = re.compile(r"name|f\d+")  # columns of the results themselves
 
 
+def table_rows(file: str | os.PathLike[str]) -> list[list[str]]:
+    """The cells of a table of scans, the heading first; row ``n`` of :attr:`Scan.row` is entry ``n - 1``.
+
+    Raises:
+        VolumeError: not such a table.
+    """
+    return _rows(Path(file))
+
+
 def read_manifest(file: str | os.PathLike[str]) -> Listing:
     """The scans of a CSV file, in its order. Paths are relative to the file's folder; the id is the scan's name.
 
@@ -49,10 +58,12 @@ def read_manifest(file: str | os.PathLike[str]) -> Listing:
         problems = {path: problem for path in paths.values() if (problem := unreachable(path))}
         for path, problem in problems.items():
             listing.fail(path, f"{problem} ({where})")
+            listing.broken_rows[number] = f"{shown(path)}: {problem}"
         if not problems:
             first, contrasts = next(iter(paths.values())), None if "path" in places else paths
             name = row.get("id", "")
-            listing.scans.append(Scan(first, row.get("series") or None, name, labels=labels, contrasts=contrasts))
+            series = row.get("series") or None
+            listing.scans.append(Scan(first, series, name, labels=labels, contrasts=contrasts, row=number))
     _check_unique(file, listing.scans)
     if "id" not in columns:
         names = unique_names([scan.path / scan.series if scan.series else scan.path for scan in listing.scans])

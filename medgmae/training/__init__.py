@@ -3,6 +3,7 @@
 from medgmae.training.finetune import finetune
 from medgmae.training.machine import Machine
 from medgmae.training.optim import cosine_schedule, param_groups, scale_lr
+from medgmae.training.predict import Predictor
 from medgmae.training.pretrain import pretrain
 from medgmae.training.rehearsal import rehearse
 from medgmae.training.runs import Run, read_metrics, summary_of
@@ -27,6 +28,7 @@ __all__ = [
     "CropSettings",
     "Machine",
     "Phase",
+    "Predictor",
     "Run",
     "RunSettings",
     "Settings",
