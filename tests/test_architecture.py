@@ -61,6 +61,7 @@ ONLY_IN: dict[str, list[str]] = {
     "matplotlib": ["visualize"],
     "monai": ["data"],
     "nibabel": ["data"],
+    "peft": ["training"],
     "pickle": [],
     "pydicom": ["data"],
     "requests": [],

@@ -276,7 +276,10 @@ def test_two_runs_into_one_folder(data: Path, tmp_path: Path, monkeypatch: pytes
     first = threading.Thread(target=run_of, args=(settings_of(), data, out))
     first.start()
     assert entered.wait(60)
-    other = f"from medgmae.training import *; out = {str(out)!r}; pretrain(Run(out).settings(Settings), [], out, resume=True)"
+    other = (
+        f"from medgmae.training import *; out = {str(out)!r}; "
+        "pretrain(Run(out).settings(Settings), [], out, resume=True)"
+    )
     done = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=120)
     go.set()
     first.join()
