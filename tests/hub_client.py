@@ -65,9 +65,7 @@ class Client:
         return out
 
     def kill(self) -> None:
-        """End the process as the system would, without a chance to clean up."""
         self.process.kill()
-        self.process.wait()
         self._folder.cleanup()
 
 

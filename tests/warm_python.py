@@ -91,7 +91,9 @@ class Process:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
+        """End the process as the system would, without a chance to clean up; and wait for it."""
         self.send_signal(signal.SIGKILL)
+        self.wait()
 
 
 def run(
