@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import warm_python
 
 import medgmae
 
@@ -243,4 +244,5 @@ def test_heavy_libraries_load_when_used(code: str) -> None:
 
 @pytest.mark.parametrize("module", ["data", "evaluation", "models", "ops", "training", "visualize"])
 def test_modules_are_there_without_an_import_of_their_own(module: str) -> None:
-    assert "medgmae" in loaded_after(f"import medgmae\nassert medgmae.{module}.__name__ == 'medgmae.{module}'")
+    done = warm_python.run("-c", f"import medgmae\nassert medgmae.{module}.__name__ == 'medgmae.{module}'")
+    assert done.returncode == 0, done.stderr
