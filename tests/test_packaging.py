@@ -204,7 +204,7 @@ def test_wheel_metadata(wheel: Path) -> None:
         assert "medgmae = medgmae.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         metadata = archive.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
-    for extra in ("viz", "monai", "evaluation", "train", "tensorboard", "wandb", "test", "dev"):
+    for extra in ("viz", "monai", "evaluation", "train", "tensorboard", "wandb", "parquet", "cluster", "test", "dev"):
         assert f"Provides-Extra: {extra}\n" in metadata
 
 

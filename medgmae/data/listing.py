@@ -17,7 +17,8 @@ from medgmae.data.volume import Volume
 @dataclass(frozen=True)
 class Scan:
     """One row of the result: a file or folder, or one series in a folder, of which ``files`` are the slices if they are
-    known; ``labels`` are columns of a table. Where a table has a column for each of several ``contrasts``, these are
+    known, ``study`` its StudyInstanceUID and ``patient`` its PatientID, which is written only where that is asked for;
+    ``labels`` are columns of a table. Where a table has a column for each of several ``contrasts``, these are
     their files, and ``path`` is the first of them."""
 
     path: Path
@@ -27,6 +28,8 @@ class Scan:
     labels: dict[str, str] = field(default_factory=dict)
     files: tuple[Path, ...] | None = None
     contrasts: dict[str, Path] | None = None
+    study: str | None = None
+    patient: str | None = None
 
     @property
     def source(self) -> Path | dict[str, Path]:
@@ -60,7 +63,8 @@ class Scan:
     @property
     def described(self) -> dict[str, Any]:
         """What the results say of the scan."""
-        series = {} if self.series is None else {"series": shown(self.series), "description": self.about}
+        study = {} if self.study is None else {"study": shown(self.study)}
+        series = {} if self.series is None else {"series": shown(self.series), **study, "description": self.about}
         parts = {} if self.contrasts is None else {"contrasts": {n: shown(p) for n, p in self.contrasts.items()}}
         return {"path": shown(self.path), **series, **parts, **({"labels": self.labels} if self.labels else {})}
 
