@@ -46,9 +46,9 @@ def merge_command(parts: tuple[Path, ...], out: Path, overwrite: bool, as_json: 
     for path in (out, sidecar(out)):
         if path is not None:
             refuse_existing(path, overwrite)
-    read = {part: _read(part) for part in parts}
+    read = [(part, _read(part)) for part in parts]
     facts = _facts_of_all(read)
-    rows = [_whole(row) for row in sorted((row for one in read.values() for row in one.rows), key=_place)]
+    rows = [_whole(row) for row in sorted((row for _, one in read for row in one.rows), key=_place)]
     if not rows:
         raise click.ClickException("no part has a scan that was done; nothing was written")
     _check_content(rows, facts, out.suffix.lower())
@@ -77,17 +77,17 @@ def _read(part: Path) -> Finished:
     return found
 
 
-def _facts_of_all(read: Mapping[Path, Finished]) -> dict[str, Any]:
+def _facts_of_all(read: Sequence[tuple[Path, Finished]]) -> dict[str, Any]:
     """What the parts say of the run in common, with the errors of all.
 
     Raises:
         click.UsageError: they are not all the parts of one run.
     """
-    (first, one), *_ = read.items()
+    first, one = read[0]
     common = {name: value for name, value in one.facts.items() if name not in _OUTCOME}
     of = one.facts["shard"][1]
-    place: dict[int, Path] = {}
-    for part, found in read.items():
+    place: dict[int, tuple[Path, Finished]] = {}
+    for part, found in read:
         other = {name: value for name, value in found.facts.items() if name not in _OUTCOME}
         if different := [name for name in {**common, **other} if common.get(name) != other.get(name)]:
             raise click.UsageError(
@@ -98,12 +98,12 @@ def _facts_of_all(read: Mapping[Path, Finished]) -> dict[str, Any]:
         if count != of:
             raise click.UsageError(f"{shown(first)} is one of {of} parts and {shown(part)} one of {count}")
         if number in place:
-            raise click.UsageError(f"{shown(place[number])} and {shown(part)} are both part {number} of {of}")
-        place[number] = part
+            raise click.UsageError(f"{shown(place[number][0])} and {shown(part)} are both part {number} of {of}")
+        place[number] = part, found
     if missing := [f"{number}/{of}" for number in range(1, of + 1) if number not in place]:
         more = f" and {len(missing) - 5} more" if missing[5:] else ""
         raise click.UsageError(f"part(s) {', '.join(missing[:5])}{more} are missing; expected all {of}")
-    parts = [read[place[number]].facts for number in sorted(place)]
+    parts = [place[number][1].facts for number in sorted(place)]
     lists = {name: [entry for facts in parts for entry in facts[name]] for name in ("errors", "skipped")}
     return {**common, "shard": None, **lists}
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import socket
 import threading
 from dataclasses import replace
 from typing import Any
@@ -53,6 +54,7 @@ class RayEngine:
         import ray
 
         self.ray: Any = ray
+        _check_address(address)
         self.needs = {"num_gpus": 1} if machine.device.startswith("cuda") else {"num_cpus": machine.threads or 1}
         try:
             self.ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -125,3 +127,23 @@ class RayEngine:
         self.ray.kill(self._actors.pop(worker))
         self._start(worker)
         return Died(worker, f"the worker that held it died ({type(error).__name__})")
+
+
+def _check_address(address: str | None) -> None:
+    """Raise an error for a head node that does not answer, for which Ray would wait for minutes.
+
+    Raises:
+        click.ClickException: nobody listens there.
+    """
+    if address in (None, "auto", "local") or "://" in str(address):
+        return
+    host, _, port = str(address).rpartition(":")
+    if not host or not port.isdecimal():
+        raise click.BadParameter(f"{address!r} is not of the form host:port, such as head:6379", param_hint="--address")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            pass
+    except (OSError, OverflowError) as error:
+        raise click.ClickException(
+            f"no Ray cluster at {address}: {error}; expected host:port of a head node, as ray start --head says it"
+        ) from error
