@@ -198,7 +198,7 @@ def test_two_processes_at_once(model: str, nine: Path, tmp_path: Path) -> None:
         errors.seek(0)
         said = errors.read()
     assert codes[0] == 0, said
-    assert codes[1] in (1, 2), said  # it is being written, or it has been
+    assert codes[1] in (0, 1), said  # all is done, or it is being written
     assert len(load_file(out)) == 18
     assert sorted(os.listdir(tmp_path)) == ["f.safetensors", "scans"]
 

@@ -213,7 +213,8 @@ def test_wheel_metadata(wheel: Path) -> None:
         assert "medgmae = medgmae.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         metadata = archive.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
-    for extra in ("viz", "monai", "evaluation", "train", "tensorboard", "wandb", "lora", "test", "dev"):
+    names = "viz monai evaluation train tensorboard wandb lora parquet cluster test dev"
+    for extra in names.split():
         assert f"Provides-Extra: {extra}\n" in metadata
 
 
