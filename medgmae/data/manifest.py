@@ -32,14 +32,10 @@ def read_manifest(file: str | os.PathLike[str]) -> Listing:
         VolumeError: not such a table, with the row that is wrong.
     """
     file = Path(file)
-    rows = _rows(file)
-    columns, listing = rows[0], Listing()
-    places = [name for name in columns if _is_place(name)]
-    for number, cells in enumerate(rows[1:], 2):
+    columns, rows = _rows(file)
+    listing, places = Listing(), [name for name in columns if _is_place(name)]
+    for number, row in enumerate(rows, 2):
         where = f"{shown(file)}, row {number}"
-        if len(cells) != len(columns):
-            raise VolumeError(f"{where}: {len(cells)} cells; expected {len(columns)}")
-        row = dict(zip(columns, cells, strict=True))
         if empty := [name for name in (*places, "id") if not row.get(name, "-")]:
             raise VolumeError(f"{where}: the {empty[0]} is empty")
         if "path" not in places and row.get("series"):
@@ -65,7 +61,35 @@ def _is_place(column: str) -> bool:
     return column == "path" or (column.startswith("path_") and column != "path_")
 
 
-def _rows(file: Path) -> list[list[str]]:
+def _rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The table, which has a place for scans and no column of the results."""
+    columns, rows = read_table(file)
+    places = [name for name in columns if _is_place(name)]
+    if not places:
+        raise VolumeError(f"{shown(file)} has the columns {', '.join(columns) or 'none'}; expected one named path")
+    taken = [name for name in columns if _WRITTEN.fullmatch(name)]
+    if taken:
+        raise VolumeError(f"{shown(file)}: {taken[0]!r} is a column of the results; rename it")
+    if "path" in places and len(places) > 1:
+        raise VolumeError(
+            f"{shown(file)} has the columns {', '.join(places)}; expected path alone, or one such as path_t1 for each "
+            "contrast and no path"
+        )
+    if not rows:
+        raise VolumeError(f"{shown(file)} has no rows")
+    return columns, rows
+
+
+def read_table(file: str | os.PathLike[str]) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns of a CSV file, and of each row the cells by column, as text; empty lines are passed over.
+
+    Separators are those of the first line: comma, semicolon or tab. Text is UTF-8.
+
+    Raises:
+        VolumeError: not such a table, columns without a name or with that of another, or a row with more or fewer cells
+            than there are columns.
+    """
+    file = Path(file)
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -79,21 +103,12 @@ def _rows(file: Path) -> list[list[str]]:
     except csv.Error as error:
         raise VolumeError(f"{shown(file)} is not a table: {error}") from None
     columns = [name.strip() for name in rows[0]] if rows else []
-    places = [name for name in columns if _is_place(name)]
-    if not places:
-        raise VolumeError(f"{shown(file)} has the columns {', '.join(columns) or 'none'}; expected one named path")
-    taken = [name for name in columns if _WRITTEN.fullmatch(name)]
-    if taken or "" in columns or len(set(columns)) < len(columns):
-        wrong = f"{taken[0]!r} is a column of the results" if taken else "a column has no name, or that of another"
-        raise VolumeError(f"{shown(file)}: {wrong}; rename it")
-    if "path" in places and len(places) > 1:
-        raise VolumeError(
-            f"{shown(file)} has the columns {', '.join(places)}; expected path alone, or one such as path_t1 for each "
-            "contrast and no path"
-        )
-    if len(rows) < 2:
-        raise VolumeError(f"{shown(file)} has no rows")
-    return [columns, *rows[1:]]
+    if "" in columns or len(set(columns)) < len(columns):
+        raise VolumeError(f"{shown(file)}: a column has no name, or that of another; rename it")
+    for number, cells in enumerate(rows[1:], 2):
+        if len(cells) != len(columns):
+            raise VolumeError(f"{shown(file)}, row {number}: {len(cells)} cells; expected {len(columns)}")
+    return columns, [dict(zip(columns, cells, strict=True)) for cells in rows[1:]]
 
 
 def found_path(folder: Path, text: str) -> Path:
