@@ -101,7 +101,7 @@ class Bench:
         self.size = crop_size(settings, model)
         machine, run = Machine(device=device), Run(folder)
         accelerator = accelerator_for(machine, settings.training.precision, folder)
-        corpus = corpus_of(settings, [data], self.size, folder / "prepared", False, accelerator)
+        corpus = corpus_of(settings.input_block, [data], self.size, folder / "prepared", False, accelerator)
         job = Pretraining(settings, run, model, corpus)
         session = Session(job, machine, run, accelerator, StopRequest())
         self.engine, self.model, self.rival = session.engine, session.engine.plain, case.rival

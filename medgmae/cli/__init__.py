@@ -15,9 +15,11 @@ import medgmae
 from medgmae.cli.convert import convert_command
 from medgmae.cli.data import data_group
 from medgmae.cli.features import features_command
+from medgmae.cli.finetune import finetune_command
 from medgmae.cli.fit import fit_command
 from medgmae.cli.latent_map import latent_map_command
 from medgmae.cli.models import info_command, list_command
+from medgmae.cli.predict import predict_command
 from medgmae.cli.pretrain import pretrain_command, runs_command
 from medgmae.cli.probe import probe_command
 from medgmae.cli.reconstruct import reconstruct_command
@@ -51,4 +53,6 @@ main.add_command(slices_command)
 main.add_command(convert_command)
 main.add_command(data_group)
 main.add_command(pretrain_command)
+main.add_command(finetune_command)
+main.add_command(predict_command)
 main.add_command(runs_command)

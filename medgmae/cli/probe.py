@@ -158,7 +158,8 @@ def _cases(features: Path, question: Question) -> Cases:
 
 def _joined(table: FeatureTable, features: Path, labels: Path) -> FeatureTable:
     """The scans that have a row in a table, with its cells."""
-    columns, rows = medgmae.data.read_table(labels)
+    columns, *lines = medgmae.data.read_table(labels)
+    rows = [dict(zip(columns, cells, strict=True)) for cells in lines]
     key = next((name for name in _KEYS if name in columns), None)
     if key is None:
         raise click.ClickException(

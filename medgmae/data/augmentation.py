@@ -33,6 +33,10 @@ class Augmentation:
         scale: (probability, (low, high)) of u: x * (1 + u).
         shift: (probability, (low, high)) of u: x + u.
         gamma: (probability, (low, high)) of u: sign(x) * abs(x) ** exp(u), which is TorchIO's RandomGamma.
+        smooth: (probability, (low, high)) of the standard deviations, in voxels and one for each axis, of a Gaussian
+            that the crop is convolved with, cut off at four of them.
+        contrast: (probability, (low, high)) of the exponent of intensities between the least and the largest of the
+            crop, which stay: MONAI's RandAdjustContrast.
         noise: (probability, (low, high)) of the standard deviation of normal noise.
 
     Raises:
@@ -46,6 +50,8 @@ class Augmentation:
     scale: tuple[float, Range] | None = None
     shift: tuple[float, Range] | None = None
     gamma: tuple[float, Range] | None = None
+    smooth: tuple[float, Range] | None = None
+    contrast: tuple[float, Range] | None = None
     noise: tuple[float, Range] | None = None
 
     def __post_init__(self) -> None:
@@ -54,12 +60,13 @@ class Augmentation:
             raise _wrong("flip", self.flip, "a probability, or one for each axis")
         if not _probability(self.rotate90):
             raise _wrong("rotate90", self.rotate90, "a probability")
-        for name in ("scale", "shift", "gamma", "noise"):
+        for name in ("scale", "shift", "gamma", "smooth", "contrast", "noise"):
             value = getattr(self, name)
             if value is not None and not (_tuple(value, 2) and _probability(value[0]) and _range(value[1])):
                 raise _wrong(name, value, "(probability, (low, high))")
-        if self.noise is not None and self.noise[1][0] < 0:
-            raise _wrong("noise", self.noise, "standard deviations of 0 or more")
+        for name in ("smooth", "contrast", "noise"):
+            if getattr(self, name) is not None and getattr(self, name)[1][0] < 0:
+                raise _wrong(name, getattr(self, name), "a range of 0 or more")
         if self.affine is not None:
             value = self.affine
             if not (_tuple(value, 3) and _probability(value[0]) and _range(value[1], 0.0) and _number(value[2])):
@@ -127,6 +134,11 @@ class Augmentation:
             x.add_(u)
         if (u := _drawn(self.gamma, rng)) is not None:
             x = x.abs().pow_(math.exp(u)).copysign_(x)
+        if self.smooth is not None and rng.random() < self.smooth[0]:
+            x = _smoothed(x, [rng.uniform(*self.smooth[1]) for _ in x.shape[1:]])
+        if (u := _drawn(self.contrast, rng)) is not None:
+            low, span = x.min(), x.max() - x.min()
+            x = ((x - low) / (span + 1e-7)).pow_(u).mul_(span).add_(low)
         if (u := _drawn(self.noise, rng)) is not None:
             x.add_(torch.from_numpy(rng.standard_normal(tuple(x.shape), np.float32)), alpha=u)
         return x
@@ -135,6 +147,18 @@ class Augmentation:
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     """A plane (C, H, W) at another size, bilinear and antialiased."""
     return functional.interpolate(x[None], tuple(size), mode="bilinear", antialias=True, align_corners=False)[0]
+
+
+def _smoothed(x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """Convolved with a Gaussian, each of whose weights is its integral over a voxel; zeros beyond the border."""
+    for axis, sigma in enumerate(sigmas, 1):
+        tail = max(1, round(4 * sigma)) if sigma > 0 else 0
+        edges = (torch.arange(-tail, tail + 2) - 0.5) / (max(sigma, 1e-6) * math.sqrt(2))
+        weights = torch.erf(edges).diff() / 2
+        lines = x.movedim(axis, -1)
+        smoothed = functional.conv1d(lines.reshape(-1, 1, lines.shape[-1]), weights.reshape(1, 1, -1), padding=tail)
+        x = smoothed.reshape(lines.shape).movedim(-1, axis)
+    return x.contiguous()
 
 
 def _affine(x: Tensor, zooms: Range, degrees: float, rng: np.random.Generator) -> Tensor:

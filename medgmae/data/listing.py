@@ -17,8 +17,8 @@ from medgmae.data.volume import Volume
 @dataclass(frozen=True)
 class Scan:
     """One row of the result: a file or folder, or one series in a folder, of which ``files`` are the slices if they are
-    known; ``labels`` are columns of a table. Where a table has a column for each of several ``contrasts``, these are
-    their files, and ``path`` is the first of them."""
+    known; ``labels`` are columns of a table, and ``row`` is its row there, counted from 1 with the heading. Where a
+    table has a column for each of several ``contrasts``, these are their files, and ``path`` is the first of them."""
 
     path: Path
     series: str | None = None
@@ -27,6 +27,7 @@ class Scan:
     labels: dict[str, str] = field(default_factory=dict)
     files: tuple[Path, ...] | None = None
     contrasts: dict[str, Path] | None = None
+    row: int | None = None
 
     @property
     def source(self) -> Path | dict[str, Path]:
@@ -67,18 +68,21 @@ class Scan:
 
 @dataclass
 class Listing:
-    """What is read, what is left out and why, and what should have been read and cannot be."""
+    """What is read, what is left out and why, and what should have been read and cannot be; of a table also by the
+    number of its row."""
 
     scans: list[Scan] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     unexpected: int = 0
     errors: list[dict[str, str]] = field(default_factory=list)
+    broken_rows: dict[int, str] = field(default_factory=dict)
 
     @property
     def processes(self) -> int:
-        """How many are worth starting, which takes seconds each: one for a core and for four scans; 0 for fewer."""
+        """How many are worth starting, which takes seconds each: one for a core and for 16 scans, and 0 for one."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cores, len(self.scans) // 4)
+        count = min(cores, len(self.scans) // 16)
+        return count if count > 1 else 0
 
     def skip(self, path: Path, reason: str, expected: bool = False) -> None:
         """Leave a file out; ``expected`` of what is known not to be a scan."""

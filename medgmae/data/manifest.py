@@ -32,10 +32,10 @@ def read_manifest(file: str | os.PathLike[str]) -> Listing:
         VolumeError: not such a table, with the row that is wrong.
     """
     file = Path(file)
-    columns, rows = _rows(file)
+    columns, *rows = _rows(file)
     listing, places = Listing(), [name for name in columns if _is_place(name)]
-    for number, row in enumerate(rows, 2):
-        where = f"{shown(file)}, row {number}"
+    for number, cells in enumerate(rows, 2):
+        row, where = dict(zip(columns, cells, strict=True)), f"{shown(file)}, row {number}"
         if empty := [name for name in (*places, "id") if not row.get(name, "-")]:
             raise VolumeError(f"{where}: the {empty[0]} is empty")
         if "path" not in places and row.get("series"):
@@ -45,10 +45,12 @@ def read_manifest(file: str | os.PathLike[str]) -> Listing:
         problems = {path: problem for path in paths.values() if (problem := unreachable(path))}
         for path, problem in problems.items():
             listing.fail(path, f"{problem} ({where})")
+            listing.broken_rows[number] = f"{shown(path)}: {problem}"
         if not problems:
             first, contrasts = next(iter(paths.values())), None if "path" in places else paths
             name = row.get("id", "")
-            listing.scans.append(Scan(first, row.get("series") or None, name, labels=labels, contrasts=contrasts))
+            series = row.get("series") or None
+            listing.scans.append(Scan(first, series, name, labels=labels, contrasts=contrasts, row=number))
     _check_unique(file, listing.scans)
     if "id" not in columns:
         names = unique_names([scan.path / scan.series if scan.series else scan.path for scan in listing.scans])
@@ -61,9 +63,10 @@ def _is_place(column: str) -> bool:
     return column == "path" or (column.startswith("path_") and column != "path_")
 
 
-def _rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The table, which has a place for scans and no column of the results."""
-    columns, rows = read_table(file)
+def _rows(file: Path) -> list[list[str]]:
+    """The table, which has rows, a place for scans and no column of the results."""
+    rows = read_table(file)
+    columns = rows[0]
     places = [name for name in columns if _is_place(name)]
     if not places:
         raise VolumeError(f"{shown(file)} has the columns {', '.join(columns) or 'none'}; expected one named path")
@@ -75,13 +78,14 @@ def _rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
             f"{shown(file)} has the columns {', '.join(places)}; expected path alone, or one such as path_t1 for each "
             "contrast and no path"
         )
-    if not rows:
+    if len(rows) < 2:
         raise VolumeError(f"{shown(file)} has no rows")
-    return columns, rows
+    return rows
 
 
-def read_table(file: str | os.PathLike[str]) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns of a CSV file, and of each row the cells by column, as text; empty lines are passed over.
+def read_table(file: str | os.PathLike[str]) -> list[list[str]]:
+    """The cells of a CSV file as text: the names of its columns, then its rows, without empty lines; row ``n`` of
+    :attr:`Scan.row` is entry ``n - 1``.
 
     Separators are those of the first line: comma, semicolon or tab. Text is UTF-8.
 
@@ -108,7 +112,7 @@ def read_table(file: str | os.PathLike[str]) -> tuple[list[str], list[dict[str, 
     for number, cells in enumerate(rows[1:], 2):
         if len(cells) != len(columns):
             raise VolumeError(f"{shown(file)}, row {number}: {len(cells)} cells; expected {len(columns)}")
-    return columns, [dict(zip(columns, cells, strict=True)) for cells in rows[1:]]
+    return [columns, *rows[1:]]
 
 
 def found_path(folder: Path, text: str) -> Path:

@@ -160,7 +160,7 @@ class _Run:
             paths = ", ".join(str(self.tasks[one].path) for one in flying.values())
             raise VolumeError(
                 f"a process ended while it prepared one of {paths}: memory may have run out; expected room for a scan "
-                "in each process: use fewer workers"
+                "in each process: use fewer workers. A script that has no `if __name__ == '__main__':` ends them too"
             ) from None
 
     def _fail(self, place: int, error: VolumeError) -> None:

@@ -1,8 +1,11 @@
-"""Pre-training, and training aids on timm's optimisation tools."""
+"""Pre-training, fine-tuning, and training aids on timm's optimisation tools."""
 
+from medgmae.training.finetune import finetune
 from medgmae.training.machine import Machine
 from medgmae.training.optim import cosine_schedule, param_groups, scale_lr
+from medgmae.training.predict import Predictor
 from medgmae.training.pretrain import pretrain
+from medgmae.training.rehearsal import rehearse
 from medgmae.training.runs import Run, read_metrics, summary_of
 from medgmae.training.settings import (
     CropSettings,
@@ -25,6 +28,7 @@ __all__ = [
     "CropSettings",
     "Machine",
     "Phase",
+    "Predictor",
     "Run",
     "RunSettings",
     "Settings",
@@ -36,6 +40,7 @@ __all__ = [
     "TuningSettings",
     "ViewSettings",
     "cosine_schedule",
+    "finetune",
     "param_groups",
     "parse_change",
     "pretrain",
@@ -43,6 +48,7 @@ __all__ = [
     "read_recipe",
     "read_settings",
     "recipes",
+    "rehearse",
     "scale_lr",
     "summary_of",
 ]

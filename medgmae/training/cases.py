@@ -101,7 +101,10 @@ class View:
         volume = scan.volume()
         windows = []
         for _ in range(self.settings.windows):
-            start = [int(rng.integers(n - m + 1)) if n > m else (n - m) // 2 for n, m in zip(volume.size, self.size, strict=True)]
+            start = [
+                int(rng.integers(n - m + 1)) if n > m else (n - m) // 2
+                for n, m in zip(volume.size, self.size, strict=True)
+            ]
             windows.append(crop_or_pad(volume, self.size, self.pad, start=start).data)
         return torch.stack(windows)
 

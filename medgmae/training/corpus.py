@@ -45,14 +45,16 @@ class Corpus:
 
 
 def corpus_of(
-    settings: Settings,
+    block: dict[str, Any],
     data: Sequence[str | Path],
     size: Sequence[int],
     folder: Path,
     skip_broken: bool,
     accelerator: Accelerator,
+    dtype: str = "float16",
 ) -> Corpus:
-    """The prepared scans of a source; the first process prepares them in ``folder`` unless they are prepared already.
+    """The prepared scans of a source; the first process prepares them in ``folder``, as the input ``block`` says,
+    unless they are prepared already.
 
     Raises:
         TrainingError: no scans, or some that cannot be prepared.
@@ -61,7 +63,7 @@ def corpus_of(
         if len(data) == 1 and is_prepared(data[0]):
             return _checked(open_prepared(data[0]), data)
         if accelerator.is_main_process:
-            _prepare(settings.input_block, data, size, folder, skip_broken)
+            _prepare(block, data, size, folder, skip_broken, dtype)
         accelerator.wait_for_everyone()
         return _checked(open_prepared(folder), data)
     except (VolumeError, ImportError) as error:
@@ -69,7 +71,7 @@ def corpus_of(
 
 
 def _prepare(
-    block: dict[str, Any], data: Sequence[str | Path], size: Sequence[int], folder: Path, skip_broken: bool
+    block: dict[str, Any], data: Sequence[str | Path], size: Sequence[int], folder: Path, skip_broken: bool, dtype: str
 ) -> None:
     listing = list_scans(data, block.get("contrasts"), arrays=True)
     problems = [one["error"] for one in listing.errors]
@@ -79,7 +81,8 @@ def _prepare(
     )
     expect(bool(listing.scans), f"no scans in {', '.join(map(str, data))}")
     crop = tuple(size) if len(size) == 3 else (1, *size)
-    prepare_scans(listing.scans, folder, block, workers=listing.processes, skip_broken=skip_broken, crop=crop)
+    workers = listing.processes
+    prepare_scans(listing.scans, folder, block, workers=workers, skip_broken=skip_broken, dtype=dtype, crop=crop)
 
 
 def _checked(folder: PreparedFolder, data: Sequence[str | Path]) -> Corpus:

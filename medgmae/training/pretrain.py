@@ -73,7 +73,7 @@ def pretrain(
             data, prepared = start["data"], machine.prepared or Path(start["prepared"])
             data = [prepared] if is_prepared(prepared) else data
         size = crop_size(settings, model)
-        corpus = corpus_of(settings, data, size, prepared, machine.skip_broken, accelerator)
+        corpus = corpus_of(settings.input_block, data, size, prepared, machine.skip_broken, accelerator)
         job = Pretraining(settings, run, model, corpus)
         with StopRequest() as request:  # before, nothing is lost by an end at once
             Session(job, machine, run, accelerator, request).go(state)

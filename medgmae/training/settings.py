@@ -251,7 +251,7 @@ class TuningSettings:
 
     encoder: str = "full"
     lora_rank: int = 8
-    lora_alpha: float = 16.0
+    lora_alpha: int = 16
     head_std: float = 2e-5
     select: str = "last"
     patience: int | None = None

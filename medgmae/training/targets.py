@@ -142,9 +142,7 @@ def _check_numbers(targets: Targets, cases: Sequence[str]) -> None:
         if same and task.kind == "regress":
             raise TrainingError(f"the column {name!r} is {known[0]:g} everywhere; expected numbers that differ")
         if same:
-            what = (
-                "has no known label" if len(known) == 0 else f"is {known[0]:g} in all {len(known)} cases that have one"
-            )
+            all_one = f"is {known[0]:g} in all {len(known)} cases that have one" if len(known) else "has no known label"
             raise TrainingError(f"the column {name!r} {all_one}; expected cases of 0 and of 1: leave the column out")
 
 

@@ -89,10 +89,17 @@ def tuned_model(settings: TuneSettings, outputs: int, pretrained: bool = True) -
         known = hasattr(encoder, "forward_head") and len(encoder.patch_size) == 3
         expect(known, f"{settings.model} is not an encoder of volumes; expected vit_* or vim_*, with num_classes")
         expect(encoder.global_pool != "none", "model_options.global_pool is 'none', which gives no vector to classify")
-        last = encoder.head[-1] if isinstance(encoder.head, nn.Sequential) else encoder.head
+        last = last_layer(encoder)
         nn.init.trunc_normal_(last.weight, std=tuning.head_std)
         nn.init.zeros_(last.bias)
         return Tuned(encoder, tuning)
+
+
+def last_layer(encoder: Any) -> nn.Linear:
+    """The layer of a head that gives the outputs."""
+    last = encoder.head[-1] if isinstance(encoder.head, nn.Sequential) else encoder.head
+    assert isinstance(last, nn.Linear)
+    return last
 
 
 def _adapt(encoder: nn.Module, tuning: TuningSettings) -> None:
@@ -171,7 +178,7 @@ class Predict:
         """Change the last layer of a head so that numbers come out in their own units."""
         if self.scale is None:
             return
-        last = encoder.head[-1] if isinstance(encoder.head, nn.Sequential) else encoder.head
+        last = last_layer(encoder)
         mean, deviation = (one.to(last.weight) for one in self.scale)
         with torch.no_grad():
             last.weight.mul_(deviation[:, None])
