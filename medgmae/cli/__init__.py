@@ -1,5 +1,5 @@
 """The command line: ``medgmae list``, ``info``, ``features``, ``segment``, ``score``, ``slices``, ``reconstruct``,
-``latent-map``, ``fit``, ``convert``, ``data``, ``pretrain``, ``runs``.
+``latent-map``, ``fit``, ``convert``, ``data``, ``pretrain``, ``runs``, ``probe``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -21,6 +21,7 @@ from medgmae.cli.latent_map import latent_map_command
 from medgmae.cli.models import info_command, list_command
 from medgmae.cli.predict import predict_command
 from medgmae.cli.pretrain import pretrain_command, runs_command
+from medgmae.cli.probe import probe_command
 from medgmae.cli.reconstruct import reconstruct_command
 from medgmae.cli.score import score_command
 from medgmae.cli.segment import segment_command
@@ -42,6 +43,7 @@ def main(debug: bool) -> None:
 main.add_command(list_command)
 main.add_command(info_command)
 main.add_command(features_command)
+main.add_command(probe_command)
 main.add_command(segment_command)
 main.add_command(score_command)
 main.add_command(reconstruct_command)

@@ -117,7 +117,7 @@ class _Run:
         place_of = {scan.name: place for place, scan in enumerate(listing.scans)}
         said: dict[int, list[str]] = {}
         if source is not None:
-            columns, *rows = medgmae.data.table_rows(source)
+            columns, *rows = medgmae.data.read_table(source)
             place_of = {scan.name: (scan.row or 0) - 2 for scan in listing.scans}
             said = {number - 2: self._reason(reason) for number, reason in listing.broken_rows.items()}
         added = [*self.predictor.columns, "prediction", "error"]
