@@ -46,6 +46,10 @@ class Predictor:
         kinds: list[tuple[Any, ...]] = []
         for folder in folders:
             settings = Run(folder).settings(TuneSettings)
+            expect(
+                settings.task.kind != "segment",
+                f"{folder} segments; its label maps are made by: medgmae segment SCANS --model local-dir:{folder}",
+            )
             for member in members(folder, settings):
                 try:
                     model: Any = create_model(f"local-dir:{member}")
