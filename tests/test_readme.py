@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from _pytest.mark import ParameterSet
 
 import medgmae
@@ -49,13 +49,13 @@ def test_block_runs_and_leaves_nothing(language: str, code: str, tmp_path: Path)
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "build").mkdir()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    # The interpreter of this environment, and what -m pytest put on the path.
+    # The commands of this environment, and what -m pytest put on the path.
     clean = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{warm_python.commands()}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    interpreter = {"python": [sys.executable, "-W", "error::UserWarning:medgmae", "-c"], "bash": ["bash", "-ec"]}
+    interpreter = {"python": ["python", "-W", "error::UserWarning:medgmae", "-c"], "bash": ["bash", "-ec"]}
     command = [*interpreter[language], code]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_python
 
 from medgmae import Masking, ViT, Volume, create_model, create_transform, extract_features, reconstruct_scan
 from medgmae.data import Grid, crop_or_pad
@@ -277,7 +276,7 @@ def test_without_matplotlib_the_error_says_how_to_get_it() -> None:
         "import torch; from medgmae import Volume; from medgmae.visualize import reconstruction_figure\n"
         "reconstruction_figure(Volume(torch.rand(1, 4, 4, 4)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = warm_python.run("-c", code)
     assert done.returncode == 1
     assert "pip install medgmae[viz]" in done.stderr.splitlines()[-1]
 

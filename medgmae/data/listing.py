@@ -17,8 +17,9 @@ from medgmae.data.volume import Volume
 @dataclass(frozen=True)
 class Scan:
     """One row of the result: a file or folder, or one series in a folder, of which ``files`` are the slices if they are
-    known; ``labels`` are columns of a table, and ``row`` is its row there, counted from 1 with the heading. Where a
-    table has a column for each of several ``contrasts``, these are their files, and ``path`` is the first of them."""
+    known, ``study`` its StudyInstanceUID and ``patient`` its PatientID, which is written only where that is asked for;
+    ``labels`` are columns of a table, and ``row`` is its row there, counted from 1 with the heading. Where a table has
+    a column for each of several ``contrasts``, these are their files, and ``path`` is the first of them."""
 
     path: Path
     series: str | None = None
@@ -28,6 +29,8 @@ class Scan:
     files: tuple[Path, ...] | None = None
     contrasts: dict[str, Path] | None = None
     row: int | None = None
+    study: str | None = None
+    patient: str | None = None
 
     @property
     def source(self) -> Path | dict[str, Path]:
@@ -61,7 +64,8 @@ class Scan:
     @property
     def described(self) -> dict[str, Any]:
         """What the results say of the scan."""
-        series = {} if self.series is None else {"series": shown(self.series), "description": self.about}
+        study = {} if self.study is None else {"study": shown(self.study)}
+        series = {} if self.series is None else {"series": shown(self.series), **study, "description": self.about}
         parts = {} if self.contrasts is None else {"contrasts": {n: shown(p) for n, p in self.contrasts.items()}}
         return {"path": shown(self.path), **series, **parts, **({"labels": self.labels} if self.labels else {})}
 

@@ -43,11 +43,11 @@ def divide(settings: TuneSettings, targets: Targets, rows: Sequence[Mapping[str,
     for number, (training, _) in enumerate(parts):
         present = set(targets.classes[training].tolist()) if training else set()
         absent = set(targets.classes.tolist()) - present
-        where = f"fold {number}" if settings.folds else "the held-out cases"
+        where = f"fold {number}" if settings.folds else "held_out"
         single = targets.task.kind == "classify" and not targets.task.multilabel
         if not training or (single and absent):
             lost = ", ".join(targets.names[k] for k in sorted(absent)) if training and single else "any class"
-            raise TrainingError(f"{where} leaves no case of {lost} to learn from; hold out less, or other cases")
+            raise TrainingError(f"{where} holds out every case of {lost}; hold out less, or other cases")
     return parts, groups
 
 

@@ -107,7 +107,8 @@ def members(folder: Path, settings: TuneSettings) -> list[Path]:
     Raises:
         TrainingError: it is not complete.
     """
-    found = [folder / f"fold_{number}" for number in range(settings.folds)] or [folder]
+    single = not settings.folds or (folder / "config.json").exists()  # the folder of one fold has its settings, too
+    found = [folder] if single else [folder / f"fold_{number}" for number in range(settings.folds)]
     missing = [one for one in found if not (one / "metrics.json").exists()]
     expect(
         not missing,

@@ -117,10 +117,10 @@ def _classes(cells: Sequence[str], cases: Sequence[str], task: TaskSettings) -> 
             f"the column {column!r} has {found}" + (f" and no case of {', '.join(missing)}" if missing else "")
             + "; expected cases of two classes or more"
         )  # fmt: skip
-    if len(names) > 20 and len(names) > len(cells) / 2:
+    if not task.classes and len(names) > max(2, len(cells) / 2):
         raise TrainingError(
             f"the column {column!r} has {len(names)} different labels in {len(cells)} cases, which are "
-            "numbers or names rather than classes; for numbers use --task regress"
+            "numbers or names rather than classes; for numbers use --task regress, or list task.classes"
         )
     numbers = [[float(names.index(cell))] for cell in cells]
     return Targets(task, names, torch.tensor(numbers, dtype=torch.float32))
