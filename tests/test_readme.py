@@ -26,8 +26,8 @@ RUN = README + SLICES + DATA + PROBE + PREPARED + TRAINING
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")
-# MONAI takes ten seconds to import, features of forty scans half a minute, and a fit a minute; what is trained is trained
-# in test_pretrain.py too.
+# MONAI takes ten seconds to import, features of forty scans half a minute, and a fit a minute; what is trained is
+# trained in test_pretrain.py too.
 SLOW = ("monai", "medgmae fit", "training import Machine", "data prepare", "medgmae probe")
 
 
