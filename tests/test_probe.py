@@ -188,13 +188,13 @@ KINDS = ["healthy", "tumour"] * 30
 
 
 def test_features_of_scans_are_probed_in_every_format(tmp_path: Path) -> None:
-    """From scans and a table to metrics: what the three kinds of file hold is the same."""
+    """From scans and a table to metrics: what the four kinds of file hold is the same."""
     for i in range(8):
         small_scan(tmp_path / f"scan{i}.nii", i, 32)
     rows = "".join(f"scan{i}.nii,case {i},{'ab'[i % 2]},p{i}\n" for i in range(8))
     (tmp_path / "cases.csv").write_text(f"path,id,label,patient\n{rows}")
     name, tables = saved_nano(tmp_path / "model"), {}
-    for ending in ("csv", "npy", "safetensors"):
+    for ending in ("csv", "npy", "safetensors", "parquet"):
         out = tmp_path / f"features.{ending}"
         done = run("features", tmp_path / "cases.csv", "--model", name, "--input", "size=[32,32,32]", "--out", out)
         assert done.exit_code == 0, done.stderr
@@ -354,7 +354,7 @@ def test_tables_of_labels_that_do_not_fit(tmp_path: Path, table: str, words: str
         ("a.csv", b"name,f0\n", "no file of features that can be read"),
         ("a.npy", b"nothing", "no file of features that can be read"),
         ("a.safetensors", b"nothing", "no file of features that can be read"),
-        ("a.txt", b"", "expected one that medgmae features wrote: .safetensors, .csv, .npy"),
+        ("a.txt", b"", "expected what medgmae features wrote (.safetensors, .parquet, .csv, .npy or a folder"),
     ],
 )
 def test_what_is_no_file_of_features_is_said(tmp_path: Path, name: str, content: bytes, words: str) -> None:

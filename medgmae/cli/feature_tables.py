@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from medgmae.cli.common import shown
+from medgmae.cli.features.earlier import read_results
+from medgmae.cli.features.parquet import require_pyarrow
+from medgmae.cli.features.writers import SUFFIXES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,17 +42,15 @@ def read_features(path: Path) -> FeatureTable:
     """
     import numpy as np
 
-    read = _READERS.get(path.suffix.lower())
-    if read is None:
-        raise click.UsageError(
-            f"{shown(path)} is no file of features; expected one that medgmae features wrote: {', '.join(_READERS)}"
-        )
+    if path.is_dir() or path.suffix.lower() == ".parquet":
+        require_pyarrow()
+    read = {".csv": _csv, ".safetensors": _tensors}.get(path.suffix.lower(), _rows)
     try:
         table = read(path)
     except (ValueError, KeyError, TypeError) as error:
         raise click.ClickException(
-            f"{shown(path)} is no file of features that can be read ({shown(str(error))}); expected one that medgmae "
-            "features wrote, with pooled vectors of the same length for all scans"
+            f"{shown(path)} is no file of features that can be read ({shown(str(error))}); expected what medgmae "
+            f"features wrote ({', '.join(SUFFIXES)} or a folder of Parquet tables), with a pooled vector of every scan"
         ) from error
     seen: set[str] = set()
     twice = [name for name in table.names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
@@ -92,20 +93,20 @@ def _csv(path: Path) -> FeatureTable:
     return FeatureTable(names, cells, np.stack(vectors))
 
 
-def _npy(path: Path) -> FeatureTable:
-    """An array (n, F), and in a .json beside it names and facts in the same order."""
+def _rows(path: Path) -> FeatureTable:
+    """What the command itself reads where a run goes on: arrays with names beside them, Parquet, folders of it."""
     import numpy as np
 
-    vectors = np.load(path, allow_pickle=False)
-    facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    names = list(facts["names"])
-    if vectors.ndim != 2 or len(vectors) != len(names):
-        raise ValueError(f"the array is {vectors.shape}, and {len(names)} names lie beside it")
-    return FeatureTable(names, _cells(names, facts), vectors)
+    found = read_results(path)
+    if found is None:
+        raise ValueError("it does not say what it holds")
+    names = [row.name for row in found.rows]
+    vectors = np.stack([row.tensors()["pooled"].numpy() for row in found.rows])
+    return FeatureTable(names, _cells([row.said for row in found.rows]), vectors)
 
 
 def _tensors(path: Path) -> FeatureTable:
-    """``NAME/pooled`` (F,) of each scan; facts in the metadata."""
+    """``NAME/pooled`` (F,) of each scan; facts in the metadata. The file is opened once, not for every row."""
     import numpy as np
     from safetensors import SafetensorError, safe_open
 
@@ -116,14 +117,9 @@ def _tensors(path: Path) -> FeatureTable:
             vectors = np.stack([file.get_tensor(f"{name}/pooled") for name in names])
     except SafetensorError as error:
         raise ValueError(str(error)) from None
-    return FeatureTable(names, _cells(names, facts), vectors)
+    return FeatureTable(names, _cells([facts["scans"][name] for name in names]), vectors)
 
 
-def _cells(names: Sequence[str], facts: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What the facts of a run say of each scan."""
-    said = [facts["scans"][name] for name in names]
+def _cells(said: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """What the results say of each scan, as the columns of a table."""
     return [{"path": one["path"], "series": one.get("series", ""), **one.get("labels", {})} for one in said]
-
-
-# By ending. Another kind of file is one more function.
-_READERS = {".safetensors": _tensors, ".csv": _csv, ".npy": _npy}

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -17,9 +17,6 @@ from medgmae.cli.common import echo_json, echo_table, reports_errors, shown
 from medgmae.cli.feature_tables import FeatureTable, few, read_features
 from medgmae.cli.files import complete, keep_inputs, refuse_existing, write_figure
 from medgmae.cli.options import gathered, json_option, overwrite_option
-
-if TYPE_CHECKING:
-    from medgmae.training.targets import Targets
 
 _KEYS = ("name", "id")  # columns of a table that say which scan a row is about
 _FOLDS = 5
@@ -72,7 +69,7 @@ class Cases:
     """Vectors, targets, folds and groups (or None) of cases, in the order of the features."""
 
     table: FeatureTable
-    targets: Targets
+    targets: medgmae.training.Targets
     folds: list[Any]
     groups: list[str] | None
 
@@ -84,7 +81,7 @@ class Cases:
 
 
 @click.command("probe")
-@click.argument("features", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("features", type=click.Path(path_type=Path, exists=True))
 @question_options
 @click.option(
     "--out",
@@ -95,7 +92,7 @@ class Cases:
 @json_option
 @reports_errors
 def probe_command(features: Path, question: Question, out: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Measure how well simple models predict a label from FEATURES, a file that "medgmae features" wrote: out-of-fold
+    """Measure how well simple models predict a label from FEATURES, what "medgmae features" wrote: out-of-fold
     metrics per fold, their mean, and of all folds pooled with 95 % intervals of a bootstrap over cases or groups.
 
     linear: logistic or ridge regression, its penalty chosen within the training cases of each fold. knn: the nearest
@@ -144,14 +141,12 @@ def probe_command(features: Path, question: Question, out: Path | None, overwrit
 
 
 def _cases(features: Path, question: Question) -> Cases:
-    from medgmae.training import TaskSettings
-    from medgmae.training.targets import read_targets
-
+    training = medgmae.training
     table = read_features(features)
     if question.labels is not None:
         table = _joined(table, features, question.labels)
-    task = TaskSettings(kind=question.task, labels=[question.label])
-    targets = read_targets(table.cells, table.names, task)
+    task = training.TaskSettings(kind=question.task, labels=[question.label])
+    targets = training.read_targets(table.cells, table.names, task)
     groups = None if question.group is None else _column(table, question.group, "--group")
     return Cases(table, targets, _folds(table, targets, groups, question), groups)
 
@@ -199,7 +194,9 @@ def _column(table: FeatureTable, column: str, option: str) -> list[str]:
     return [cells[column].strip() for cells in table.cells]
 
 
-def _folds(table: FeatureTable, targets: Targets, groups: list[str] | None, question: Question) -> list[Any]:
+def _folds(
+    table: FeatureTable, targets: medgmae.training.Targets, groups: list[str] | None, question: Question
+) -> list[Any]:
     """The fold in which each case is tested, as the table says or by chance."""
     evaluation = medgmae.evaluation
     if question.fold_column is not None:

@@ -23,6 +23,7 @@ from medgmae.training.settings import (
 )
 from medgmae.training.stopping import Stopped
 from medgmae.training.tables import TrainingError, parse_change
+from medgmae.training.targets import Targets, read_targets
 
 __all__ = [
     "CropSettings",
@@ -33,6 +34,7 @@ __all__ = [
     "RunSettings",
     "Settings",
     "Stopped",
+    "Targets",
     "TaskSettings",
     "TrainingError",
     "TrainingSettings",
@@ -47,6 +49,7 @@ __all__ = [
     "read_metrics",
     "read_recipe",
     "read_settings",
+    "read_targets",
     "recipes",
     "rehearse",
     "scale_lr",
