@@ -18,7 +18,7 @@ from medgmae.cli.features.results import Finished, Row
 from medgmae.cli.features.writers import write_features
 from medgmae.cli.journal import Journal, key_of, state_of
 
-Described = Callable[[medgmae.data.Scan], Mapping[str, Any]]
+Described = Callable[["medgmae.data.Scan"], Mapping[str, Any]]
 
 
 class Store:
