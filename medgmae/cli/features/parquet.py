@@ -13,10 +13,13 @@ import click
 from medgmae.cli.features.results import Finished, Row, Tensors
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from pyarrow import Table
 
 # What results say of a scan, and as what; columns of a manifest are label_NAME, after them.
 _TEXTS = ("path", "series", "study", "patient", "description", "contrasts", "key")
+_VECTOR = "vector"
 _OF_ERRORS = ("name", "path", "error")
 _LABEL = "label_"
 _ROWS_PER_GROUP = 8192
@@ -31,13 +34,15 @@ def require_pyarrow() -> None:
 def write_table(
     place: Path, rows: Sequence[Row], errors: Sequence[Mapping[str, str]], facts: Mapping[str, Any], width: int
 ) -> None:
-    """Rows, then one for each error, whose vector of ``width`` numbers is null; read again and compared."""
+    """Rows, then one for each error, whose vector of ``width`` numbers is NaN: Arrow before 26 cannot read a list of a
+    fixed size that is null. Read again and compared."""
     from pyarrow import parquet
 
     table = _table(rows, errors, facts, width)
     parquet.write_table(table, place, compression="zstd", use_dictionary=False, row_group_size=_ROWS_PER_GROUP)
     read = parquet.read_table(place, memory_map=True)
-    if not read.equals(table) or read.schema.metadata != table.schema.metadata:
+    same = read.drop_columns(_VECTOR).equals(table.drop_columns(_VECTOR))
+    if not same or read.schema.metadata != table.schema.metadata or _bits(read) != _bits(table):
         raise OSError("what was written reads back as something else")
 
 
@@ -51,23 +56,31 @@ def read_table(path: Path) -> Finished:
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from None
     facts = json.loads((table.schema.metadata or {})[b"medgmae"])
-    if not {"vector", "error", *_TEXTS} <= set(table.column_names):
+    if not {_VECTOR, "error", *_TEXTS} <= set(table.column_names):
         raise ValueError(f"{path} has not the columns of a table of features")
-    vectors = table.column("vector").combine_chunks()
-    width = vectors.type.list_size
-    values = vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)  # those of errors are left out
+    values = _values(table)
+    width = values.shape[1]
 
     def tensors(at: int) -> Tensors:
         import torch
 
         return lambda: {"pooled": torch.from_numpy(values[at].copy())}
 
-    said = table.drop_columns("vector").to_pylist()
-    done = [one for one in said if one["error"] is None]
+    said = table.drop_columns(_VECTOR).to_pylist()
+    done = [(at, one) for at, one in enumerate(said) if one["error"] is None]
     failed = [{name: one[name] for name in _OF_ERRORS if one[name] is not None} for one in said if one["error"]]
-    return Finished(
-        {**facts, "errors": failed}, [Row(one["name"], _said(one, width), tensors(at)) for at, one in enumerate(done)]
-    )
+    return Finished({**facts, "errors": failed}, [Row(one["name"], _said(one, width), tensors(at)) for at, one in done])
+
+
+def _values(table: Table) -> NDArray[np.float32]:
+    """The vectors of a table, (rows, numbers)."""
+    column = table.column(_VECTOR).combine_chunks()
+    values: NDArray[np.float32] = column.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(-1, column.type.list_size)
+
+
+def _bits(table: Table) -> bytes:
+    return _values(table).tobytes()
 
 
 def _said(cells: Mapping[str, Any], width: int) -> dict[str, Any]:
@@ -85,10 +98,9 @@ def _table(rows: Sequence[Row], errors: Sequence[Mapping[str, str]], facts: Mapp
     import numpy as np
     import pyarrow as pa
 
-    vectors = np.zeros((len(rows) + len(errors), width), np.float32)
+    vectors = np.full((len(rows) + len(errors), width), np.nan, np.float32)
     for vector, row in zip(vectors, rows, strict=False):  # those of errors stay as they are
         vector[:] = row.tensors()["pooled"].numpy()
-    failed = [False] * len(rows) + [True] * len(errors)
     said: list[Mapping[str, Any]] = [*(row.said for row in rows), *errors]
 
     def column(name: str, kind: pa.DataType) -> pa.Array:
@@ -104,7 +116,7 @@ def _table(rows: Sequence[Row], errors: Sequence[Mapping[str, str]], facts: Mapp
         columns[f"{_LABEL}{name}"] = pa.array([one.get("labels", {}).get(name) for one in said], pa.string())
     columns |= {"error": column("error", pa.string()), "seconds": column("seconds", pa.float64())}
     columns |= {"place": column("place", pa.int64()), "state": column("state", pa.list_(pa.int64()))}
-    columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), width, mask=pa.array(failed))
+    columns[_VECTOR] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), width)
     return pa.table(columns).replace_schema_metadata({"medgmae": json.dumps(facts)})
 
 
