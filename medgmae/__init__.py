@@ -18,6 +18,7 @@ _PUBLIC = {
     "WeightsError": "medgmae.checkpoints.cards",
     "list_weights": "medgmae.checkpoints.cards",
     "weight_card": "medgmae.checkpoints.cards",
+    "export_model": "medgmae.checkpoints.exporting",
     "save_pretrained": "medgmae.checkpoints.saving",
     "push_to_hub": "medgmae.checkpoints.saving",
     "Model": "medgmae.models.encoder",
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from medgmae.checkpoints.cards import WeightsError as WeightsError
     from medgmae.checkpoints.cards import list_weights as list_weights
     from medgmae.checkpoints.cards import weight_card as weight_card
+    from medgmae.checkpoints.exporting import export_model as export_model
     from medgmae.checkpoints.inspection import inspect_checkpoint as inspect_checkpoint
     from medgmae.checkpoints.loading import load_pretrained as load_pretrained
     from medgmae.checkpoints.report import LoadReport as LoadReport

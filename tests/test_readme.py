@@ -22,7 +22,8 @@ DATA = (ROOT / "docs/data.md").read_text(encoding="utf-8")
 PROBE = (ROOT / "docs/probe.md").read_text(encoding="utf-8")
 PREPARED = (ROOT / "docs/prepared.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
-RUN = README + SLICES + DATA + PROBE + PREPARED + TRAINING
+EXPORT = (ROOT / "docs/export.md").read_text(encoding="utf-8")
+PAGES = README + SLICES + DATA + PROBE + PREPARED + TRAINING + EXPORT
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")
@@ -35,7 +36,7 @@ def blocks() -> list[ParameterSet]:
     """Language and text of every block of code, under its heading."""
     cases, title = [], ""
     pattern = r"^#+ ([^\n]+)$|^```(python|bash)\n(.*?)^```"
-    for heading, language, code in re.findall(pattern, RUN, flags=re.S | re.M):
+    for heading, language, code in re.findall(pattern, PAGES, flags=re.S | re.M):
         title = heading or title
         if code and not any(word in code for word in BUILDS):
             slow = [pytest.mark.slow] if any(word in code for word in SLOW) else []
@@ -65,7 +66,7 @@ def test_block_runs_and_leaves_nothing(language: str, code: str, tmp_path: Path)
 
 
 def test_every_block_is_run() -> None:
-    assert len(blocks()) == RUN.count("```python") + RUN.count("```bash") - 1  # but the one that builds
+    assert len(blocks()) == PAGES.count("```python") + PAGES.count("```bash") - 1  # but the one that builds
 
 
 def test_model_table_is_the_registry() -> None:

@@ -1,5 +1,5 @@
 """The command line: ``medgmae list``, ``info``, ``features``, ``segment``, ``score``, ``slices``, ``reconstruct``,
-``latent-map``, ``fit``, ``convert``, ``data``, ``pretrain``, ``runs``, ``probe``.
+``latent-map``, ``fit``, ``convert``, ``export``, ``data``, ``pretrain``, ``finetune``, ``predict``, ``runs``, ``probe``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -14,6 +14,7 @@ import click
 import medgmae
 from medgmae.cli.convert import convert_command
 from medgmae.cli.data import data_group
+from medgmae.cli.export import export_command
 from medgmae.cli.features import features_command
 from medgmae.cli.finetune import finetune_command
 from medgmae.cli.fit import fit_command
@@ -51,6 +52,7 @@ main.add_command(latent_map_command)
 main.add_command(fit_command)
 main.add_command(slices_command)
 main.add_command(convert_command)
+main.add_command(export_command)
 main.add_command(data_group)
 main.add_command(pretrain_command)
 main.add_command(finetune_command)

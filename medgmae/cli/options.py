@@ -9,6 +9,7 @@ import ast
 import functools
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -182,25 +183,30 @@ def input_options(instead_of: str) -> Callable[[F], F]:
     )
 
 
+_weights_options = (
+    click.option(
+        "--weights",
+        help="Weights: a tag, file, folder or hf-hub:org/repo; with architecture.tag, the file that its card "
+        "describes.",
+    ),
+    click.option("--random-weights", is_flag=True, help="Leave the model untrained."),
+)
+# ``choice``, a ModelChoice whose name is an argument.
+model_argument = gathered(
+    "choice", ModelChoice, click.argument("name", metavar="MODEL", shell_complete=complete_name), *_weights_options
+)
+
+
 def model_options(required: bool = True) -> Callable[[F], F]:
     """``choice``, a :class:`ModelChoice`."""
-    return gathered(
-        "choice",
-        ModelChoice,
-        click.option(
-            "--model",
-            "name",
-            required=required,
-            shell_complete=complete_name,
-            help="Architecture, architecture.tag, hf-hub:org/repo or local-dir:FOLDER.",
-        ),
-        click.option(
-            "--weights",
-            help="Weights: a tag, file, folder or hf-hub:org/repo; with architecture.tag, the file that its card "
-            "describes.",
-        ),
-        click.option("--random-weights", is_flag=True, help="Leave the model untrained."),
+    name = click.option(
+        "--model",
+        "name",
+        required=required,
+        shell_complete=complete_name,
+        help="Architecture, architecture.tag, the folder of a model or run, or hf-hub:org/repo.",
     )
+    return gathered("choice", ModelChoice, name, *_weights_options)
 
 
 threads_option = click.option(
@@ -256,7 +262,7 @@ def open_model(choice: ModelChoice, machine: Machine) -> tuple[Any, str]:
 
 
 def _created(choice: ModelChoice) -> tuple[nn.Module, str]:
-    name, weights = choice.name, choice.weights
+    name, weights = _source(choice.name), choice.weights
     if choice.random_weights:
         if weights:
             raise click.UsageError("--weights and --random-weights contradict each other")
@@ -271,6 +277,20 @@ def _created(choice: ModelChoice) -> tuple[nn.Module, str]:
             "or say --random-weights"
         )
     return medgmae.create_model(name), name
+
+
+def _source(name: str) -> str:
+    """A name as ``create_model`` takes it: of a folder that is there, its address."""
+    if name.partition(".")[0] in medgmae.list_models() or not os.path.isdir(name):
+        return name
+    if not os.path.exists(os.path.join(name, "config.json")):
+        folds = sorted(path.parent.name for path in Path(name).glob("fold_*/config.json"))
+        held = f"; the models of its folds are in {', '.join(folds)}: name one of them" if folds else ""
+        raise click.UsageError(
+            f"{shown(name)} holds no model: expected config.json and model.safetensors, as medgmae finetune, pretrain "
+            f"and convert write them{held}"
+        )
+    return f"local-dir:{name}"
 
 
 def model_with_weights(name: str, weights: str, **options: Any) -> Any:
