@@ -93,7 +93,7 @@ def test_an_end_before_the_first_update_is_one_at_once(
 ) -> None:
     from medgmae.training import corpus
 
-    monkeypatch.setattr(corpus, "prepare_scans", lambda *args, **options: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(corpus, "prepare_scans", lambda *args, **options: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run_of(settings_of(), data, tmp_path / "run")
     monkeypatch.undo()

@@ -48,8 +48,8 @@ def test_folder_environment_and_limits_are_its_own(tmp_path: Path) -> None:
     environment = {"ONLY": "this"}
     done = warm_python.run(script, os.fsdecode(b"M\xfcller"), cwd=tmp_path, env=environment)
     assert done.stdout == f"{tmp_path} ['M\\udcfcller'] {{'ONLY': 'this'}}"
-    code = "import pathlib; pathlib.Path('file').write_bytes(bytes(5000))"
-    assert "File too large" in warm_python.run("-c", code, cwd=tmp_path, limits={"RLIMIT_FSIZE": 4000}).stderr
+    code = "import pathlib; pathlib.Path('file').write_bytes(bytes(200))"
+    assert "File too large" in warm_python.run("-c", code, cwd=tmp_path, limits={"RLIMIT_FSIZE": 100}).stderr
     assert warm_python.run("-c", code, cwd=tmp_path).returncode == 0
 
 

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -104,17 +105,21 @@ def run(
     limits: Mapping[str, int] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """``python ARGUMENTS`` to its end, with what it wrote; ``limits`` are those of the module resource, by name."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = Process(*arguments, stdout=out.fileno(), stderr=err.fileno(), cwd=cwd, env=env, limits=limits)
+    out, err = os.pipe(), os.pipe()  # not files, to whose size a limit would apply
+    process = Process(*arguments, stdout=out[1], stderr=err[1], cwd=cwd, env=env, limits=limits)
+    with ThreadPoolExecutor(2) as readers:
+        said = [readers.submit(_read, *pipe) for pipe in (out, err)]
         try:
             process.wait(timeout)
         finally:
             process.kill()  # nothing, unless the time is over
-        said = []
-        for file in (out, err):
-            file.seek(0)
-            said.append(file.read().decode(errors="backslashreplace"))
-    return subprocess.CompletedProcess(arguments, process.wait(), *said)
+    return subprocess.CompletedProcess(arguments, process.wait(), *(text.result() for text in said))
+
+
+def _read(ours: int, theirs: int) -> str:
+    os.close(theirs)
+    with open(ours, encoding="utf-8", errors="backslashreplace") as file:
+        return file.read()
 
 
 @functools.cache
