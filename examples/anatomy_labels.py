@@ -22,6 +22,7 @@ cases.csv has the columns
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from medgmae import Volume, read_volume, write_volume
-from medgmae.data import Grid, reorient, resample, resample_like
+from medgmae.data import reorient, resample, resample_like
 
 ROOT = Path(__file__).parent.parent
 SPACING = 2.0  # mm; what the demonstration weights were trained with
@@ -118,7 +119,7 @@ class Anatomy:
     def _cuts(self, first: int, end: int) -> list[tuple[int, int]]:
         count = (end - first) // (self.size + ROOM)
         ends = np.linspace(first, end, count + 1).round().astype(int).tolist()
-        return list(zip(ends, ends[1:], strict=False))
+        return list(itertools.pairwise(ends))
 
     def draw(self, cell: Cell, taken: set[Place], rng: np.random.Generator) -> Place | None:
         """Where a crop of a cell begins that has not been taken and is body enough; None where none was found."""

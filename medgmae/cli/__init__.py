@@ -1,5 +1,6 @@
-"""The command line: ``medgmae list``, ``info``, ``features``, ``segment``, ``score``, ``slices``, ``reconstruct``,
-``latent-map``, ``fit``, ``convert``, ``export``, ``data``, ``pretrain``, ``finetune``, ``predict``, ``runs``, ``probe``.
+"""The command line: ``medgmae list``, ``info``, ``features``, ``probe``, ``segment``, ``score``, ``slices``,
+``reconstruct``, ``latent-map``, ``fit``, ``convert``, ``export``, ``data``, ``pretrain``, ``finetune``, ``predict``,
+``runs``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
