@@ -16,13 +16,13 @@ is numpy plane by plane and holds the lock of the interpreter a third of the tim
 speed of one.
 
 Outcome, on two cores that other work kept busy (load 8 to 11), so that rates vary by a third from run to run and only
-the shares of waiting say something: windows waits 3 % in turn and with readers, as foreseen. resize: 25 % in turn, 6 %
-with one reader and 5 % with two, below the goal of 10 %, but no more scans per second, since the cores that readers
-would have had were taken. device: 43 % in turn, 22 % with one reader, 31 % with two, 15 % with two threads: the goal was
-missed, on cores that gave each process a fourth of its time. Threads were foreseen too slow: inflating and numpy let go
-of the lock, and nothing is sent between processes. Processes it is all the same: a scan that crashes a reader or takes
-its memory does not end the run, and a model on a GPU does not wait for the lock of the interpreter. To be measured again
-on a machine that is free, and with a GPU. results/features.json has the run.
+the shares of waiting say something: windows waits 3 % in turn and with readers, as foreseen. resize: 25 % in turn, 6
+% with one reader and 5 % with two, below the goal of 10 %, but no more scans per second, since the cores that readers
+would have had were taken. device: 43 % in turn, 22 % with one reader, 31 % with two, 15 % with two threads: the goal
+was missed, on cores that gave each process a fourth of its time. Threads were foreseen too slow: inflating and numpy
+let go of the lock, and nothing is sent between processes. Processes it is all the same: a scan that crashes a reader
+or takes its memory does not end the run, and a model on a GPU does not wait for the lock of the interpreter. To be
+measured again on a machine that is free, and with a GPU. results/features.json has the run.
 
     OMP_NUM_THREADS=1 python benchmarks/features.py [--repeats 3] [--copies 4]
 """
