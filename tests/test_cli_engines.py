@@ -179,8 +179,12 @@ def in_a_cluster(monkeypatch: pytest.MonkeyPatch, submit: Callable[[RayEngine, i
     monkeypatch.setattr(RayEngine, "submit", submit)
 
 
+# Ray leaves pipes of its own open, which Python warns of.
+RAY_WARNS = pytest.mark.filterwarnings("default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning")
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")
+@RAY_WARNS
 def test_ray_ends_well_when_a_worker_is_killed(
     model: str, nine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +212,7 @@ def test_ray_ends_well_when_a_worker_is_killed(
     assert all(torch.equal(got[name], expected[name]) for name in got)
 
 
-@pytest.mark.filterwarnings("default")
+@RAY_WARNS
 def test_ray_gives_the_bits_of_one_process(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scans = small_scans(tmp_path / "scans", 3)
     (scans / "0001.nii").write_bytes(b"no scan")

@@ -23,7 +23,8 @@ PROBE = (ROOT / "docs/probe.md").read_text(encoding="utf-8")
 PREPARED = (ROOT / "docs/prepared.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 EXPORT = (ROOT / "docs/export.md").read_text(encoding="utf-8")
-PAGES = README + SLICES + DATA + PROBE + PREPARED + TRAINING + EXPORT
+SCALE = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+PAGES = README + SLICES + DATA + PROBE + PREPARED + TRAINING + EXPORT + SCALE
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")

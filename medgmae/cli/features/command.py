@@ -13,8 +13,8 @@ import click
 import medgmae
 from medgmae.cli.batches import Scope, failure, leave, list_scans, report_skipped, scope_options, show_listing
 from medgmae.cli.common import echo_json, is_reported, reports_errors, shown
-from medgmae.cli.features.extraction import Extraction, Extractor, Preparer, extraction_options
-from medgmae.cli.features.local import InTurn, Readers
+from medgmae.cli.features.extraction import Extraction, Extractor, Preparer, Result, extraction_options
+from medgmae.cli.features.local import InTurn, Readers, attempt
 from medgmae.cli.features.merge import merge_command
 from medgmae.cli.features.parquet import require_pyarrow
 from medgmae.cli.features.ray_engine import RayEngine
@@ -22,7 +22,7 @@ from medgmae.cli.features.schedule import results
 from medgmae.cli.features.stores import FileStore, ShardStore, Store
 from medgmae.cli.features.writers import check_out, sidecar
 from medgmae.cli.files import keep_inputs
-from medgmae.cli.journal import journal_of, key_of, weights_digest
+from medgmae.cli.journal import journal_of, key_of, state_of, weights_digest
 from medgmae.cli.options import (
     InputChoice,
     Machine,
@@ -205,6 +205,13 @@ def _part(scans: tuple[Path, ...], contrasts: Any, scope: Scope, engines: Engine
     return _Part(listing, number - 1, of, hashlib.sha256("\n".join(keys).encode()).hexdigest()[:24])
 
 
+def _unless_changed(scan: medgmae.data.Scan, outcome: Result | Exception) -> Result | Exception:
+    """The outcome, or an error where the scan has become another since it was read."""
+    if isinstance(outcome, Exception) or attempt(lambda: state_of(scan)) == outcome.state:
+        return outcome
+    return OSError(f"{scan.path} was changed while it was read; expected it to stay as it is")
+
+
 class _Run:
     """Features of scans, and what came of each."""
 
@@ -238,6 +245,7 @@ class _Run:
         bar = tqdm(total=len(scans), initial=before, desc="scans", unit="scan", disable=None)
         with self._engine(todo) as engine, bar:
             for number, outcome in results(engine, todo):
+                outcome = _unless_changed(todo[number], outcome)
                 if isinstance(outcome, Exception):
                     if not is_reported(outcome):
                         raise outcome
