@@ -1,4 +1,4 @@
-"""README and docs are true: the blocks of six pages run; docs/models.md is the registry."""
+"""README and docs are true: the blocks of seven pages run; docs/models.md is the registry."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ DATA = (ROOT / "docs/data.md").read_text(encoding="utf-8")
 PREPARED = (ROOT / "docs/prepared.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 EXPORT = (ROOT / "docs/export.md").read_text(encoding="utf-8")
-PAGES = README + SLICES + DATA + PREPARED + TRAINING + EXPORT
+SALIENCY = (ROOT / "docs/saliency.md").read_text(encoding="utf-8")
+PAGES = README + SLICES + DATA + PREPARED + TRAINING + EXPORT + SALIENCY
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")

@@ -1,5 +1,5 @@
 """The command line: ``medgmae list``, ``info``, ``features``, ``segment``, ``score``, ``slices``, ``reconstruct``,
-``latent-map``, ``fit``, ``convert``, ``export``, ``data``, ``pretrain``, ``runs``.
+``latent-map``, ``saliency``, ``fit``, ``convert``, ``export``, ``data``, ``pretrain``, ``runs``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -22,6 +22,7 @@ from medgmae.cli.latent_map import latent_map_command
 from medgmae.cli.models import info_command, list_command
 from medgmae.cli.pretrain import pretrain_command, runs_command
 from medgmae.cli.reconstruct import reconstruct_command
+from medgmae.cli.saliency import saliency_command
 from medgmae.cli.score import score_command
 from medgmae.cli.segment import segment_command
 from medgmae.cli.slices import slices_command
@@ -46,6 +47,7 @@ main.add_command(segment_command)
 main.add_command(score_command)
 main.add_command(reconstruct_command)
 main.add_command(latent_map_command)
+main.add_command(saliency_command)
 main.add_command(fit_command)
 main.add_command(slices_command)
 main.add_command(convert_command)
