@@ -64,6 +64,7 @@ _PUBLIC = {
     "psnr": "medgmae.losses",
     "latent_to_spatial": "medgmae.inference.latents",
     "latent_map_defaults": "medgmae.inference.latents",
+    "saliency_map": "medgmae.inference.saliency",
     "reconstruction_figure": "medgmae.visualize",
     "latent_map_figure": "medgmae.visualize",
     "fit_figure": "medgmae.visualize",
@@ -117,6 +118,7 @@ if TYPE_CHECKING:
     from medgmae.inference.latents import latent_to_spatial as latent_to_spatial
     from medgmae.inference.reconstruction import Reconstruction as Reconstruction
     from medgmae.inference.reconstruction import reconstruct_scan as reconstruct_scan
+    from medgmae.inference.saliency import saliency_map as saliency_map
     from medgmae.inference.segmentation import Segmentation as Segmentation
     from medgmae.inference.segmentation import predict_logits as predict_logits
     from medgmae.inference.segmentation import segment_scan as segment_scan

@@ -1,4 +1,4 @@
-"""README and docs are true: the blocks of six pages run; docs/models.md is the registry."""
+"""README and docs are true: the blocks of seven pages run; docs/models.md is the registry."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ PROBE = (ROOT / "docs/probe.md").read_text(encoding="utf-8")
 PREPARED = (ROOT / "docs/prepared.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 EXPORT = (ROOT / "docs/export.md").read_text(encoding="utf-8")
+SALIENCY = (ROOT / "docs/saliency.md").read_text(encoding="utf-8")
 SCALE = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
-PAGES = README + SLICES + DATA + PROBE + PREPARED + TRAINING + EXPORT + SCALE
+PAGES = README + SLICES + DATA + PROBE + PREPARED + TRAINING + EXPORT + SALIENCY + SCALE
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")

@@ -1,6 +1,6 @@
 """The command line: ``medgmae list``, ``info``, ``features``, ``probe``, ``segment``, ``score``, ``slices``,
-``reconstruct``, ``latent-map``, ``fit``, ``convert``, ``export``, ``data``, ``pretrain``, ``finetune``, ``predict``,
-``runs``.
+``reconstruct``, ``latent-map``, ``saliency``, ``fit``, ``convert``, ``export``, ``data``, ``pretrain``, ``finetune``,
+``predict``, ``runs``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -25,6 +25,7 @@ from medgmae.cli.predict import predict_command
 from medgmae.cli.pretrain import pretrain_command, runs_command
 from medgmae.cli.probe import probe_command
 from medgmae.cli.reconstruct import reconstruct_command
+from medgmae.cli.saliency import saliency_command
 from medgmae.cli.score import score_command
 from medgmae.cli.segment import segment_command
 from medgmae.cli.slices import slices_command
@@ -50,6 +51,7 @@ main.add_command(segment_command)
 main.add_command(score_command)
 main.add_command(reconstruct_command)
 main.add_command(latent_map_command)
+main.add_command(saliency_command)
 main.add_command(fit_command)
 main.add_command(slices_command)
 main.add_command(convert_command)

@@ -300,24 +300,25 @@ def model_with_weights(name: str, weights: str, **options: Any) -> Any:
     return medgmae.create_model(name, checkpoint_path=weights, **options)
 
 
-def preprocessing_of(model: Any, inputs: InputChoice) -> Any:
-    """Preprocessing of whole scans by the chosen card, the model's own or the default, with changes."""
+def preprocessing_of(model: Any, inputs: InputChoice, whole: bool = True) -> Any:
+    """Preprocessing by the chosen card, the model's own or the default, with changes: of whole scans, or of the part
+    that the card crops."""
     card = medgmae.weight_card(inputs.tag).to_json() if inputs.tag else model.pretrained_cfg
     if card and card["input"]:
-        return preprocessing(card["input"], inputs.changes)
+        return preprocessing(card["input"], inputs.changes, whole)
     if not inputs.changes:
         click.echo(
             "Note: nothing is known about the input of these weights. Scans are taken as stored, their intensities "
             "between the 0.5th and 99.5th percentile mapped to 0..1. Change that with --input or --input-of.",
             err=True,
         )
-    return preprocessing({"channels": model.in_chans, **DEFAULT_INPUT}, inputs.changes)
+    return preprocessing({"channels": model.in_chans, **DEFAULT_INPUT}, inputs.changes, whole)
 
 
-def preprocessing(block: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
-    """Preprocessing of whole scans by an input block with changes; a new spacing means resampling to it."""
+def preprocessing(block: Mapping[str, Any], changes: Mapping[str, Any], whole: bool = True) -> Any:
+    """Preprocessing by an input block with changes; a new spacing means resampling to it."""
     resample = block.get("resample") or ({"to": "spacing"} if "spacing" in changes else None)
-    return medgmae.create_transform({**block, "resample": resample, **changes}, whole=True)
+    return medgmae.create_transform({**block, "resample": resample, **changes}, whole=whole)
 
 
 def contrasts_of(choice: ModelChoice, inputs: InputChoice, machine: Machine) -> Any:

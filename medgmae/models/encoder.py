@@ -183,6 +183,10 @@ class Encoder(Model, Readable):
     def forward_last_block(self, x: Tensor) -> Tensor:
         """What the last block itself returns for every token, (B, P + N, E), class tokens first. x: (B, C, D, H, W)."""
 
+    def prefix_first(self, sequence: Tensor) -> Tensor:
+        """What the blocks take, (B, P + n, E), with the class tokens in front."""
+        return sequence
+
     __call__: Callable[..., Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
