@@ -1,4 +1,4 @@
-"""README and docs are true: the blocks of five pages run; docs/models.md is the registry."""
+"""README and docs are true: the blocks of six pages run; docs/models.md is the registry."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ SLICES = (ROOT / "docs/slices.md").read_text(encoding="utf-8")
 DATA = (ROOT / "docs/data.md").read_text(encoding="utf-8")
 PREPARED = (ROOT / "docs/prepared.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+FINETUNE = (ROOT / "docs/finetune.md").read_text(encoding="utf-8")
+PAGES = README + SLICES + DATA + PREPARED + TRAINING + FINETUNE
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")
-# MONAI takes ten seconds to import, and a fit a minute; what is trained is trained in test_pretrain.py too.
-SLOW = ("monai", "medgmae fit", "training import Machine", "data prepare")
+# MONAI takes ten seconds to import, and a fit a minute; what is trained is trained in test_pretrain.py and
+# test_finetune.py too.
+SLOW = ("monai", "medgmae fit", "training import Machine", "data prepare", "--out build/side")
 
 
 def blocks() -> list[ParameterSet]:
     """Language and text of every block of code, under its heading."""
     cases, title = [], ""
     pattern = r"^#+ ([^\n]+)$|^```(python|bash)\n(.*?)^```"
-    for heading, language, code in re.findall(pattern, README + SLICES + DATA + PREPARED + TRAINING, flags=re.S | re.M):
+    for heading, language, code in re.findall(pattern, PAGES, flags=re.S | re.M):
         title = heading or title
         if code and not any(word in code for word in BUILDS):
             slow = [pytest.mark.slow] if any(word in code for word in SLOW) else []
@@ -62,7 +65,7 @@ def test_block_runs_and_leaves_nothing(language: str, code: str, tmp_path: Path)
 
 
 def test_every_block_is_run() -> None:
-    text = README + SLICES + DATA + PREPARED + TRAINING
+    text = PAGES
     assert len(blocks()) == text.count("```python") + text.count("```bash") - 1  # but the one that builds
 
 
