@@ -8,7 +8,7 @@ Every crop lies in one cell, and all crops of a cell are in one fold: what is te
 from. It is still the same three people on both sides: what can be measured is whether a model finds anatomy in parts
 that it has no label of, and not whether it would in another patient.
 
-cases.csv has the columns
+cases.csv, and aorta.csv with the crops of which the label maps say whether they hold the aorta, have the columns
 
     path, id    of the crop, .nii.gz in intensities of the scan (HU, or those of the MR)
     scan        which of the three, and so which patient
@@ -93,7 +93,7 @@ class Anatomy:
     def _midline(self) -> int:
         """Number of the first plane to the right of it; x grows from left to right."""
         if self.source.bone is None:
-            return int(np.ceil(self.scan.grid.index((0.0, 0.0, 0.0))[0]))
+            return int(np.ceil(self.scan.grid.index((0.0, 0.0, 0.0))[2]))
         back = self.scan.data[0, :, : self.scan.size[1] // 2]  # y grows from back to front
         return int((back > self.source.bone).nonzero()[:, 2].median())
 
@@ -203,10 +203,11 @@ def main(out: Path, per_cell: int, size: int, folds: int, seed: int) -> None:
             place = {"path": f"{name}.nii.gz", "id": name, "scan": source.scan, "cell": f"{source.scan}_{number}"}
             rows.append({**place, "fold": "", **anatomy.labels(at)})
     deal(rows, folds, rng)
-    with (out / "cases.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    for table, chosen in (("cases.csv", rows), ("aorta.csv", [row for row in rows if row["aorta"] != ""])):
+        with (out / table).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(chosen)
     click.echo(f"{len(rows)} crops of {len({row['cell'] for row in rows})} cells, {folds} folds: {out / 'cases.csv'}")
 
 

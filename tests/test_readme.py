@@ -1,4 +1,4 @@
-"""README and docs are true: the blocks of seven pages run; docs/models.md is the registry."""
+"""README and docs are true: the blocks of these pages run; docs/models.md is the registry."""
 
 from __future__ import annotations
 
@@ -17,21 +17,14 @@ import medgmae
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SLICES = (ROOT / "docs/slices.md").read_text(encoding="utf-8")
-DATA = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-PROBE = (ROOT / "docs/probe.md").read_text(encoding="utf-8")
-PREPARED = (ROOT / "docs/prepared.md").read_text(encoding="utf-8")
-TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
-EXPORT = (ROOT / "docs/export.md").read_text(encoding="utf-8")
-SALIENCY = (ROOT / "docs/saliency.md").read_text(encoding="utf-8")
-SCALE = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
-PAGES = README + SLICES + DATA + PROBE + PREPARED + TRAINING + EXPORT + SALIENCY + SCALE
+NAMES = ("slices", "data", "probe", "prepared", "training", "finetune", "export", "saliency", "scale")
+PAGES = README + "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in NAMES)
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")
 # MONAI takes ten seconds to import, features of forty scans half a minute, and a fit a minute; what is trained is
-# trained in test_pretrain.py too.
-SLOW = ("monai", "medgmae fit", "training import Machine", "data prepare", "medgmae probe")
+# trained in test_pretrain.py and test_finetune.py too.
+SLOW = ("monai", "medgmae fit", "training import Machine", "data prepare", "medgmae probe", "--out build/side")
 
 
 def blocks() -> list[ParameterSet]:
