@@ -17,13 +17,10 @@ from medgmae.layers.blocks import initialize, make_head
 from medgmae.layers.patches import PatchEmbed, Shape, Size, grid_of, input_grid, take_tokens, tap_indices, to_tuple
 from medgmae.layers.pooling import GlobalPool, check_pool, make_pool, pool_tokens, pooled_width
 from medgmae.layers.positions import PositionCache, resample_pos_embed, sincos_pos_embed
-from medgmae.models.parts import Part, Readable, Report, check_choice, check_classes
+from medgmae.models.parts import OutputFormat, Pair, Part, Readable, Report, Taps, check_choice, check_classes
 from medgmae.models.parts import Setting as Setting
 
-OutputFormat = Literal["NCDHW", "NCHW", "NLC"]
 PosEmbed = Literal["sincos", "learned"]
-Taps = int | Sequence[int] | None
-Pair = tuple[Tensor, Tensor]
 
 
 class Model(Part):
@@ -356,8 +353,7 @@ class Encoder(Model, Readable):
         vector does.
 
         Raises:
-            ValueError: an unknown pooling, one that needs a class token that the encoder does not have, or one whose
-                width does not fit the norm of the pooled vector; a number of classes that is none.
+            ValueError: an unknown pooling, one that does not fit the encoder's tokens or norm, or no number of classes.
         """
         check_classes(num_classes)
         pool = self.global_pool if global_pool is None else global_pool
