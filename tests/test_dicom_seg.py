@@ -17,9 +17,10 @@ from medgmae.data import Grid, Volume, VolumeError, resample_like, write_dicom_s
 STUDY = {"0008|0020": "20200101", "0008|0030": "120000", "0010|0020": "p1", "0020|0052": "1.2.3.9"}
 
 
-@pytest.fixture
-def series(tmp_path: Path) -> Path:
-    dicom_series(tmp_path / "study", "1.2.3.4.5", range(5), **STUDY)
+@pytest.fixture(params=["", "1"], ids=["plain", "wrong spacing said"])
+def series(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    said = {"0018|0088": request.param} if request.param else {}  # SpacingBetweenSlices, where the positions are right
+    dicom_series(tmp_path / "study", "1.2.3.4.5", range(5), **STUDY, **said)
     return tmp_path / "study"
 
 

@@ -245,7 +245,7 @@ def test_settings_that_do_not_go_together() -> None:
         ({"task.kind": "guess"}, "expected one of classify"),
         ({"task.kind": "survive"}, "the time and the event"),
         ({"task.labels": ["a", "b"]}, "task.multilabel = true"),
-        ({"task.kind": "regress", "task.balanced": True}, "which has no classes"),
+        ({"task.kind": "regress", "task.balanced": True}, "which has none of classes"),
         ({"folds": 1}, "at least 2"),
         ({"fold": "fold"}, "folds is 0"),
         ({"tuning.select": "auc", "task.kind": "regress"}, "expected 'last' or 'loss'"),

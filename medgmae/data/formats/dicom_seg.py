@@ -83,12 +83,17 @@ def _chosen(folder: Path, series: str | None) -> Any:
 
 
 def _header(path: Path, thickness: float) -> Any:
-    """Without pixels. highdicom asks for a slice's thickness, which writers leave out; it says nothing of positions."""
+    """Without pixels, and with a thickness, which highdicom asks for and writers leave out; it says nothing of positions.
+
+    What a header says of the spacing between slices goes: highdicom believes it against the positions, which are right.
+    """
     from pydicom import dcmread
 
     header = dcmread(path, stop_before_pixels=True)
     if header.get("SliceThickness") is None:
         header.SliceThickness = thickness
+    if "SpacingBetweenSlices" in header:
+        del header.SpacingBetweenSlices
     return header
 
 
