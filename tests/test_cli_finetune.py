@@ -63,7 +63,7 @@ def test_options_become_settings(tmp_path: Path) -> None:
     assert settings.task.labels == ["a", "b"]
     assert settings.task.multilabel
     assert (settings.folds, settings.group, settings.view.kind) == (3, "patient", "windows")
-    assert (settings.tuning.encoder, settings.tuning.select, settings.tuning.patience) == ("frozen", "auc", 4)
+    assert (settings.tuning.encoder, settings.tuning.select, settings.tuning.patience) == ("frozen", ["auc"], 4)
     assert (settings.training.epochs, settings.training.warmup_epochs) == (15, 1.5)  # the warm-up keeps its share
     assert settings.held_out == "fold=2"
 

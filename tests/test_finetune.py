@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,33 @@ def test_the_chosen_weights_are_the_result(data: Path, tmp_path: Path) -> None:
     assert metrics(run)["step"] == min(losses, key=lambda step: losses[step])
 
 
+def test_weights_with_the_best_of_two_scores_are_results_of_their_own(data: Path, tmp_path: Path) -> None:
+    """TANGERINE keeps the weights with the best AUC and those with the best loss; here they are of different steps."""
+    changes = {"tuning.select": ["auc", "loss"], "training.steps": 12, "training.lr": 3e-3}
+    settings = tune_settings(**changes, folds=2)
+    run = tune(settings, data, tmp_path / "run")
+    assert "best_loss" in {path.name for path in run.iterdir()}
+    for fold in ("fold_0", "fold_1"):
+        lines = [json.loads(line) for line in (run / fold / "metrics.jsonl").read_text().splitlines()]
+        for folder, of in ((run, lambda line: line["validation_auc"]), (run / "best_loss", _less_loss)):
+            found = metrics(folder / fold)
+            measured = [line for line in lines if "validation_loss" in line]
+            assert found["step"] == max(measured, key=of)["step"]  # the first of equals
+            medgmae.create_model(f"local-dir:{folder / fold}")
+    assert metrics(run / "best_loss")["pooled"].keys() == metrics(run)["pooled"].keys()
+    values = Predictor(run / "best_loss")(data.parent / "case0.nii.gz")
+    single = [Predictor(run / "best_loss" / f"fold_{k}")(data.parent / "case0.nii.gz") for k in range(2)]
+    assert torch.allclose(values, torch.stack(single).mean(0))
+    one = tune(replace(settings, folds=0), data, tmp_path / "one")
+    assert (metrics(one)["select"], metrics(one / "best_loss")["select"]) == ("auc", "loss")
+    with pytest.raises(TrainingError, match="a result of a run"):
+        finetune(settings, [], one / "best_loss", resume=True, machine=MACHINE)
+
+
+def _less_loss(line: dict[str, Any]) -> float:
+    return -float(line["validation_loss"])
+
+
 def test_patience_ends_a_run(data: Path, tmp_path: Path) -> None:
     changes = {"tuning.patience": 1, "tuning.select": "loss", "training.steps": 60, "training.lr": 0.1}
     run = tune(tune_settings(**changes, **{"training.clip": None}), data, tmp_path / "run")
@@ -248,7 +276,7 @@ def test_settings_that_do_not_go_together() -> None:
         ({"task.kind": "regress", "task.balanced": True}, "which has none of classes"),
         ({"folds": 1}, "at least 2"),
         ({"fold": "fold"}, "folds is 0"),
-        ({"tuning.select": "auc", "task.kind": "regress"}, "expected 'last' or 'loss'"),
+        ({"tuning.select": "auc", "task.kind": "regress"}, "which 'regress' does not measure"),
         ({"view.kind": "zoom"}, "expected one of center"),
     ):
         with pytest.raises(TrainingError, match=message):

@@ -32,7 +32,7 @@ class Question:
     group: str | None
     view: str | None
     encoder: str | None
-    select: str | None
+    select: tuple[str, ...]
     patience: int | None
 
 
@@ -60,7 +60,10 @@ _question = gathered(
         "--encoder", type=click.Choice(["full", "frozen", "lora"]), help="What of the encoder learns. [the recipe's]"
     ),
     click.option(
-        "--select", type=click.Choice(["last", "loss", "auc", "dice"]), help="Whose weights are kept. [the recipe's]"
+        "--select",
+        multiple=True,
+        type=click.Choice(["last", "loss", "auc", "dice"]),
+        help="Whose weights are kept; those of a second one in OUT/best_NAME. [the recipe's]",
     ),
     click.option("--patience", type=click.IntRange(1), help="Measurements without a better one before the end."),
 )
@@ -156,7 +159,7 @@ def _settings(name: str | None, recipe: str | None, question: Question, changes:
         "group": question.group,
         "view.kind": question.view,
         "tuning.encoder": question.encoder,
-        "tuning.select": question.select,
+        "tuning.select": list(question.select) or None,
         "tuning.patience": question.patience,
     }
     return changed(settings, changes, named)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from medgmae.checkpoints.cards import WeightsError, list_weights
 from medgmae.data import VolumeError, is_prepared, list_scans
 from medgmae.data.manifest import found_path
 from medgmae.data.nnunet import is_nnunet, nnunet_regions
+from medgmae.data.store import write_whole
 from medgmae.factory import card_input, create_model
 from medgmae.training.cases import View
 from medgmae.training.corpus import Corpus, corpus_of
@@ -23,7 +24,7 @@ from medgmae.training.leaks import refuse_copies
 from medgmae.training.machine import Machine, accelerator_for
 from medgmae.training.masks import Masks, masks_of
 from medgmae.training.results import METRICS, PREDICTIONS, joined, output_names, read_results, report, write_results
-from medgmae.training.runs import Run
+from medgmae.training.runs import SETTINGS, Run
 from medgmae.training.segmenting import SegmentTuning, summarize_cases
 from medgmae.training.session import Job, Session
 from medgmae.training.settings import TuneSettings
@@ -80,13 +81,14 @@ def finetune(
         prepared = machine.prepared or home.folder / "prepared"
         source = data
         if resume and not data:
-            start = home.starts()[0]
+            expect(bool(starts := home.starts()), f"{out} is a result of a run; go on with the run itself")
+            start = starts[0]
             source, prepared = start["data"], machine.prepared or Path(start["prepared"])
             data = [prepared] if is_prepared(prepared) else source
         study = study_of(settings, data, prepared, machine.skip_broken, accelerator, source)
         with StopRequest() as request:
             if not settings.folds:
-                _train(study, 0, home, machine, accelerator, request, resume)
+                _train(study, 0, home, places_of(home.folder, settings), machine, accelerator, request, resume)
             else:
                 _train_folds(study, home, machine, accelerator, request)
     except Stopped as stopped:
@@ -231,57 +233,78 @@ def _train(
     study: Study,
     number: int,
     run: Run,
+    places: Mapping[str, Path],
     machine: Machine,
     accelerator: Accelerator,
     request: StopRequest,
     resume: bool,
 ) -> None:
-    """One run, from its last state or from the start."""
+    """One run, from its last state or from the start, and its results in their places."""
     state = Checkpoints(run.checkpoints, machine.keep).last() if resume else None
     settings = study.settings
     part, view = study.parts[number], study.view
     job: Job
     if study.masks is not None:
         network = segmenter(settings, len(study.masks.names), pretrained=state is None)
-        job = SegmentTuning(settings, run, network, study.corpus, study.masks, view, part, number)
+        job = SegmentTuning(settings, run, network, study.corpus, study.masks, view, part, number, places)
     else:
         model = tuned_model(settings, study.targets.outputs, pretrained=state is None)
-        job = FineTuning(settings, run, model, study.corpus, study.targets, view, part, number, study.groups)
+        job = FineTuning(settings, run, model, study.corpus, study.targets, view, part, number, places, study.groups)
     Session(job, machine, run, accelerator, request).go(state)
+    if accelerator.is_main_process:
+        for select, folder in places.items():
+            _note(folder, settings, select)
+
+
+def places_of(home: Path, settings: TuneSettings, fold: str = "") -> dict[str, Path]:
+    """For each of ``tuning.select`` the folder of its result: the run's, and beside it those of the others."""
+    first, *others = settings.tuning.selects
+    return {first: home / fold, **{name: home / f"best_{name}" / fold for name in others}}
+
+
+def _note(folder: Path, settings: TuneSettings, select: str) -> None:
+    """Let a folder be a run in itself, for predictions and ensembles."""
+    if not Run(folder).exists:
+        own = replace(settings, tuning=replace(settings.tuning, select=select))
+        write_whole(folder / SETTINGS, f"{own.toml()}\n".encode())
 
 
 def _train_folds(study: Study, home: Run, machine: Machine, accelerator: Accelerator, request: StopRequest) -> None:
     """A run for each fold that is not done, then what they say together."""
-    main = accelerator.is_main_process
+    main, settings = accelerator.is_main_process, study.settings
     if main:
         facts = {"data": [str(one) for one in study.corpus.sources], "prepared": str(study.corpus.folder)}
-        home.begin(study.settings, {**facts, "folds": len(study.parts)}, 0)
-    runs = [Run(home.folder / f"fold_{number}") for number in range(len(study.parts))]
-    for number, run in enumerate(runs):
+        home.begin(settings, {**facts, "folds": len(study.parts)}, 0)
+    folds = [f"fold_{number}" for number in range(len(study.parts))]
+    for number, fold in enumerate(folds):
+        run = Run(home.folder / fold)
         if (run.folder / METRICS).exists():
             continue
         if main:
             run.open()
         try:
-            own = accelerator_for(machine, study.settings.training.precision, run.folder)
-            _train(study, number, run, machine, own, request, run.exists)
+            own = accelerator_for(machine, settings.training.precision, run.folder)
+            places = places_of(home.folder, settings, fold)
+            _train(study, number, run, places, machine, own, request, run.exists)
             own.free_memory()
         finally:
             if main:
                 run.close()
     if main:
-        _summarize(study, home, runs)
+        for select, folder in places_of(home.folder, settings).items():
+            _summarize(study, folder, [folder / fold for fold in folds])
+            _note(folder, settings, select)
 
 
-def _summarize(study: Study, home: Run, runs: Sequence[Run]) -> None:
+def _summarize(study: Study, home: Path, folders: Sequence[Path]) -> None:
     """Metrics of every fold, their mean, and those of all cases, each by the model that has not seen it."""
     if study.masks is not None:
-        summarize_cases(home.folder, [run.folder for run in runs])
+        summarize_cases(home, folders)
         return
     targets, outputs = study.targets, output_names(study.targets)
-    results = [read_results(run.folder, study.names, outputs, number) for number, run in enumerate(runs)]
-    for run, one in zip(runs, results, strict=True):
-        expect(bool(one.cases), f"{run.folder / PREDICTIONS} has no cases; remove the folder and resume")
+    results = [read_results(folder, study.names, outputs, number) for number, folder in enumerate(folders)]
+    for folder, one in zip(folders, results, strict=True):
+        expect(bool(one.cases), f"{folder / PREDICTIONS} has no cases; remove the folder and resume")
     folds = [_safely(targets, one, study.groups) for one in results]
     pooled = joined(results)
     about = {
@@ -290,7 +313,7 @@ def _summarize(study: Study, home: Run, runs: Sequence[Run]) -> None:
         "mean": mean_of(folds),
         "pooled": report(targets, pooled, study.groups),
     }
-    write_results(home.folder, targets, pooled, study.names, about)
+    write_results(home, targets, pooled, study.names, about)
 
 
 def _safely(targets: Targets, results: Any, groups: Any) -> dict[str, Any]:

@@ -134,10 +134,11 @@ class Pretraining(Job):
         model.load_state_dict(state.model)
         return model
 
-    def measure(self, engine: Engine, step: int) -> tuple[dict[str, Any], float]:
-        """Loss, PSNR and SSIM of fixed crops with fixed masks; the score is the PSNR."""
+    def measure(self, engine: Engine, step: int) -> tuple[dict[str, Any], dict[str, float]]:
+        """Loss, PSNR and SSIM of fixed crops with fixed masks; the score is the PSNR, else the loss."""
         values = self.validation.measure(engine, step)
-        score = values.get("validation_psnr", -values["validation_loss"])
+        psnr = values.get("validation_psnr")
+        score = {"loss": -values["validation_loss"]} if psnr is None else {"psnr": psnr}
         return {**values, "held_out": self.validation.held_out}, score
 
     def export(self, model: Any, plan: Plan, step: int) -> None:

@@ -15,14 +15,14 @@ class Progress:
     """Counters of a run; they are part of its state, so that its log does not depend on interruptions.
 
     step: updates that are done.
-    best: best score so far.
-    since: measurements after it.
+    best: best scores so far, by name.
+    since: measurements after that of the first name.
     last: last loss.
     sums: of values since the last line of the log, over ``count`` updates.
     """
 
     step: int = 0
-    best: float | None = None
+    best: dict[str, float] = field(default_factory=dict)
     since: int = 0
     last: float = math.nan
     sums: dict[str, float] = field(default_factory=dict)
@@ -34,11 +34,12 @@ class Progress:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.step, self.count, self.last = self.step + 1, self.count + 1, values["loss"]
 
-    def score(self, score: float) -> bool:
-        """Count a measurement; whether it is the best so far."""
-        best = self.best is None or score > self.best
-        self.best, self.since = (score, 0) if best else (self.best, self.since + 1)
-        return best
+    def score(self, scores: Mapping[str, float]) -> list[str]:
+        """Count a measurement of one or more scores; the names of those that are the best so far."""
+        better = [name for name, score in scores.items() if name not in self.best or score > self.best[name]]
+        self.best |= {name: scores[name] for name in better}
+        self.since = 0 if next(iter(scores)) in better else self.since + 1
+        return better
 
     def line(self, plan: Plan, megabytes: float) -> dict[str, Any]:
         """A line of the log, and a new beginning."""

@@ -33,7 +33,7 @@ from medgmae.training.results import METRICS
 from medgmae.training.runs import Run
 from medgmae.training.session import Job
 from medgmae.training.settings import TrainingSettings, TuneSettings
-from medgmae.training.states import BEST, Checkpoints, State, read_state
+from medgmae.training.states import Checkpoints, State
 from medgmae.training.tables import TrainingError, expect
 from medgmae.training.tuned import segmenter
 
@@ -136,6 +136,7 @@ class SegmentTuning(Job):
         view: size of the crops, and how windows overlap.
         part: cases to learn from, and those held out.
         fold: number of this run.
+        places: of ``tuning.select``, the folder of each result; that of the first is the run's.
     """
 
     title = "fine-tuning"
@@ -152,9 +153,10 @@ class SegmentTuning(Job):
         view: View,
         part: Part,
         fold: int,
+        places: Mapping[str, Path],
     ) -> None:
         self.settings, self.run, self.model, self.corpus = settings, run, model, corpus
-        self.masks, self.view, self.fold = masks, view, fold
+        self.masks, self.view, self.fold, self.places = masks, view, fold, places
         self.training, self.held_out = part
         self.objective = Segment(masks, settings.training)
         chosen = [corpus.scans[case] for case in self.training]
@@ -176,13 +178,13 @@ class SegmentTuning(Job):
         model.load_state_dict(state.model)
         return model
 
-    def measure(self, engine: Engine, step: int) -> tuple[dict[str, Any], float]:
+    def measure(self, engine: Engine, step: int) -> tuple[dict[str, Any], dict[str, float]]:
         """The mean Dice of whole scans that are held out, or without any of those learned; it is the score."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(engine.accelerator.mixed_precision))
         rows = self._rows(engine.plain, dtype)
         found = [value for row in rows for name, value in row.items() if name.startswith("dice_") and value == value]
         dice = sum(found) / len(found) if found else 0.0
-        return {"validation_dice": dice, "held_out": bool(self.held_out)}, dice
+        return {"validation_dice": dice, "held_out": bool(self.held_out)}, {"dice": dice}
 
     def _rows(self, model: nn.Module, dtype: torch.dtype | None) -> list[dict[str, float]]:
         """Dice and HD95 in mm of every case, class by class; NaN where the reference lacks the class."""
@@ -213,23 +215,27 @@ class SegmentTuning(Job):
 
     def export(self, model: nn.Module, plan: Plan, step: int) -> None:
         """See :class:`Job`."""
-        self._save(model, plan, step, {})
+        self._save(model, plan, step, {}, self.run.folder)
 
     def finish(self, state: State, plan: Plan, checkpoints: Checkpoints) -> None:
-        """Write the weights that ``tuning.select`` names, and how they do on the cases held out."""
-        best = checkpoints.folder / BEST
-        if self.settings.tuning.select != "last" and best.exists():
-            state = read_state(best)
+        """Write the weights that ``tuning.select`` names, and how they do on the cases held out; the run's own last,
+        because its metrics show that all is done."""
+        for select, folder in reversed(list(self.places.items())):
+            found = None if select == "last" else checkpoints.best(select)
+            self._conclude(found or state, plan, select, folder)
+
+    def _conclude(self, state: State, plan: Plan, select: str, folder: Path) -> None:
         model, step = self.rebuilt(state), state.facts["step"]
         rows = self._rows(model, None)
         cases = self.held_out or self.training
         names = [self.corpus.scans[case].name for case in cases]
         metrics = metrics_of(rows)
-        self._save(model, plan, step, metrics)
-        about = {"cases": len(cases), "held_out": bool(self.held_out), "step": step, "metrics": metrics}
-        write_cases(self.run.folder, names, [self.fold] * len(names), rows, about)
+        self._save(model, plan, step, metrics, folder)
+        about = {"cases": len(cases), "held_out": bool(self.held_out), "step": step, "select": select}
+        about["metrics"] = metrics
+        write_cases(folder, names, [self.fold] * len(names), rows, about)
 
-    def _save(self, model: Any, plan: Plan, step: int, metrics: Mapping[str, Any]) -> None:
+    def _save(self, model: Any, plan: Plan, step: int, metrics: Mapping[str, Any], folder: Path) -> None:
         settings, optimiser, view = self.settings, self.settings.training, self.view
         stated = "; ".join(f"{name} {one['value']:.3f}" for name, one in metrics.items() if name.startswith("dice"))
         model.label_names = self.masks.names
@@ -247,7 +253,7 @@ class SegmentTuning(Job):
                 + " State the licence of the scans before you publish the weights. Not a medical device."
             ),
         ).to_json()
-        save_pretrained(model, self.run.folder)
+        save_pretrained(model, folder)
 
 
 def metrics_of(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -53,8 +53,9 @@ class Job(ABC):
         """A model of its own with the weights of a state, on the CPU."""
 
     @abstractmethod
-    def measure(self, engine: Engine, step: int) -> tuple[dict[str, Any], float]:
-        """Numbers for the log, and the score: the larger, the better."""
+    def measure(self, engine: Engine, step: int) -> tuple[dict[str, Any], dict[str, float]]:
+        """Numbers for the log, and scores by name: the larger, the better. The weights with the best of each are kept;
+        patience looks at the first."""
 
     @abstractmethod
     def export(self, model: nn.Module, plan: Plan, step: int) -> None:
@@ -151,10 +152,10 @@ class Session:
 
     def _save(self, measure: bool) -> None:
         """Measure, save the state and the model."""
-        progress, best = self.progress, False
+        progress, best = self.progress, []
         if measure:
-            values, score = self.job.measure(self.engine, progress.step)
-            best = progress.score(score)
+            values, scores = self.job.measure(self.engine, progress.step)
+            best = progress.score(scores)
             self._log({"step": progress.step, **values})
         state = self.engine.state(self._facts())
         if self.main:

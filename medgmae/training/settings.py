@@ -258,15 +258,17 @@ class TuningSettings:
         the blocks, and the head (Hu et al. 2021, with ``peft``).
     lora_rank, lora_alpha: rank, and scale of the changes times the rank.
     head_std: standard deviation of the head's first weights.
-    select: whose weights are the result: "last", or those with the best "loss", "auc" or "dice" on the cases held out.
-    patience: measurements without a better one (of the loss, or of ``select``) after which the run ends; None: never.
+    select: whose weights are the result: "last", or those with the best "loss", "auc" or "dice" on the cases held out;
+        of a list the first is the result, and each other one is beside it in a folder of its own, ``best_NAME``.
+    patience: measurements without a better one (of the loss, or of the first of ``select``) after which the run ends;
+        None: never.
     """
 
     encoder: str = "full"
     lora_rank: int = 8
     lora_alpha: int = 16
     head_std: float = 2e-5
-    select: str = "last"
+    select: str | list[str] = "last"
     patience: int | None = None
 
     def __post_init__(self) -> None:
@@ -274,11 +276,15 @@ class TuningSettings:
         expect(self.lora_rank >= 1, f"tuning.lora_rank is {self.lora_rank}; expected at least 1")
         for name in ("lora_alpha", "head_std"):
             expect(getattr(self, name) > 0, f"tuning.{name} is {getattr(self, name)}; expected more than 0")
-        expect(
-            self.select in ("last", "loss", "auc", "dice"),
-            f"tuning.select is {self.select!r}; expected 'last', 'loss', 'auc' or 'dice'",
-        )
+        known = {"last", "loss", "auc", "dice"}.issuperset(self.selects)
+        expect(known, f"tuning.select is {self.select!r}; expected 'last', 'loss', 'auc' or 'dice'")
+        expect(0 < len(self.selects) == len(set(self.selects)), f"tuning.select is {self.select!r}; expected each once")
         expect(self.patience is None or self.patience >= 1, f"tuning.patience is {self.patience}; expected at least 1")
+
+    @property
+    def selects(self) -> list[str]:
+        """``select`` as a list."""
+        return [self.select] if isinstance(self.select, str) else self.select
 
 
 @dataclass(frozen=True)
@@ -302,9 +308,12 @@ class TuneSettings(RunSettings):
         super().__post_init__()
         expect(self.folds != 1 and self.folds >= 0, f"folds is {self.folds}; expected 0 for one run, or at least 2")
         expect(self.fold is None or self.folds > 0, f"fold is {self.fold!r}, and folds is 0; say how many there are")
-        kind, select = self.task.kind, self.tuning.select
-        fits = {"auc": kind == "classify", "dice": kind == "segment", "loss": kind != "segment"}.get(select, True)
-        expect(fits, f"tuning.select is {select!r}, which {kind!r} does not measure; choose another")
+        kind = self.task.kind
+        fits = {"auc": kind == "classify", "dice": kind == "segment", "loss": kind != "segment"}
+        for select in self.tuning.selects:
+            expect(
+                fits.get(select, True), f"tuning.select is {select!r}, which {kind!r} does not measure; choose another"
+            )
         if kind == "segment":
             expect(self.view.kind == "windows", f"view.kind is {self.view.kind!r}; segmentation has 'windows'")
             expect(self.tuning.encoder != "lora", "tuning.encoder = 'lora' is for encoders, not for segmentation")

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from medgmae.training.tables import TrainingError
 
-BEST = "best.safetensors"
 _NAME = re.compile(r"step_(\d{8})\.safetensors")
 
 
@@ -113,7 +112,7 @@ def read_state(path: Path) -> State:
 
 
 class Checkpoints:
-    """The folder of a run's states: the last ``keep``, and a copy of the best."""
+    """The folder of a run's states: the last ``keep``, and a copy of the best by each score."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         if keep < 1:
@@ -125,12 +124,12 @@ class Checkpoints:
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(path for path in found if _NAME.fullmatch(path.name))
 
-    def save(self, state: State, best: bool) -> Path:
-        """Write a state, as the best too where it is, and remove the oldest."""
+    def save(self, state: State, best: Sequence[str]) -> Path:
+        """Write a state, under the names of the scores by which it is the best too, and remove the oldest."""
         path = self.folder / f"step_{state.facts['step']:08d}.safetensors"
         write_state(path, state)
-        if best:
-            self._copy(path, self.folder / BEST)
+        for name in best:
+            self._copy(path, self._best(name))
         for old in self.paths()[: -self.keep]:
             old.unlink()
         return path
@@ -147,6 +146,14 @@ class Checkpoints:
             except OSError as error:
                 raise TrainingError(f"{to} could not be written: {error}") from error
         os.replace(partial, to)
+
+    def best(self, name: str) -> State | None:
+        """The state with the best of a score, None where none was measured."""
+        path = self._best(name)
+        return read_state(path) if path.exists() else None
+
+    def _best(self, name: str) -> Path:
+        return self.folder / f"best_{name}.safetensors"
 
     def last(self) -> State | None:
         """The last state, None of a run that has none."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from medgmae.training.results import Results, report, score, write_results
 from medgmae.training.runs import Run
 from medgmae.training.session import Job
 from medgmae.training.settings import TuneSettings
-from medgmae.training.states import BEST, Checkpoints, State, read_state
+from medgmae.training.states import Checkpoints, State
 from medgmae.training.targets import Targets, standardized
 from medgmae.training.tuned import Predict, Tuned, class_weights, tuned_model
 
@@ -37,6 +39,7 @@ class FineTuning(Job):
         view: what the model sees.
         part: cases to learn from, and those held out.
         fold: number of this run.
+        places: of ``tuning.select``, the folder of each result; that of the first is the run's.
         groups: of each case, or None.
     """
 
@@ -56,10 +59,12 @@ class FineTuning(Job):
         view: View,
         part: Part,
         fold: int,
+        places: Mapping[str, Path],
         groups: Any = None,
     ) -> None:
         self.settings, self.run, self.model = settings, run, model
         self.corpus, self.targets, self.view, self.fold, self.groups = corpus, targets, view, fold, groups
+        self.places = places
         self.training, self.held_out = part
         values, task = targets.values[self.training], settings.task
         classes = targets.classes[self.training]
@@ -89,9 +94,9 @@ class FineTuning(Job):
         model.load_state_dict(state.model)
         return model
 
-    def measure(self, engine: Engine, step: int) -> tuple[dict[str, Any], float]:
-        """The loss of the cases held out, or without any of those learned, and their AUC; the score is that of
-        ``tuning.select``, the loss where it is "last"."""
+    def measure(self, engine: Engine, step: int) -> tuple[dict[str, Any], dict[str, float]]:
+        """The loss of the cases held out, or without any of those learned, and their AUC; the scores are those of
+        ``tuning.select``, and the loss where that is "last" alone."""
         results = self._results(self.model.encoder, engine)
         cases = results.cases
         loss = float(self.objective.loss(results.logits, self.targets.values[cases]))
@@ -101,7 +106,9 @@ class FineTuning(Job):
             found = score(self.targets, inside, name)
             if not math.isnan(found):
                 values[f"validation_{name}"] = found
-        chosen = values.get("validation_auc", -math.inf) if self.settings.tuning.select == "auc" else -loss
+        scores = {"loss": -loss, "auc": values.get("validation_auc", -math.inf)}
+        named = [name for name in self.settings.tuning.selects if name != "last"] or ["loss"]
+        chosen = {name: scores[name] for name in named}
         return {**values, "held_out": bool(self.held_out)}, chosen
 
     def _results(self, encoder: Any, engine: Engine | None) -> Results:
@@ -122,29 +129,32 @@ class FineTuning(Job):
 
     def export(self, model: Any, plan: Plan, step: int) -> None:
         """See :class:`Job`."""
-        self._save(self._encoder(model), plan, step, {})
+        self._save(self._encoder(model), plan, step, {}, self.run.folder)
 
     def finish(self, state: State, plan: Plan, checkpoints: Checkpoints) -> None:
-        """Write the weights that ``tuning.select`` names, and what they say of the cases held out."""
-        best = checkpoints.folder / BEST
-        if self.settings.tuning.select != "last" and best.exists():
-            state = read_state(best)
+        """Write the weights that ``tuning.select`` names, and what they say of the cases held out; the run's own last,
+        because its metrics show that all is done."""
+        for select, folder in reversed(list(self.places.items())):
+            found = None if select == "last" else checkpoints.best(select)
+            self._conclude(found or state, plan, select, folder)
+
+    def _conclude(self, state: State, plan: Plan, select: str, folder: Path) -> None:
         encoder, step = self._encoder(self.rebuilt(state)), state.facts["step"]
         results = self._results(encoder, None)
         try:
             metrics = report(self.targets, results, self.groups)
         except ValueError as error:  # a class without a case among those held out
             metrics = {"undefined": str(error)}
-        self._save(encoder, plan, step, metrics)
+        self._save(encoder, plan, step, metrics, folder)
         about = {
             "cases": len(results.cases),
             "held_out": bool(self.held_out),
             "step": step,
-            "select": self.settings.tuning.select,
+            "select": select,
             "metrics": metrics,
         }
         names = [scan.name for scan in self.corpus.scans]
-        write_results(self.run.folder, self.targets, results, names, about)
+        write_results(folder, self.targets, results, names, about)
 
     def _encoder(self, model: Tuned) -> Any:
         """The encoder itself, whose outputs are in units."""
@@ -153,7 +163,7 @@ class FineTuning(Job):
         encoder.label_names = self.targets.names if len(self.targets.names) == self.targets.outputs else ["risk"]
         return encoder
 
-    def _save(self, encoder: Any, plan: Plan, step: int, metrics: dict[str, Any]) -> None:
+    def _save(self, encoder: Any, plan: Plan, step: int, metrics: dict[str, Any], folder: Path) -> None:
         settings, task = self.settings, self.settings.task
         optimiser, view = settings.training, self.view
         what = {"classify": "classes", "regress": "numbers", "survive": "risk"}[task.kind]
@@ -182,7 +192,7 @@ class FineTuning(Job):
                 + " State the licence of the scans before you publish the weights. Not a medical device."
             ),
         ).to_json()
-        save_pretrained(encoder, self.run.folder)
+        save_pretrained(encoder, folder)
 
 
 _SHOWN = {"classify": ("auc", "accuracy"), "regress": ("mae", "r2"), "survive": ("concordance",)}

@@ -83,9 +83,9 @@ def _chosen(folder: Path, series: str | None) -> Any:
 
 
 def _header(path: Path, thickness: float) -> Any:
-    """Without pixels, and with a thickness, which highdicom asks for and writers leave out; it says nothing of positions.
+    """Without pixels, with a thickness, which highdicom asks for and writers leave out; it says nothing of positions.
 
-    What a header says of the spacing between slices goes: highdicom believes it against the positions, which are right.
+    What it says of the spacing between slices goes: highdicom believes it against the positions, which are right.
     """
     from pydicom import dcmread
 
