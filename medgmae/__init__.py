@@ -18,6 +18,7 @@ _PUBLIC = {
     "WeightsError": "medgmae.checkpoints.cards",
     "list_weights": "medgmae.checkpoints.cards",
     "weight_card": "medgmae.checkpoints.cards",
+    "export_model": "medgmae.checkpoints.exporting",
     "save_pretrained": "medgmae.checkpoints.saving",
     "push_to_hub": "medgmae.checkpoints.saving",
     "Model": "medgmae.models.encoder",
@@ -63,6 +64,7 @@ _PUBLIC = {
     "psnr": "medgmae.losses",
     "latent_to_spatial": "medgmae.inference.latents",
     "latent_map_defaults": "medgmae.inference.latents",
+    "saliency_map": "medgmae.inference.saliency",
     "reconstruction_figure": "medgmae.visualize",
     "latent_map_figure": "medgmae.visualize",
     "fit_figure": "medgmae.visualize",
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
     from medgmae.checkpoints.cards import WeightsError as WeightsError
     from medgmae.checkpoints.cards import list_weights as list_weights
     from medgmae.checkpoints.cards import weight_card as weight_card
+    from medgmae.checkpoints.exporting import export_model as export_model
     from medgmae.checkpoints.inspection import inspect_checkpoint as inspect_checkpoint
     from medgmae.checkpoints.loading import load_pretrained as load_pretrained
     from medgmae.checkpoints.report import LoadReport as LoadReport
@@ -115,6 +118,7 @@ if TYPE_CHECKING:
     from medgmae.inference.latents import latent_to_spatial as latent_to_spatial
     from medgmae.inference.reconstruction import Reconstruction as Reconstruction
     from medgmae.inference.reconstruction import reconstruct_scan as reconstruct_scan
+    from medgmae.inference.saliency import saliency_map as saliency_map
     from medgmae.inference.segmentation import Segmentation as Segmentation
     from medgmae.inference.segmentation import predict_logits as predict_logits
     from medgmae.inference.segmentation import segment_scan as segment_scan

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import locale
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 import torch
+import warm_python
 from safetensors import safe_open
 
 import medgmae
@@ -70,7 +69,7 @@ def facts_of(out: Path) -> dict[str, Any]:
 
 
 _AT_CALL = """
-import os, resource, signal, sys, time
+import os, signal, sys
 import medgmae
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs inherit ignored
 real, calls = medgmae.extract_features, []
@@ -87,15 +86,9 @@ main(sys.argv[1:])
 
 def happening(call: int, action: str, *args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """``medgmae ARGS`` in a process of its own, in which ``action`` is run before scan number ``call``."""
-    code = _AT_CALL.format(call=call, action=action)
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        capture_output=True, text=True, check=False, errors="backslashreplace", **{"timeout": 120, **options},
-    )  # fmt: skip
+    return warm_python.run("-c", _AT_CALL.format(call=call, action=action), *args, **options)
 
 
-def limited(bytes_per_file: int) -> Callable[[], None]:
-    """For ``preexec_fn``: writing fails at this size of a file, as on a full disk."""
-    import resource
-
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, bytes_per_file))
+def limited(bytes_per_file: int) -> dict[str, int]:
+    """For ``limits`` of warm_python: writing fails at this size of a file, as on a full disk."""
+    return {"RLIMIT_FSIZE": bytes_per_file}

@@ -21,8 +21,9 @@ AUTOENCODERS = [name for name in NAMES if is_autoencoder(full_size(name))]
 SEGMENTERS = [name for name in NAMES if segments(name)]
 OTHER_GRID = (1, 3, 2)
 
-# One of each kind, whatever its size: small() makes the others the same but for the patch. They run in the slow tests.
-FIRST = {re.sub(r"_[a-z]+_patch\d+_[\dx]+", "", name): name for name in reversed(NAMES)}.values()
+# One of each kind, whatever its size and width: small() makes the others the same but for the patch. They run in the
+# slow tests.
+FIRST = {re.sub(r"_[a-z]+_patch\d+_[\dx]+(_(dec|f)\d+)?", "", name): name for name in reversed(NAMES)}.values()
 
 
 def _names(rare: Callable[[str], bool]) -> Any:

@@ -1,30 +1,25 @@
-"""Client processes for tests of the hub, each with settings of its own: huggingface_hub reads them when it is imported.
-
-They are forked from a server that has imported torch and our package and nothing else; so this module, which they
-import too, must not lead to huggingface_hub.
-"""
+"""Clients of the hub as processes, each with settings of its own, which huggingface_hub reads when it is imported."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import sys
 import tempfile
-import traceback
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import warm_python
 
 if TYPE_CHECKING:
     from hub_server import HubServer
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["medgmae", "medgmae.checkpoints.sources"])
-
 # Start of every client: `out` is what the test gets back; `attempt` gives an error's text, not the error.
 _PRELUDE = """
-import ctypes, os, sys
+import ctypes, json, os, sys, warnings
+if "huggingface_hub" in sys.modules:
+    raise RuntimeError("huggingface_hub is imported already and has read other settings")
+warnings.simplefilter("error", ResourceWarning)
+out = {}
 from medgmae.checkpoints.cards import WeightCard, WeightsError
 from medgmae.checkpoints.sources import Fetching, fetch
 
@@ -45,48 +40,33 @@ def obey_file_modes():  # root may write to read-only folders, unless it gives u
 """
 
 
+_END = """
+with open(sys.argv[1], "w") as file:
+    json.dump(out, file)
+"""
+
+
 class Client:
     """A process that runs ``code`` after the prelude, with the environment ``env``."""
 
     def __init__(self, code: str, env: dict[str, str]) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self.process = _CONTEXT.Process(target=_run, args=(code, env, self._folder.name), daemon=True)
-        self.process.start()
+        self._out, self._said = Path(self._folder.name, "out.json"), Path(self._folder.name, "said")
+        with self._said.open("w") as said:
+            self.process = warm_python.Process(
+                "-c", _PRELUDE + code + _END, self._out, stdout=said, stderr=said, env=env
+            )
 
     def finish(self) -> dict[str, Any]:
         """What the process put into ``out``; its error output fails the test if it failed."""
         with self._folder:
-            self.process.join(240)
-            said = Path(self._folder.name, "said").read_text()
-            assert self.process.exitcode == 0, said
-            out: dict[str, Any] = json.loads(Path(self._folder.name, "out.json").read_text())
-        self.process.close()
+            assert self.process.wait(240) == 0, self._said.read_text()
+            out: dict[str, Any] = json.loads(self._out.read_text())
         return out
 
     def kill(self) -> None:
-        """End the process as the system would, without a chance to clean up."""
         self.process.kill()
-        self.process.join()
         self._folder.cleanup()
-
-
-def _run(code: str, env: dict[str, str], folder: str) -> None:
-    said = os.open(Path(folder, "said"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    os.environ.clear()
-    os.environ.update(env)
-    warnings.simplefilter("error", ResourceWarning)
-    names: dict[str, Any] = {"out": {}}
-    try:
-        if "huggingface_hub" in sys.modules:
-            raise RuntimeError("huggingface_hub is imported already and has read other settings")
-        exec(_PRELUDE + code, names)
-        Path(folder, "out.json").write_text(json.dumps(names["out"]))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        raise SystemExit(1) from None
 
 
 def start_client(code: str, hub: HubServer, home: Path, **env: str) -> Client:

@@ -166,3 +166,17 @@ def test_tables_of_recipes() -> None:
     ]:
         with pytest.raises(VolumeError, match=text):
             Augmentation.of(wrong)
+
+
+def test_smoothing_and_contrast_are_those_of_monai() -> None:
+    from monai.transforms import AdjustContrast, GaussianSmooth
+
+    x = torch.rand(2, 9, 12, 10)
+    smoothed = Augmentation(smooth=(1.0, (0.8, 0.8)))(x.clone(), np.random.default_rng(0))
+    torch.testing.assert_close(smoothed, GaussianSmooth(sigma=0.8)(x).as_tensor(), atol=1e-6, rtol=0)
+    contrasted = Augmentation(contrast=(1.0, (1.2, 1.2)))(x.clone(), np.random.default_rng(0))
+    torch.testing.assert_close(contrasted, AdjustContrast(gamma=1.2)(x).as_tensor())
+    constant = torch.full((1, 4, 4, 4), 3.0)
+    assert torch.equal(Augmentation(contrast=(1.0, (0.5, 2.0)))(constant.clone(), np.random.default_rng(0)), constant)
+    with pytest.raises(VolumeError, match="smooth"):
+        Augmentation(smooth=(0.5, (-1.0, 1.0)))

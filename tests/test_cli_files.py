@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from cli_runs import limited, saved_nano, small_scan
 from click.testing import Result
 from test_cli import run
@@ -79,10 +78,7 @@ def test_a_full_disk_leaves_what_was_there(name: str, tmp_path: Path) -> None:
         if option in command:
             Path(command[command.index(option) + 1]).write_text("mine")
     before = contents(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "medgmae", *map(str, command), "--overwrite"],
-        capture_output=True, text=True, timeout=120, check=False, preexec_fn=limited(300),
-    )  # fmt: skip
+    done = warm_python.run("-m", "medgmae", *command, "--overwrite", limits=limited(300))
     assert done.returncode == 1
     assert "was not written: " in done.stderr
     assert "Traceback" not in done.stderr
@@ -106,10 +102,7 @@ for ending in ("nii", "nii.gz", "mha", "mhd", "nrrd"):
     else:
         raise AssertionError(ending)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True, text=True, timeout=120, check=False, preexec_fn=limited(limit),
-    )  # fmt: skip
+    done = warm_python.run("-c", code, tmp_path, limits=limited(limit))
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -151,10 +144,7 @@ def test_convert_replaces_a_folder_when_told_to(tmp_path: Path) -> None:
 def test_convert_on_a_full_disk(tmp_path: Path) -> None:
     model = Path(saved_nano(tmp_path / "model").removeprefix("local-dir:")) / "model.safetensors"
     command = ["convert", model, tmp_path / "out", "--model", "vit_nano_patch8_32"]
-    done = subprocess.run(
-        [sys.executable, "-m", "medgmae", *map(str, command)],
-        capture_output=True, text=True, timeout=120, check=False, preexec_fn=limited(20000),
-    )  # fmt: skip
+    done = warm_python.run("-m", "medgmae", *command, limits=limited(20000))
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")
     assert sorted(os.listdir(tmp_path)) == ["model"]

@@ -8,13 +8,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm_python
 from cli_runs import dicom_series, facts_of, saved_nano, small_scan
 from click.testing import Result
 from hypothesis import given, settings
@@ -303,10 +303,9 @@ def test_only_what_cannot_be_shown_is_escaped() -> None:
 def test_outputs_have_names_that_readers_can_open(model: str, tmp_path: Path) -> None:
     scan = small_scan(tmp_path / "a.nii")
     out = os.fsdecode(b"/M\xfcller.safetensors")
-    command = [sys.executable, "-m", "medgmae", "features", scan, "--model", model, "--out", f"{tmp_path}{out}"]
-    done = subprocess.run([*map(os.fsencode, command)], capture_output=True, timeout=120, check=False)
+    done = warm_python.run("-m", "medgmae", "features", scan, "--model", model, "--out", f"{tmp_path}{out}")
     assert done.returncode == 2
-    assert b"M\\xfcller.safetensors is not a name in UTF-8" in b" ".join(done.stderr.split())
+    assert "M\\xfcller.safetensors is not a name in UTF-8" in " ".join(done.stderr.split())
     assert os.listdir(tmp_path) == ["a.nii"]
 
 
@@ -319,10 +318,9 @@ def test_names_that_are_not_utf8(ending: str, model: str, tmp_path: Path) -> Non
         shutil.copy(tmp_path / "plain.nii.gz", os.fsencode(folder) + b"/" + name)
     small_scan(tmp_path / "a.mha").rename(folder / os.fsdecode(b"M\xfcller.mha"))
     out = tmp_path / f"f\u4e09.{ending}"
-    command = [sys.executable, "-m", "medgmae", "features", folder, "--model", model, "--out", out]
-    done = subprocess.run([*map(os.fsencode, command)], capture_output=True, timeout=120, check=False)
+    done = warm_python.run("-m", "medgmae", "features", folder, "--model", model, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert b"4 of 4 scans" in done.stdout
+    assert "4 of 4 scans" in done.stdout
     escaped = ["line\\x0abreak", "M\\xfcller.mha", "M\\xfcller.nii.gz", "plain"]
     if ending == "safetensors":
         tensors = load_file(out)

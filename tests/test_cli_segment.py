@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import warm_python
 from cli_runs import dicom_series
 from click.testing import Result
 from test_cli import run
@@ -145,7 +144,7 @@ def test_a_killed_run_goes_on(unetr: str, tmp_path: Path) -> None:
         "from medgmae.cli import main\n"
         "main(sys.argv[1:])\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=300)
+    killed = warm_python.run("-c", code, *args)
     assert killed.returncode == -9, killed.stderr
     assert sorted(path.name for path in out.glob("*.nii.gz")) == ["0.nii.gz", "1.nii.gz"]
     before = (out / "0.nii.gz").stat().st_mtime_ns

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm_python
 from cli_runs import dicom_series, limited, small_scan, small_scans
 from click.testing import Result
 from PIL import Image
@@ -190,7 +189,7 @@ main(sys.argv[1:])
 
 def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     scans, out = small_scans(tmp_path / "scans", 4), tmp_path / "out"
-    killed = subprocess.run([sys.executable, "-c", _STOPS, "slices", scans, "--out", out], check=False, timeout=120)
+    killed = warm_python.run("-c", _STOPS, "slices", scans, "--out", out)
     assert killed.returncode == -9
     assert not (out / "slices.csv").exists()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("000[01]/*.png")}
@@ -207,10 +206,8 @@ def test_a_full_disk_leaves_no_half_of_a_scan(tmp_path: Path) -> None:
     data = torch.rand(1, 3, 200, 200, generator=torch.Generator().manual_seed(0))
     Volume(data, Grid((3, 200, 200))).save(tmp_path / "a.nii")
     out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-m", "medgmae", "slices", tmp_path / "a.nii", "--out", out],
-        capture_output=True, text=True, check=False, timeout=120, preexec_fn=limited(20_000),
-    )  # fmt: skip
+    command = ["-m", "medgmae", "slices", tmp_path / "a.nii", "--out", out]
+    done = warm_python.run(*command, limits=limited(20_000))
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert not (out / "a").exists()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import warm_python
 
 import medgmae
 from medgmae.data import Grid, Volume, VolumeError, find_contrasts, read_volume, write_volume, zscore
@@ -90,11 +89,9 @@ def test_latent_map_of_a_case_in_a_process_of_its_own(case: dict[str, Any], tmp_
     model: Any = medgmae.create_model("vim_nano_patch8_32", in_chans=4)
     model.pretrained_cfg = {**medgmae.weight_card("vim_small_patch16_160.mamba_mae").to_json(), "input": MAMBA}
     saved = medgmae.save_pretrained(model, tmp_path / "model")
-    command = [sys.executable, "-m", "medgmae", "latent-map", "--model", f"local-dir:{saved}", "--threads", "1"]
+    command = ["-m", "medgmae", "latent-map", "--model", f"local-dir:{saved}", "--threads", "1"]
     for scans, out in ((files.values(), "files.nii.gz"), ([tmp_path / "case"], "folder.nii.gz")):
-        done = subprocess.run(
-            [*command, *map(str, scans), "--out", str(tmp_path / out)], capture_output=True, text=True
-        )
+        done = warm_python.run(*command, *scans, "--out", tmp_path / out)
         assert done.returncode == 0, done.stderr
     maps = [read_volume(tmp_path / out) for out in ("files.nii.gz", "folder.nii.gz")]
     assert maps[0].data.unique().numel() == 8

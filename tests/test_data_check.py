@@ -19,7 +19,7 @@ from test_cli import run
 
 import medgmae
 from medgmae.cli.data import data_group
-from medgmae.data import CheckReport, Grid, Scan, Volume, check_scans, checking, list_scans
+from medgmae.data import CheckReport, Grid, Scan, Volume, VolumeError, check_scans, checking, find_copies, list_scans
 from medgmae.data.formats.image import Limits
 
 SIZE = (6, 7, 8)
@@ -246,3 +246,33 @@ def test_the_figure_counts_every_volume(folder: Path) -> None:
         medgmae.visualize.check_figure([])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="of no volumes"):
         medgmae.visualize.check_figure(CheckReport(0, (), (), (), ()))
+
+
+def test_copies_are_the_same_voxels_under_any_name(folder: Path) -> None:
+    (folder / "cut.nii.gz").unlink()
+    (folder / "none.nii").unlink()
+    other = medgmae.read_volume(folder / "a.nii.gz").data[0].clone()
+    other[3, 3, 3] += 1
+    scan(folder / "nearly_a.nii.gz", other)
+    scans = list_scans([folder], arrays=True).scans
+    assert [[one.name for one in group] for group in find_copies(scans)] == [["a", "a_copy", "b"], ["c", "d"]]
+    assert find_copies(scans[::-1], workers=2) == [group[::-1] for group in find_copies(scans)[::-1]]
+    assert find_copies([]) == find_copies(scans[:1]) == []
+
+
+def test_cases_with_one_contrast_in_common_are_copies(tmp_path: Path) -> None:
+    """Through b, a and c are one group."""
+    paths = {
+        name: scan(tmp_path / f"{name}.nii") for name in ("one", "longer", "longest_", "other____", "distinct____")
+    }
+    one, two, three, four, five = paths.values()
+    both = lambda name, t1, t2: Scan(t1, name=name, contrasts={"t1": t1, "t2": t2})  # noqa: E731
+    cases = [both("a", one, two), both("lone", five, five), both("b", three, two), both("c", four, three)]
+    assert [[case.name for case in group] for group in find_copies(cases)] == [["a", "b", "c"]]
+
+
+def test_scans_that_cannot_be_compared_are_said(folder: Path) -> None:
+    scans = list_scans([folder], arrays=True).scans
+    scans = [one for one in scans if one.name != "none"]
+    with pytest.raises(VolumeError, match=r"1 of \d scans cannot be read, such as .*cut.nii.gz"):
+        find_copies(scans)

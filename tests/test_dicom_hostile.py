@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+import warm_python
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -161,8 +160,7 @@ def test_without_the_extra_plain_slices_are_read_and_others_refused_with_the_rem
         ("packed", "medgmae[dicom]"),
         ("enhanced.dcm", "medgmae[dicom]"),
     ):
-        command = [sys.executable, "-c", WITHOUT, str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = warm_python.run("-c", WITHOUT, tmp_path / name)
         assert words in done.stdout, done.stdout + done.stderr
 
 
@@ -271,9 +269,8 @@ def test_series_that_pydicom_ships(folder: str) -> None:
 @pytest.mark.parametrize("kind", ["text", "gzip", "series", "frames"])
 def test_the_fuzzer_of_meanings_finds_nothing_in_a_short_run(kind: str) -> None:
     """The full run has 10,000 cases of each kind: python tests/fuzz/fuzz_meanings.py KIND --count 10000."""
-    command = [sys.executable, "tests/fuzz/fuzz_meanings.py", kind, "--count", "25", "--seed", "11"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    script = ROOT / "tests/fuzz/fuzz_meanings.py"
+    done = warm_python.run(script, kind, "--count", "25", "--seed", "11", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines()[:2])
     assert int(outcomes[f"{kind} refused"]) > 3

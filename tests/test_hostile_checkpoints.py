@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_python
 from dialects import to_glmae, to_timm_encoder
 from small_models import assert_same_state, randomize, state_copy
 from torch import Tensor
@@ -330,7 +329,7 @@ def test_provenance_is_said_only_where_it_is_certain() -> None:
 @pytest.mark.parametrize("attack", ["pickles", "tensors", "configs"])
 def test_the_fuzzer_of_meaning_finds_nothing_in_a_short_run(attack: str) -> None:
     """The full run has 10,000 cases: python tests/fuzz/fuzz_hostile.py pickles --count 10000."""
-    command = [sys.executable, "-W", "ignore", str(FUZZ / "fuzz_hostile.py"), attack, "--count", "20", "--seed", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = ["-W", "ignore", FUZZ / "fuzz_hostile.py", attack, "--count", "20", "--seed", "1"]
+    done = warm_python.run(*command, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 findings" in done.stdout

@@ -6,11 +6,10 @@ from __future__ import annotations
 import csv
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 from cli_runs import dicom_series, happening, saved_nano, small_scan
 from click.testing import Result
 from test_cli import run
@@ -36,9 +35,8 @@ def slices_of(listing: Listing) -> list[int]:
 
 def test_the_fuzzer_of_folders_finds_nothing_in_a_short_run() -> None:
     """The full run has 10,000 cases: python tests/fuzz/fuzz_folders.py --count 10000."""
-    command = [sys.executable, "tests/fuzz/fuzz_folders.py", "--count", "12", "--seed", "11"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    script = ROOT / "tests/fuzz/fuzz_folders.py"
+    done = warm_python.run(script, "--count", "12", "--seed", "11", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "12 cases, 0 findings" in done.stdout
 

@@ -6,8 +6,6 @@ import gzip
 import hashlib
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 from hub_server import CONFIG, FILE, FILES, WEIGHTS, HubServer, use_endpoint
 
 from medgmae.checkpoints import wire
@@ -203,7 +202,6 @@ def test_an_index_that_is_damaged_says_what_to_do(hub: HubServer, how: Fetching)
 @pytest.mark.parametrize("kind", ["hub", "shards", "url"])
 def test_the_fuzzer_of_the_wire_finds_nothing_in_a_short_run(kind: str) -> None:
     """The full run has 10,000 cases of each kind: python tests/fuzz/fuzz_wire.py KIND --count 10000."""
-    command = [sys.executable, "-W", "ignore", str(FUZZ), kind, "--count", "4", "--seed", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = warm_python.run("-W", "ignore", FUZZ, kind, "--count", "4", "--seed", "3", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 findings" in done.stdout

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+import medgmae
 from medgmae.layers.blocks import Attention, Block, DropPath, Mlp, initialize, make_head
 from medgmae.layers.patches import PatchEmbed, take_tokens, to_tuple
+from medgmae.layers.pooling import AttentionPool
 from medgmae.layers.positions import PositionCache, resample_pos_embed, sincos_pos_embed
 
 
@@ -206,3 +208,31 @@ def test_the_mlp_uses_the_exact_gelu() -> None:
     hidden = mlp.fc1(x := torch.randn(4, 3, dtype=torch.float64))
     exact = hidden / 2 * (1 + torch.erf(hidden / math.sqrt(2)))
     torch.testing.assert_close(mlp(x), mlp.fc2(exact))
+
+
+def test_attention_pools_by_its_definition() -> None:
+    pool = AttentionPool(128).double()
+    pool.apply(initialize)
+    x = torch.randn(2, 7, 128, dtype=torch.float64)
+    keys, values = pool.kv(pool.norm(x)).chunk(2, -1)
+    query, expected = pool.query.reshape(2, 64), torch.empty(2, 128, dtype=torch.float64)
+    for head in range(2):
+        part = slice(64 * head, 64 * (head + 1))
+        weights = (keys[..., part] @ query[head] / 8).softmax(1)  # (2, 7)
+        expected[:, part] = (weights[..., None] * values[..., part]).sum(1)
+    torch.testing.assert_close(pool(x), pool.proj(expected))
+    assert AttentionPool(96).heads == 1
+    assert torch.autograd.gradcheck(pool, (x[:1, :3].requires_grad_(),))
+
+
+def test_an_encoder_may_begin_or_stop_to_pool_by_attention() -> None:
+    model = medgmae.create_model("vit_nano_patch8_32", global_pool="attention", num_classes=3)
+    x = torch.rand(2, 1, 16, 16, 16)
+    assert model(x).shape == (2, 3)
+    assert "attn_pool.query" in model.state_dict()
+    plain = medgmae.create_model("vit_nano_patch8_32", num_classes=3)
+    medgmae.load_pretrained(model, plain.state_dict())  # the pool is new, as a head is
+    plain.reset_classifier(2, "attention")
+    assert plain(x).shape == (2, 2)
+    plain.reset_classifier(2, "token")
+    assert "attn_pool.query" not in plain.state_dict()

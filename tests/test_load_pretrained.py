@@ -7,8 +7,6 @@ import json
 import os
 import pathlib
 import struct
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_python
 from dialects import CONTAINERS, to_masked_autoencoder, to_timm_encoder
 from small_models import assert_same_state, randomize, state_copy
 
@@ -310,8 +309,7 @@ def test_a_header_that_lies_is_refused(tmp_path: Path) -> None:
 def test_the_fuzzer_finds_nothing_in_a_short_run() -> None:
     """The full run has 10,000 files: python tests/fuzz/fuzz_checkpoints.py --count 10000."""
     script = Path(__file__).parent / "fuzz/fuzz_checkpoints.py"
-    command = [sys.executable, str(script), "--count", "200", "--seed", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm_python.run(script, "--count", "200", "--seed", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "200 files" in done.stdout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -195,3 +196,35 @@ def test_gradients_of_dice_losses() -> None:
 def test_targets_that_do_not_fit(target: Tensor, multilabel: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         medgmae.dice_loss(torch.zeros(2, 3, 4, 4, 4), target, multilabel=multilabel)
+
+
+def test_only_known_labels_count() -> None:
+    logits, target = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.tensor([0.0, 1, math.nan])
+    wanted = target.expand(4, 3).clone()
+    loss = medgmae.losses.multilabel_loss(logits, wanted)
+    known = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, :2], wanted[:, :2].double())
+    torch.testing.assert_close(loss, known)
+    loss.backward()
+    assert logits.grad is not None
+    assert not logits.grad[:, 2].any()
+    assert logits.grad[:, :2].all()
+    assert float(medgmae.losses.multilabel_loss(logits.detach(), torch.full((4, 3), math.nan))) == 0
+    smooth = medgmae.losses.multilabel_loss(logits[:, :2], wanted[:, :2], smoothing=0.2)
+    softened = torch.tensor([0.1, 0.9], dtype=torch.float64).expand(4, 2)
+    torch.testing.assert_close(smooth, torch.nn.functional.binary_cross_entropy_with_logits(logits[:, :2], softened))
+    with pytest.raises(ValueError, match="masks of that shape"):
+        medgmae.losses.multilabel_loss(logits, wanted[:, :2])
+
+
+def test_cox_is_the_partial_likelihood() -> None:
+    risk = torch.tensor([0.3, -1.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    time, event = torch.tensor([5.0, 2, 2, 9]), torch.tensor([1.0, 1, 0, 0])
+    values, by_hand = risk.tolist(), 0.0
+    for i in (0, 1):  # the events; at risk are those observed at least as long, ties among them
+        at_risk = [k for k in range(4) if time[k] >= time[i]]
+        by_hand -= values[i] - math.log(sum(math.exp(values[k]) for k in at_risk))
+    assert float(medgmae.losses.cox_loss(risk.detach(), time, event)) == pytest.approx(by_hand / 2)
+    assert torch.autograd.gradcheck(lambda r: medgmae.losses.cox_loss(r, time, event), (risk,))
+    assert float(medgmae.losses.cox_loss(risk.detach(), time, torch.zeros(4))) == 0
+    with pytest.raises(ValueError, match=r"must be \(B,\)"):
+        medgmae.losses.cox_loss(risk[:, None], time, event)

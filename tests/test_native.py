@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_python
 
 import medgmae
 from medgmae import _C
@@ -31,10 +32,6 @@ def convolution() -> Call:
     call = Call(ConvInputs(torch.ones(1, 5, 4), torch.ones(4, 3), None, False, False), torch.float32)
     call.stream("out", torch.zeros(1, 5, 4))
     return call
-
-
-def python(code: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **kwargs)
 
 
 def test_info_describes_the_build() -> None:
@@ -153,20 +150,22 @@ def test_a_scan_with_other_buffers_is_refused(monkeypatch: pytest.MonkeyPatch, s
 
 
 def test_missing_module_is_explained() -> None:
-    done = python(
+    done = warm_python.run(
+        "-c",
         "import sys; sys.modules['medgmae._C'] = None\n"
         "from medgmae.ops import native_info, self_test\n"
         "info = native_info(); assert info['loaded'] is False, info\n"
         "assert info['cuda'] is None and info['cpu_variants'] == {}, info\n"
         "assert '_C' in info['error'] and 'pip install' in info['error'], info\n"
-        "self_test()"
+        "self_test()",
     )
     assert "RuntimeError: the native module is not loaded" in done.stderr, done.stderr
 
 
 def test_a_module_of_another_version_is_not_used() -> None:
     """What an old build does is unknown, so it is not asked: its attributes fail here."""
-    done = python(
+    done = warm_python.run(
+        "-c",
         "import sys, types, warnings\n"
         "sys.modules['medgmae._C'] = types.SimpleNamespace(interface=-1)\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
@@ -176,7 +175,7 @@ def test_a_module_of_another_version_is_not_used() -> None:
         "assert [w.category for w in caught if text in str(w.message)] == [RuntimeWarning], caught\n"
         "info = native_info(); assert info['loaded'] is False, info\n"
         "assert text in info['error'] and 'pip install -e .' in info['error'], info\n"
-        "import torch; assert causal_conv1d(torch.ones(1, 2, 3), torch.ones(2, 2)).sum() == 10"
+        "import torch; assert causal_conv1d(torch.ones(1, 2, 3), torch.ones(2, 2)).sum() == 10",
     )
     assert done.returncode == 0, done.stderr
 
@@ -205,13 +204,14 @@ def test_operators_are_functions_and_no_modules() -> None:
 def test_importing_starts_no_cuda_driver_and_one_openmp_runtime() -> None:
     if sys.platform != "linux":
         pytest.skip("reads /proc")
-    done = python(
+    code = (
         "import torch, medgmae.ops, medgmae._C\n"
         "paths = {line.split()[-1] for line in open('/proc/self/maps')}\n"
         "names = [path.rsplit('/', 1)[-1] for path in paths]\n"
         "assert not [n for n in names if n.startswith('libcuda.so')], names\n"
         "assert sum('gomp' in n or 'iomp' in n for n in names) == 1, names"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 

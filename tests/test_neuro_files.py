@@ -5,13 +5,12 @@ from __future__ import annotations
 import gzip
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+import warm_python
 
 from medgmae.data import VolumeError, read_volume
 
@@ -154,7 +153,7 @@ def test_reading_takes_little_memory(tmp_path: Path, dtype: str, suffix: str) ->
     if dtype == "u1":
         content[112:120] = np.array([0.5, 3], "<f4").tobytes()
     path.write_bytes(gzip.compress(bytes(content), 1) if suffix == ".nii.gz" else bytes(content))
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, timeout=120)
+    done = warm_python.run("-c", MEASURE, path)
     assert done.returncode == 0, done.stderr
     peak, voxels = map(int, done.stdout.split())
     assert peak <= 3 * 4 * voxels + path.stat().st_size

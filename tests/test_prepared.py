@@ -18,6 +18,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+import warm_python
 from prepared_scans import INPUT, Listed, ball, prepared_arrays, saved
 
 import medgmae
@@ -223,11 +224,12 @@ if __name__ == "__main__":
 """
 
 
-def child(tmp_path: Path, workers: int) -> subprocess.Popen[str]:
+def child(tmp_path: Path, workers: int) -> warm_python.Process:
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    command = [sys.executable, script, Path(__file__).parent, tmp_path / "scans", tmp_path / "out", str(workers)]
-    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [script, Path(__file__).parent, tmp_path / "scans", tmp_path / "out", str(workers)]
+    with (tmp_path / "said").open("w") as errors:
+        return warm_python.Process(*command, stderr=errors, new_session=True)
 
 
 @pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGINT, 1)])
@@ -237,7 +239,7 @@ def test_a_run_that_was_ended_goes_on(tmp_path: Path, how: signal.Signals, worke
     out = tmp_path / "out"
     run = child(tmp_path, workers)
     while len(list(out.glob("*.b2nd"))) < 2:
-        assert run.poll() is None, run.stderr.read()
+        assert run.poll() is None, (tmp_path / "said").read_text()
         time.sleep(0.002)
     run.send_signal(how)
     run.wait(10)
@@ -245,7 +247,6 @@ def test_a_run_that_was_ended_goes_on(tmp_path: Path, how: signal.Signals, worke
     while _alive(run.pid):
         assert time.monotonic() < deadline, "processes live on"
         time.sleep(0.05)
-    run.stderr.close()
     kept = inodes(out)
     assert 2 <= len(kept) < 12
     assert not is_prepared(out)
@@ -264,13 +265,13 @@ def test_a_process_that_was_killed_is_said(tmp_path: Path) -> None:
     saved(tmp_path / "scans", 12, (60, 128, 128))
     run = child(tmp_path, 1)
     while not list((tmp_path / "out").glob("*.b2nd")):
-        assert run.poll() is None, run.stderr.read()
+        assert run.poll() is None, (tmp_path / "said").read_text()
         time.sleep(0.002)
     for process in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
         if "spawn_main" in Path(f"/proc/{process}/cmdline").read_text():
             os.kill(int(process), signal.SIGKILL)
-    error = run.communicate(timeout=20)[1]
-    assert run.returncode == 1
+    assert run.wait(20) == 1
+    error = (tmp_path / "said").read_text()
     assert "VolumeError: a process ended while it prepared one of " in error
     assert "use fewer workers" in error
 

@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_python
 from training_runs import MACHINE, numbers, outcome, run_of, scan_file, scans, settings_of
 
 import medgmae
@@ -94,7 +93,7 @@ def test_an_end_before_the_first_update_is_one_at_once(
 ) -> None:
     from medgmae.training import corpus
 
-    monkeypatch.setattr(corpus, "prepare_scans", lambda *args, **options: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(corpus, "prepare_scans", lambda *args, **options: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run_of(settings_of(), data, tmp_path / "run")
     monkeypatch.undo()
@@ -116,9 +115,7 @@ def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
 
 def test_kills_change_nothing(tmp_path: Path) -> None:
     script = Path(__file__).parent / "fuzz" / "kill_runs.py"
-    done = subprocess.run(
-        [sys.executable, script, "--kills", "3", "--folder", str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
+    done = warm_python.run(script, "--kills", "3", "--folder", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 findings" in done.stdout
 
@@ -276,8 +273,11 @@ def test_two_runs_into_one_folder(data: Path, tmp_path: Path, monkeypatch: pytes
     first = threading.Thread(target=run_of, args=(settings_of(), data, out))
     first.start()
     assert entered.wait(60)
-    other = f"from medgmae.training import *; out = {str(out)!r}; pretrain(Run(out).settings(Settings), [], out, resume=True)"
-    done = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=120)
+    other = (
+        f"from medgmae.training import *; out = {str(out)!r}; "
+        "pretrain(Run(out).settings(Settings), [], out, resume=True)"
+    )
+    done = warm_python.run("-c", other)
     go.set()
     first.join()
     assert "another run is writing" in done.stderr

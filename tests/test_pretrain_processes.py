@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_python
 from test_cli import run
 from training_runs import numbers, scans, settings_of
 
@@ -93,17 +94,18 @@ def test_a_killed_process_ends_the_others(data: Path, tmp_path: Path) -> None:
 
 def test_the_command_line_stops_resumes_and_refuses(data: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "medgmae", *options_of(data, out, **{"training.steps": 2000})]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    said = tmp_path / "said"
+    with said.open("w") as errors:
+        options = options_of(data, out, **{"training.steps": 2000})
+        process = warm_python.Process("-m", "medgmae", *options, stderr=errors)
     log, limit = out / "metrics.jsonl", time.monotonic() + 120
     while not (log.exists() and len(read_metrics(log)) > 3):
         assert process.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
-    assert "--resume goes on" in errors
+    assert process.wait(60) == 143, said.read_text()
+    assert "--resume goes on" in said.read_text()
     again = run(*options_of(data, out))
     assert (again.exit_code, "holds a run" in again.stderr) == (1, True)
     other = run("pretrain", "--out", out, "--resume", "--steps", "3")

@@ -1,4 +1,4 @@
-"""README and docs are true: the blocks of six pages run; docs/models.md is the registry."""
+"""README and docs are true: the blocks of these pages run; docs/models.md is the registry."""
 
 from __future__ import annotations
 
@@ -6,29 +6,25 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from _pytest.mark import ParameterSet
 
 import medgmae
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SLICES = (ROOT / "docs/slices.md").read_text(encoding="utf-8")
-DATA = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-PREPARED = (ROOT / "docs/prepared.md").read_text(encoding="utf-8")
-TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
-FINETUNE = (ROOT / "docs/finetune.md").read_text(encoding="utf-8")
-PAGES = README + SLICES + DATA + PREPARED + TRAINING + FINETUNE
+NAMES = ("slices", "data", "probe", "prepared", "training", "finetune", "export", "saliency", "scale")
+PAGES = README + "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in NAMES)
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")
-# MONAI takes ten seconds to import, and a fit a minute; what is trained is trained in test_pretrain.py and
-# test_finetune.py too.
-SLOW = ("monai", "medgmae fit", "training import Machine", "data prepare", "--out build/side")
+# MONAI takes ten seconds to import, features of forty scans half a minute, and a fit a minute; what is trained is
+# trained in test_pretrain.py and test_finetune.py too.
+SLOW = ("monai", "medgmae fit", "training import Machine", "data prepare", "medgmae probe", "--out build/side")
 
 
 def blocks() -> list[ParameterSet]:
@@ -49,13 +45,13 @@ def test_block_runs_and_leaves_nothing(language: str, code: str, tmp_path: Path)
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "build").mkdir()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    # The interpreter of this environment, and what -m pytest put on the path.
+    # The commands of this environment, and what -m pytest put on the path.
     clean = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{warm_python.commands()}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    interpreter = {"python": [sys.executable, "-W", "error::UserWarning:medgmae", "-c"], "bash": ["bash", "-ec"]}
+    interpreter = {"python": ["python", "-W", "error::UserWarning:medgmae", "-c"], "bash": ["bash", "-ec"]}
     command = [*interpreter[language], code]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -65,8 +61,7 @@ def test_block_runs_and_leaves_nothing(language: str, code: str, tmp_path: Path)
 
 
 def test_every_block_is_run() -> None:
-    text = PAGES
-    assert len(blocks()) == text.count("```python") + text.count("```bash") - 1  # but the one that builds
+    assert len(blocks()) == PAGES.count("```python") + PAGES.count("```bash") - 1  # but the one that builds
 
 
 def test_model_table_is_the_registry() -> None:

@@ -1,16 +1,15 @@
 """The torch references as operators: what runs where there is no native module, or no kernel for a call.
 
-A fresh process without medgmae._C, since what is registered with torch stays. The references must give what torch is
-told beforehand, to the stride, or compiled code fails.
+A process of its own without medgmae._C, since what is registered with torch stays. The references must give what torch
+is told beforehand, to the stride, or compiled code fails.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 
 BEGIN = """
 import sys; sys.modules["medgmae._C"] = None; sys.path.append("tests")
@@ -87,6 +86,5 @@ for forms in (FORMS[1], FORMS[2]):
 
 @pytest.mark.parametrize("script", [SCAN, CONVOLUTION, VOXELS, COMPILED], ids=["scan", "conv", "voxelize", "compiled"])
 def test_results_and_gradients_are_what_torch_is_told(script: str) -> None:
-    command = [sys.executable, "-c", BEGIN + script]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    done = warm_python.run("-c", BEGIN + script, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+import warm_python
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,14 +19,12 @@ def test_blocks_run_in_order(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "build").mkdir()
     clean = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{warm_python.commands()}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     for language, code in blocks:
-        if language == "bash":
-            code = code.replace("medgmae ", f"{sys.executable} -m medgmae ", 1)
-        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-ec", code]
+        command = ["python", "-c", code] if language == "python" else ["bash", "-ec", code]
         done = subprocess.run(
             command, cwd=tmp_path, env=os.environ | clean, capture_output=True, text=True, timeout=300
         )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import warm_python
 from torch import Tensor
 
 import medgmae
@@ -170,7 +169,7 @@ def test_without_scipy_it_says_what_to_install() -> None:
         "except ImportError as error: sys.exit('' if 'pip install medgmae[evaluation]' in str(error) else str(error))\n"
         "sys.exit('no error')"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = warm_python.run("-c", script)
     assert done.returncode == 1, done.stderr
     assert done.stderr.strip() == ""
 

@@ -147,7 +147,8 @@ def contract() -> list[Any]:
             marks = [m for m in getattr(function, "pytestmark", []) if m.name == "parametrize" and m.args[0] == "name"]
             autoencoders_only = any("vit_nano_patch8_32" not in map(_name, m.args[1]) for m in marks)
             if name.startswith("test_") and marks and not autoencoders_only:
-                found.append(pytest.param(function, id=name))
+                slow = [m for m in function.pytestmark if m.name == "slow"]
+                found.append(pytest.param(function, id=name, marks=slow))
     return found
 
 

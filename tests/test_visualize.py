@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_python
 
 from medgmae import Masking, ViT, Volume, create_model, create_transform, extract_features, reconstruct_scan
 from medgmae.data import Grid, crop_or_pad
@@ -24,6 +23,7 @@ from medgmae.visualize import (
     images_figure,
     latent_map_figure,
     reconstruction_figure,
+    regression_figure,
     runs_figure,
 )
 
@@ -277,7 +277,7 @@ def test_without_matplotlib_the_error_says_how_to_get_it() -> None:
         "import torch; from medgmae import Volume; from medgmae.visualize import reconstruction_figure\n"
         "reconstruction_figure(Volume(torch.rand(1, 4, 4, 4)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = warm_python.run("-c", code)
     assert done.returncode == 1
     assert "pip install medgmae[viz]" in done.stderr.splitlines()[-1]
 
@@ -339,3 +339,16 @@ def test_curves_of_classifiers_and_of_their_folds(classes: int) -> None:
 def test_curves_of_classifiers_say_what_they_need(more: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         classification_figure([[0.1, 0.9], [0.5, 0.5], [0.9, 0.1]], [1, 0, 0], **more)
+
+
+def test_points_of_predicted_numbers() -> None:
+    targets, folds = torch.arange(30.0), torch.arange(30) % 3
+    figure = regression_figure(targets + 2, targets, folds=folds, label="age, years", title="probe")
+    (axes,) = figure.axes
+    assert [len(line.get_xdata()) for line in axes.lines] == [10, 10, 10, 2]  # and the line where they are the same
+    assert axes.lines[1].get_ydata().tolist() == (targets[folds == 1] + 2).tolist()
+    assert "error 2," in axes.get_title()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["fold 0", "fold 1", "fold 2"]
+    assert regression_figure(targets, targets).axes[0].get_legend() is None
+    with pytest.raises(ValueError, match=re.escape("folds are (2,); expected one per case, (30,)")):
+        regression_figure(targets, targets, folds=[0, 1])

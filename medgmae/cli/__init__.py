@@ -1,5 +1,6 @@
-"""The command line: ``medgmae list``, ``info``, ``features``, ``segment``, ``score``, ``slices``, ``reconstruct``,
-``latent-map``, ``fit``, ``convert``, ``data``, ``pretrain``, ``runs``.
+"""The command line: ``medgmae list``, ``info``, ``features``, ``probe``, ``segment``, ``score``, ``slices``,
+``reconstruct``, ``latent-map``, ``saliency``, ``fit``, ``convert``, ``export``, ``data``, ``pretrain``, ``finetune``,
+``predict``, ``runs``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -14,13 +15,17 @@ import click
 import medgmae
 from medgmae.cli.convert import convert_command
 from medgmae.cli.data import data_group
+from medgmae.cli.export import export_command
 from medgmae.cli.features import features_command
 from medgmae.cli.finetune import finetune_command
 from medgmae.cli.fit import fit_command
 from medgmae.cli.latent_map import latent_map_command
 from medgmae.cli.models import info_command, list_command
+from medgmae.cli.predict import predict_command
 from medgmae.cli.pretrain import pretrain_command, runs_command
+from medgmae.cli.probe import probe_command
 from medgmae.cli.reconstruct import reconstruct_command
+from medgmae.cli.saliency import saliency_command
 from medgmae.cli.score import score_command
 from medgmae.cli.segment import segment_command
 from medgmae.cli.slices import slices_command
@@ -41,14 +46,18 @@ def main(debug: bool) -> None:
 main.add_command(list_command)
 main.add_command(info_command)
 main.add_command(features_command)
+main.add_command(probe_command)
 main.add_command(segment_command)
 main.add_command(score_command)
 main.add_command(reconstruct_command)
 main.add_command(latent_map_command)
+main.add_command(saliency_command)
 main.add_command(fit_command)
 main.add_command(slices_command)
 main.add_command(convert_command)
+main.add_command(export_command)
 main.add_command(data_group)
 main.add_command(pretrain_command)
 main.add_command(finetune_command)
+main.add_command(predict_command)
 main.add_command(runs_command)

@@ -89,12 +89,19 @@ def for_each(listing: medgmae.data.Listing, work: Callable[[medgmae.data.Scan], 
         except Exception as error:
             if not is_reported(error):
                 raise
-            told = any(str(path) in str(error) for path in scan.paths)
-            text = str(error) if told else f"{scan.path}: {error}"
-            listing.errors.append({"path": shown(scan.path), "error": shown(text, keep="\n")})
-            with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
-                click.echo(f"Error: {listing.errors[-1]['error']}", err=True)
+            listing.errors.append(failure(scan, error))
     return done
+
+
+def failure(scan: medgmae.data.Scan, error: Exception) -> dict[str, str]:
+    """What the results say of a scan that has failed; it is said on stderr, too."""
+    from tqdm.auto import tqdm
+
+    told = any(str(path) in str(error) for path in scan.paths)
+    text = shown(str(error) if told else f"{scan.path}: {error}", keep="\n")
+    with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
+        click.echo(f"Error: {text}", err=True)
+    return {"path": shown(scan.path), "error": text}
 
 
 def refuse_within(scans: Sequence[Path], out: Path) -> None:

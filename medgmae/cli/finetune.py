@@ -15,7 +15,7 @@ from medgmae.cli.options import complete_name, gathered
 from medgmae.cli.training import Changes, Place, change_options, changed, place_options, refuse_changes, run_with
 
 # Recipe of a model without one: by the beginning of its name, the first that fits.
-_RECIPES = {"vit_large_patch16_256": "tangerine", "vim_small_patch": "mamba_mae", "": "quick"}
+_RECIPES = {"unetr_": "segment", "vit_large_patch16_256": "tangerine", "vim_small_patch": "mamba_mae", "": "quick"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ _question = gathered(
     Question,
     click.option("--weights", metavar="SOURCE", help="Weights to start from: a tag, file, folder or hub repository."),
     click.option("--input-of", metavar="TAG", help="Prepare scans as these weights need it. [those of --weights]"),
-    click.option("--task", type=click.Choice(["classify", "regress", "survive"]), help="[the recipe's, or classify]"),
+    click.option(
+        "--task", type=click.Choice(["classify", "regress", "survive", "segment"]), help="[the recipe's, or classify]"
+    ),
     click.option("--label", multiple=True, metavar="COLUMN", help="What is learned; may be repeated. [label]"),
     click.option(
         "--multilabel/--single-label", default=None, help="Each column is a question of its own: 0, 1, or empty."
@@ -57,7 +59,9 @@ _question = gathered(
     click.option(
         "--encoder", type=click.Choice(["full", "frozen", "lora"]), help="What of the encoder learns. [the recipe's]"
     ),
-    click.option("--select", type=click.Choice(["last", "loss", "auc"]), help="Whose weights are kept. [the recipe's]"),
+    click.option(
+        "--select", type=click.Choice(["last", "loss", "auc", "dice"]), help="Whose weights are kept. [the recipe's]"
+    ),
     click.option("--patience", type=click.IntRange(1), help="Measurements without a better one before the end."),
 )
 
@@ -65,7 +69,11 @@ _question = gathered(
 @click.command("finetune")
 @click.option("--model", "name", shell_complete=complete_name, help="An encoder, or a tag: vit_tiny_patch8_64.demo.")
 @click.option(
-    "--data", "data", multiple=True, type=click.Path(path_type=Path), help="A .csv table: path, labels, perhaps id."
+    "--data",
+    "data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A .csv table: path, labels, perhaps id; or a folder of nnU-Net's.",
 )
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="The run's folder.")
 @click.option("--recipe", metavar="NAME|FILE", help="Settings to begin with. [by the model]")
@@ -135,7 +143,8 @@ def _settings(name: str | None, recipe: str | None, question: Question, changes:
         recipe = next(value for prefix, value in _RECIPES.items() if name.startswith(prefix))
     settings = medgmae.training.read_recipe(recipe, medgmae.training.TuneSettings)
     if question.task not in (None, settings.task.kind):  # another task has none of the recipe's classes
-        settings = settings.changed({"task": {"kind": question.task, "labels": list(question.label) or ["label"]}})
+        column = "mask" if question.task == "segment" else "label"
+        settings = settings.changed({"task": {"kind": question.task, "labels": list(question.label) or [column]}})
     named = {
         "model": name,
         "init": question.weights,

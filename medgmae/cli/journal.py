@@ -85,10 +85,10 @@ class Journal:
         facts, tensors = make()
         if state_of(scan) != state:
             raise OSError(f"{scan.path} was changed while it was read; expected it to stay as it is")
-        self._put(scan, state, facts, tensors)
+        self.put(scan, state, facts, tensors)
         return facts
 
-    def _put(
+    def put(
         self, scan: medgmae.data.Scan, state: list[int], facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> None:
         """Keep what came of a scan, whose state was that before it was read; it is on disk when this returns."""
@@ -99,8 +99,11 @@ class Journal:
         _write(self._file(scan), save(contiguous, {"medgmae": kept}))
 
     def _file(self, scan: medgmae.data.Scan) -> Path:
-        key = b"\0".join([*(os.fsencode(path.absolute()) for path in scan.paths), (scan.series or "").encode()])
-        return self.folder / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
+        return self.folder / f"{key_of(scan)}.safetensors"
+
+    def forget(self, scan: medgmae.data.Scan) -> None:
+        """Remove what was kept of a scan."""
+        self._file(scan).unlink(missing_ok=True)
 
     def kept(self) -> int:
         """How many scans are done."""
@@ -140,6 +143,12 @@ def _write(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def key_of(scan: medgmae.data.Scan) -> str:
+    """What stands for a scan, whatever it holds: the digest of its paths and its series."""
+    key = b"\0".join([*(os.fsencode(path.absolute()) for path in scan.paths), (scan.series or "").encode()])
+    return hashlib.sha256(key).hexdigest()[:24]
 
 
 def state_of(scan: medgmae.data.Scan) -> list[int]:

@@ -9,6 +9,7 @@ import ast
 import functools
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -182,25 +183,30 @@ def input_options(instead_of: str) -> Callable[[F], F]:
     )
 
 
+_weights_options = (
+    click.option(
+        "--weights",
+        help="Weights: a tag, file, folder or hf-hub:org/repo; with architecture.tag, the file that its card "
+        "describes.",
+    ),
+    click.option("--random-weights", is_flag=True, help="Leave the model untrained."),
+)
+# ``choice``, a ModelChoice whose name is an argument.
+model_argument = gathered(
+    "choice", ModelChoice, click.argument("name", metavar="MODEL", shell_complete=complete_name), *_weights_options
+)
+
+
 def model_options(required: bool = True) -> Callable[[F], F]:
     """``choice``, a :class:`ModelChoice`."""
-    return gathered(
-        "choice",
-        ModelChoice,
-        click.option(
-            "--model",
-            "name",
-            required=required,
-            shell_complete=complete_name,
-            help="Architecture, architecture.tag, hf-hub:org/repo or local-dir:FOLDER.",
-        ),
-        click.option(
-            "--weights",
-            help="Weights: a tag, file, folder or hf-hub:org/repo; with architecture.tag, the file that its card "
-            "describes.",
-        ),
-        click.option("--random-weights", is_flag=True, help="Leave the model untrained."),
+    name = click.option(
+        "--model",
+        "name",
+        required=required,
+        shell_complete=complete_name,
+        help="Architecture, architecture.tag, the folder of a model or run, or hf-hub:org/repo.",
     )
+    return gathered("choice", ModelChoice, name, *_weights_options)
 
 
 threads_option = click.option(
@@ -256,7 +262,7 @@ def open_model(choice: ModelChoice, machine: Machine) -> tuple[Any, str]:
 
 
 def _created(choice: ModelChoice) -> tuple[nn.Module, str]:
-    name, weights = choice.name, choice.weights
+    name, weights = _source(choice.name), choice.weights
     if choice.random_weights:
         if weights:
             raise click.UsageError("--weights and --random-weights contradict each other")
@@ -273,6 +279,20 @@ def _created(choice: ModelChoice) -> tuple[nn.Module, str]:
     return medgmae.create_model(name), name
 
 
+def _source(name: str) -> str:
+    """A name as ``create_model`` takes it: of a folder that is there, its address."""
+    if name.partition(".")[0] in medgmae.list_models() or not os.path.isdir(name):
+        return name
+    if not os.path.exists(os.path.join(name, "config.json")):
+        folds = sorted(path.parent.name for path in Path(name).glob("fold_*/config.json"))
+        held = f"; the models of its folds are in {', '.join(folds)}: name one of them" if folds else ""
+        raise click.UsageError(
+            f"{shown(name)} holds no model: expected config.json and model.safetensors, as medgmae finetune, pretrain "
+            f"and convert write them{held}"
+        )
+    return f"local-dir:{name}"
+
+
 def model_with_weights(name: str, weights: str, **options: Any) -> Any:
     """A model with weights from a source of the user's; a tag in ``name`` says by its card what they are."""
     if "." not in name or name.startswith(("hf-hub:", "local-dir:")):
@@ -280,24 +300,25 @@ def model_with_weights(name: str, weights: str, **options: Any) -> Any:
     return medgmae.create_model(name, checkpoint_path=weights, **options)
 
 
-def preprocessing_of(model: Any, inputs: InputChoice) -> Any:
-    """Preprocessing of whole scans by the chosen card, the model's own or the default, with changes."""
+def preprocessing_of(model: Any, inputs: InputChoice, whole: bool = True) -> Any:
+    """Preprocessing by the chosen card, the model's own or the default, with changes: of whole scans, or of the part
+    that the card crops."""
     card = medgmae.weight_card(inputs.tag).to_json() if inputs.tag else model.pretrained_cfg
     if card and card["input"]:
-        return preprocessing(card["input"], inputs.changes)
+        return preprocessing(card["input"], inputs.changes, whole)
     if not inputs.changes:
         click.echo(
             "Note: nothing is known about the input of these weights. Scans are taken as stored, their intensities "
             "between the 0.5th and 99.5th percentile mapped to 0..1. Change that with --input or --input-of.",
             err=True,
         )
-    return preprocessing({"channels": model.in_chans, **DEFAULT_INPUT}, inputs.changes)
+    return preprocessing({"channels": model.in_chans, **DEFAULT_INPUT}, inputs.changes, whole)
 
 
-def preprocessing(block: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
-    """Preprocessing of whole scans by an input block with changes; a new spacing means resampling to it."""
+def preprocessing(block: Mapping[str, Any], changes: Mapping[str, Any], whole: bool = True) -> Any:
+    """Preprocessing by an input block with changes; a new spacing means resampling to it."""
     resample = block.get("resample") or ({"to": "spacing"} if "spacing" in changes else None)
-    return medgmae.create_transform({**block, "resample": resample, **changes}, whole=True)
+    return medgmae.create_transform({**block, "resample": resample, **changes}, whole=whole)
 
 
 def contrasts_of(choice: ModelChoice, inputs: InputChoice, machine: Machine) -> Any:

@@ -2,7 +2,7 @@
 
 from medgmae.data import slices
 from medgmae.data.augmentation import Augmentation
-from medgmae.data.checking import check_scans
+from medgmae.data.checking import check_scans, find_copies
 from medgmae.data.contrasts import find_contrasts
 from medgmae.data.crops import Crops
 from medgmae.data.draws import draws
@@ -14,7 +14,7 @@ from medgmae.data.geometry import Grid, VolumeError, centred_start
 from medgmae.data.io import read_volume, write_volume
 from medgmae.data.labels import label_channels, patch_labels
 from medgmae.data.listing import Listing, Scan
-from medgmae.data.manifest import read_manifest
+from medgmae.data.manifest import read_manifest, read_table
 from medgmae.data.names import SCAN_ENDINGS, path_of, shown, unique_names
 from medgmae.data.preparing import prepare_scans
 from medgmae.data.scans import find_scans
@@ -55,6 +55,7 @@ __all__ = [
     "feature_map",
     "files_of",
     "find_contrasts",
+    "find_copies",
     "find_scans",
     "find_series",
     "is_prepared",
@@ -66,6 +67,7 @@ __all__ = [
     "percentiles",
     "prepare_scans",
     "read_manifest",
+    "read_table",
     "read_volume",
     "reorient",
     "resample",

@@ -61,6 +61,59 @@ def check_scans(listing: Listing, *, headers: bool = False, workers: int = 1) ->
     )
 
 
+def find_copies(scans: Sequence[Scan], *, workers: int = 1) -> list[tuple[Scan, ...]]:
+    """Scans that are the same by content: the same voxels under whatever name, header, format and compression. A case
+    of several contrasts is a copy where one of them is. Cases that are in two parts of a data set leak from one into
+    the other.
+
+    Voxels are the same where their type, shape, order and values are: not after resampling, a change of type or a turn
+    of the axes. Only scans of the same size are read in full.
+
+    Args:
+        scans: such as ``list_scans(...).scans``, those of all parts together.
+        workers: processes that read at the same time. Above 1, a script needs ``if __name__ == "__main__":``.
+
+    Returns:
+        Groups of two scans or more, which and in which they are in the order of ``scans``.
+
+    Raises:
+        VolumeError: scans that cannot be read; it says how many, and why the first cannot.
+    """
+    parts = [(number, part) for number, scan in enumerate(scans) for part in _parts(scan)]
+    with _Workers(workers) as pool:
+        sizes = _all_read(parts, pool.each(_size, [part for _, part in parts], "reading headers"))
+        alike = [one for group in _groups(zip(parts, sizes, strict=True), lambda one: one[1]) for one, _ in group]
+        digests = _all_read(alike, pool.each(_digest_of_voxels, [part for _, part in alike], "comparing scans"))
+    first = list(range(len(scans)))  # a scan before it that is the same, or itself
+
+    def origin(number: int) -> int:
+        while first[number] != number:
+            number = first[number]
+        return number
+
+    for group in _groups(zip(alike, digests, strict=True), lambda one: one[1]):
+        origins = [origin(number) for (number, _), _ in group]
+        for one in origins:
+            first[one] = min(origins)
+    return [tuple(scans[number] for number in group) for group in _groups(range(len(scans)), origin)]
+
+
+def _all_read(parts: Sequence[tuple[int, Scan]], outcomes: Sequence[T | Exception]) -> list[T]:
+    failed = [(part, one) for (_, part), one in zip(parts, outcomes, strict=True) if isinstance(one, Exception)]
+    if failed:
+        raise VolumeError(f"{len(failed)} of {len(parts)} scans cannot be read, such as {_text(*failed[0])}")
+    return [one for one in outcomes if not isinstance(one, Exception)]
+
+
+def _size(scan: Scan, limits: Limits) -> tuple[int, ...]:
+    """Of the voxels, with the channels."""
+    return read_image(scan.path, replace(limits, voxels=False), scan.series, scan.files).voxels.shape
+
+
+def _digest_of_voxels(scan: Scan, limits: Limits) -> str:
+    return _digest_of(read_image(scan.path, limits, scan.series, scan.files))
+
+
 def _parts(scan: Scan) -> list[Scan]:
     """What is read of a scan: itself, or the file of each contrast."""
     if scan.contrasts is None:

@@ -17,8 +17,9 @@ from medgmae.data.volume import Volume
 @dataclass(frozen=True)
 class Scan:
     """One row of the result: a file or folder, or one series in a folder, of which ``files`` are the slices if they are
-    known; ``labels`` are columns of a table. Where a table has a column for each of several ``contrasts``, these are
-    their files, and ``path`` is the first of them."""
+    known, ``study`` its StudyInstanceUID and ``patient`` its PatientID, which is written only where that is asked for;
+    ``labels`` are columns of a table, and ``row`` is its row there, counted from 1 with the heading. Where a table has
+    a column for each of several ``contrasts``, these are their files, and ``path`` is the first of them."""
 
     path: Path
     series: str | None = None
@@ -27,6 +28,9 @@ class Scan:
     labels: dict[str, str] = field(default_factory=dict)
     files: tuple[Path, ...] | None = None
     contrasts: dict[str, Path] | None = None
+    row: int | None = None
+    study: str | None = None
+    patient: str | None = None
 
     @property
     def source(self) -> Path | dict[str, Path]:
@@ -60,19 +64,22 @@ class Scan:
     @property
     def described(self) -> dict[str, Any]:
         """What the results say of the scan."""
-        series = {} if self.series is None else {"series": shown(self.series), "description": self.about}
+        study = {} if self.study is None else {"study": shown(self.study)}
+        series = {} if self.series is None else {"series": shown(self.series), **study, "description": self.about}
         parts = {} if self.contrasts is None else {"contrasts": {n: shown(p) for n, p in self.contrasts.items()}}
         return {"path": shown(self.path), **series, **parts, **({"labels": self.labels} if self.labels else {})}
 
 
 @dataclass
 class Listing:
-    """What is read, what is left out and why, and what should have been read and cannot be."""
+    """What is read, what is left out and why, and what should have been read and cannot be; of a table also by the
+    number of its row."""
 
     scans: list[Scan] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     unexpected: int = 0
     errors: list[dict[str, str]] = field(default_factory=list)
+    broken_rows: dict[int, str] = field(default_factory=dict)
 
     @property
     def processes(self) -> int:

@@ -32,14 +32,10 @@ def read_manifest(file: str | os.PathLike[str]) -> Listing:
         VolumeError: not such a table, with the row that is wrong.
     """
     file = Path(file)
-    rows = _rows(file)
-    columns, listing = rows[0], Listing()
-    places = [name for name in columns if _is_place(name)]
-    for number, cells in enumerate(rows[1:], 2):
-        where = f"{shown(file)}, row {number}"
-        if len(cells) != len(columns):
-            raise VolumeError(f"{where}: {len(cells)} cells; expected {len(columns)}")
-        row = dict(zip(columns, cells, strict=True))
+    columns, *rows = _rows(file)
+    listing, places = Listing(), [name for name in columns if _is_place(name)]
+    for number, cells in enumerate(rows, 2):
+        row, where = dict(zip(columns, cells, strict=True)), f"{shown(file)}, row {number}"
         if empty := [name for name in (*places, "id") if not row.get(name, "-")]:
             raise VolumeError(f"{where}: the {empty[0]} is empty")
         if "path" not in places and row.get("series"):
@@ -49,10 +45,12 @@ def read_manifest(file: str | os.PathLike[str]) -> Listing:
         problems = {path: problem for path in paths.values() if (problem := unreachable(path))}
         for path, problem in problems.items():
             listing.fail(path, f"{problem} ({where})")
+            listing.broken_rows[number] = f"{shown(path)}: {problem}"
         if not problems:
             first, contrasts = next(iter(paths.values())), None if "path" in places else paths
             name = row.get("id", "")
-            listing.scans.append(Scan(first, row.get("series") or None, name, labels=labels, contrasts=contrasts))
+            series = row.get("series") or None
+            listing.scans.append(Scan(first, series, name, labels=labels, contrasts=contrasts, row=number))
     _check_unique(file, listing.scans)
     if "id" not in columns:
         names = unique_names([scan.path / scan.series if scan.series else scan.path for scan in listing.scans])
@@ -66,6 +64,36 @@ def _is_place(column: str) -> bool:
 
 
 def _rows(file: Path) -> list[list[str]]:
+    """The table, which has rows, a place for scans and no column of the results."""
+    rows = read_table(file)
+    columns = rows[0]
+    places = [name for name in columns if _is_place(name)]
+    if not places:
+        raise VolumeError(f"{shown(file)} has the columns {', '.join(columns) or 'none'}; expected one named path")
+    taken = [name for name in columns if _WRITTEN.fullmatch(name)]
+    if taken:
+        raise VolumeError(f"{shown(file)}: {taken[0]!r} is a column of the results; rename it")
+    if "path" in places and len(places) > 1:
+        raise VolumeError(
+            f"{shown(file)} has the columns {', '.join(places)}; expected path alone, or one such as path_t1 for each "
+            "contrast and no path"
+        )
+    if len(rows) < 2:
+        raise VolumeError(f"{shown(file)} has no rows")
+    return rows
+
+
+def read_table(file: str | os.PathLike[str]) -> list[list[str]]:
+    """The cells of a CSV file as text: the names of its columns, then its rows, without empty lines; row ``n`` of
+    :attr:`Scan.row` is entry ``n - 1``.
+
+    Separators are those of the first line: comma, semicolon or tab. Text is UTF-8.
+
+    Raises:
+        VolumeError: not such a table, columns without a name or with that of another, or a row with more or fewer cells
+            than there are columns.
+    """
+    file = Path(file)
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -79,20 +107,11 @@ def _rows(file: Path) -> list[list[str]]:
     except csv.Error as error:
         raise VolumeError(f"{shown(file)} is not a table: {error}") from None
     columns = [name.strip() for name in rows[0]] if rows else []
-    places = [name for name in columns if _is_place(name)]
-    if not places:
-        raise VolumeError(f"{shown(file)} has the columns {', '.join(columns) or 'none'}; expected one named path")
-    taken = [name for name in columns if _WRITTEN.fullmatch(name)]
-    if taken or "" in columns or len(set(columns)) < len(columns):
-        wrong = f"{taken[0]!r} is a column of the results" if taken else "a column has no name, or that of another"
-        raise VolumeError(f"{shown(file)}: {wrong}; rename it")
-    if "path" in places and len(places) > 1:
-        raise VolumeError(
-            f"{shown(file)} has the columns {', '.join(places)}; expected path alone, or one such as path_t1 for each "
-            "contrast and no path"
-        )
-    if len(rows) < 2:
-        raise VolumeError(f"{shown(file)} has no rows")
+    if "" in columns or len(set(columns)) < len(columns):
+        raise VolumeError(f"{shown(file)}: a column has no name, or that of another; rename it")
+    for number, cells in enumerate(rows[1:], 2):
+        if len(cells) != len(columns):
+            raise VolumeError(f"{shown(file)}, row {number}: {len(cells)} cells; expected {len(columns)}")
     return [columns, *rows[1:]]
 
 

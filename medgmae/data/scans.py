@@ -17,12 +17,13 @@ from medgmae.data.geometry import VolumeError
 from medgmae.data.listing import Listing, Scan
 from medgmae.data.names import SCAN_ENDINGS, shown, unique_names
 
+_STUDY, _PATIENT = 0x0020000D, 0x00100020
 # What lies beside scans and is none, by the ending of its name: no reason for --strict to complain.
 _BESIDE = {
     "a table or text": ".csv .tsv .xls .xlsx .ods .json .jsonl .txt .md .rst .xml .yaml .yml .ini .cfg .toml .html "
     ".pdf .doc .docx .log .bval .bvec .bvals .bvecs .md5 .sha1 .sha256 .py .sh .ipynb",
     "a picture": ".png .jpg .jpeg .gif .bmp .svg .webp .tif .tiff .eps",
-    "arrays, features or weights": ".npy .npz .safetensors .pt .pth .ckpt .h5 .hdf5 .mat .ply",
+    "arrays, features or weights": ".npy .npz .safetensors .parquet .pt .pth .ckpt .h5 .hdf5 .mat .ply",
     "voxels that belong to a header": ".raw .zraw .img .img.gz",
 }
 
@@ -194,7 +195,10 @@ class _Search:
             self.chosen += 1
             flat = len(series.slices) == 1 and not series.slices[0].enhanced
             places = frozenset(one.position for one in series.slices)
-            self.add(Scan(folder, series.uid, about=about, files=tuple(one.path for one in series.slices)))
+            first = series.slices[0].data
+            study, patient = first.text(_STUDY) or None, first.text(_PATIENT) or None
+            slices = tuple(one.path for one in series.slices)
+            self.add(Scan(folder, series.uid, about=about, files=slices, study=study, patient=patient))
             self.parts[folder, series.uid] = _Part(top, places, series.slices[0].path if flat else None)
 
     def joined(self) -> list[Scan]:

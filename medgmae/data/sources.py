@@ -10,6 +10,7 @@ from medgmae.data.geometry import VolumeError
 from medgmae.data.listing import Listing
 from medgmae.data.manifest import found_path, read_manifest
 from medgmae.data.names import shown
+from medgmae.data.nnunet import is_nnunet, list_nnunet
 from medgmae.data.scans import find_scans
 
 
@@ -22,7 +23,8 @@ def list_scans(
     """The scans of one source or of several, each once, in the order given, with names that set them apart.
 
     Args:
-        sources: folders, which are searched to their ends, and files; or one .csv table (see :func:`read_manifest`);
+        sources: folders, which are searched to their ends, and files; one folder of nnU-Net's, with dataset.json and
+            imagesTr, whose cases are listed; or one .csv table (see :func:`read_manifest`);
             or one .txt list of folders and files, a line each, relative to the list's folder: lines that are empty or
             begin with # are passed over.
         contrasts: names of the channels of a case: a folder that holds files of several of them is one scan.
@@ -39,6 +41,8 @@ def list_scans(
         if series:
             raise VolumeError("series is for folders; a table says it in a column named series")
         return read_manifest(paths[0])
+    if len(paths) == 1 and is_nnunet(paths[0]):
+        return list_nnunet(paths[0], contrasts)
     return find_scans(_listed(paths[0]) if ending == ".txt" else paths, contrasts, series, arrays)
 
 

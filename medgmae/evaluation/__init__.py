@@ -14,7 +14,15 @@ from medgmae.evaluation.classification import (
 from medgmae.evaluation.curves import Curves, classification_curves
 from medgmae.evaluation.folds import check_folds, even_folds, stratified_folds
 from medgmae.evaluation.intervals import Interval, bootstrap_interval
-from medgmae.evaluation.reports import MultilabelReport, classification_report, multilabel_report, regression_report
+from medgmae.evaluation.probes import Probed, probe_features
+from medgmae.evaluation.reports import (
+    FoldReport,
+    MultilabelReport,
+    classification_report,
+    fold_report,
+    multilabel_report,
+    regression_report,
+)
 from medgmae.evaluation.segmentation import SegmentationMetrics, mean_metrics, region_masks, segmentation_metrics
 from medgmae.evaluation.survival import concordance_index, survival_report
 from medgmae.losses import psnr, ssim3d
@@ -22,10 +30,12 @@ from medgmae.losses import psnr, ssim3d
 __all__ = [
     "Curves",
     "FoldMetrics",
+    "FoldReport",
     "Interval",
     "Metrics",
     "MultilabelReport",
     "Probe",
+    "Probed",
     "SegmentationMetrics",
     "Values",
     "bootstrap_interval",
@@ -37,10 +47,12 @@ __all__ = [
     "cross_validate_features",
     "even_folds",
     "fold_metrics",
+    "fold_report",
     "knn_metrics",
     "knn_shares",
     "mean_metrics",
     "multilabel_report",
+    "probe_features",
     "psnr",
     "region_masks",
     "regression_report",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,58 @@ class MultilabelReport(NamedTuple):
     labels: tuple[dict[str, Interval], ...]
     macro: dict[str, Interval]
     undefined: dict[int, str]
+
+
+class FoldReport(NamedTuple):
+    """Metrics of out-of-fold predictions.
+
+    folds: of each fold's test cases, by its name. mean: their plain average over the folds in which they are defined.
+    pooled: of all cases at once, with intervals. undefined: why a fold has no metrics (NaN), such as a class without a
+    case.
+    """
+
+    folds: dict[Any, dict[str, float]]
+    mean: dict[str, float]
+    pooled: dict[str, Interval]
+    undefined: dict[Any, str]
+
+
+def fold_report(
+    report: Callable[..., dict[str, Interval]],
+    *arrays: Values,
+    folds: Values,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    groups: Values | None = None,
+) -> FoldReport:
+    """A report per fold, their mean, and one of all folds pooled.
+
+    Args:
+        report: such as :func:`classification_report`, :func:`regression_report` or :func:`survival_report`.
+        arrays: what it takes, (n, ...) each; predictions are those of the model that was not trained on the case.
+        folds: (n,) the fold in which each case was a test case, numbers or texts.
+        resamples, confidence, seed, groups: of the pooled report; see :func:`bootstrap_interval`.
+
+    Raises:
+        ValueError: not one fold per case; and what ``report`` raises of all cases.
+    """
+    columns, fold_of_case = [array_of(one) for one in arrays], array_of(folds)
+    pooled = report(*columns, resamples=resamples, confidence=confidence, seed=seed, groups=groups)
+    check_rows(fold_of_case, "folds", columns[0], "predictions")
+    found: dict[Any, dict[str, float]] = {}
+    undefined: dict[Any, str] = {}
+    for fold in np.unique(fold_of_case):
+        part = fold_of_case == fold
+        try:
+            values = {name: one.value for name, one in report(*(c[part] for c in columns), resamples=0).items()}
+        except ValueError as error:
+            undefined[fold.item()] = str(error)
+            values = dict.fromkeys(pooled, np.nan)
+        found[fold.item()] = values
+    table = {name: [row[name] for row in found.values() if not np.isnan(row[name])] for name in pooled}
+    mean = {name: float(np.mean(values)) if values else np.nan for name, values in table.items()}
+    return FoldReport(found, mean, pooled, undefined)
 
 
 def classification_report(

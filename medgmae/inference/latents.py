@@ -127,7 +127,7 @@ def latent_to_spatial(
         _check_masking(encoder, masking, (len(data), math.prod(layout.grid)))
     with torch.no_grad(), evaluating(model):
         values = _patch_values(encoder, data, masking, reduction)  # (B, N)
-    result = _upsample(values.reshape(-1, 1, *layout.grid), layout.patch, upsampling)
+    result = upsample(values.reshape(-1, 1, *layout.grid), layout.patch, upsampling)
     return result if volume is None else volume.with_data(result[0].cpu()[(slice(None), *layout.scan)].contiguous())
 
 
@@ -170,10 +170,10 @@ def _patch_values(encoder: Encoder, data: Tensor, masking: Masking | None, reduc
     parameter = next(encoder.parameters())
     x = data.to(parameter.device, parameter.dtype)
     if masking is None:
-        return _reduce(encoder.forward_last_block(x)[:, encoder.num_prefix_tokens :], reduction)
+        return reduce_tokens(encoder.forward_last_block(x)[:, encoder.num_prefix_tokens :], reduction)
     keep = masking.keep.to(x.device)
     tokens = encoder.forward_features(x, keep=keep)[:, encoder.num_prefix_tokens :]  # (B, n, E)
-    seen = _reduce(tokens, reduction)  # (B, n)
+    seen = reduce_tokens(tokens, reduction)  # (B, n)
     return seen.new_zeros(masking.mask.shape).scatter(1, keep, seen)
 
 
@@ -188,7 +188,7 @@ def _check_masking(encoder: Encoder, masking: Masking, expected: tuple[int, int]
         raise ValueError(f"the masking is for {tuple(masking.mask.shape)} (batch, patches), the input has {expected}")
 
 
-def _reduce(tokens: Tensor, reduction: Reduction) -> Tensor:
+def reduce_tokens(tokens: Tensor, reduction: Reduction) -> Tensor:
     """Tokens (B, n, E) to float32 numbers (B, n)."""
     tokens = tokens.float()
     if reduction == "max":
@@ -213,7 +213,7 @@ def principal_axes(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return mean, axes * torch.where(axes.pow(3).sum(0) < 0, -1.0, 1.0)
 
 
-def _upsample(values: Tensor, patch: Sequence[int], upsampling: Upsampling) -> Tensor:
+def upsample(values: Tensor, patch: Sequence[int], upsampling: Upsampling) -> Tensor:
     """(B, 1, d, h, w) to (B, 1, D, H, W)."""
     if upsampling == "linear":
         size = [n * p for n, p in zip(values.shape[2:], patch, strict=True)]

@@ -42,7 +42,7 @@ def pooled_width(embed_dim: int, global_pool: GlobalPool) -> int:
 
 
 def pool_tokens(prefix: Tensor, patches: Tensor, global_pool: GlobalPool) -> Tensor:
-    """Class tokens (B, P, E) and patch tokens (B, N, E) to (B, F); for "none" and "max_logit" the patch tokens."""
+    """Class tokens (B, P, E) and patch tokens (B, N, E) to (B, F); for what pools later, or not, the patch tokens."""
     if global_pool == "token":
         return prefix.mean(1)
     if global_pool == "avg":
@@ -80,3 +80,8 @@ class AttentionPool(nn.Module):
         query = self.query.to(keys.dtype).reshape(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
         found = functional.scaled_dot_product_attention(query, keys, values)  # (B, heads, 1, E / heads)
         return self.proj(found.reshape(batch, dim))  # type: ignore[no-any-return]
+
+
+def make_pool(global_pool: GlobalPool, embed_dim: int) -> nn.Module:
+    """What pools with weights of its own, after :func:`pool_tokens`; an identity where nothing does."""
+    return AttentionPool(embed_dim) if global_pool == "attention" else nn.Identity()

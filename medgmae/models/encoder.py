@@ -15,15 +15,12 @@ from torch import Tensor, nn
 
 from medgmae.layers.blocks import initialize, make_head
 from medgmae.layers.patches import PatchEmbed, Shape, Size, grid_of, input_grid, take_tokens, tap_indices, to_tuple
-from medgmae.layers.pooling import AttentionPool, GlobalPool, check_pool, pool_tokens, pooled_width
+from medgmae.layers.pooling import GlobalPool, check_pool, make_pool, pool_tokens, pooled_width
 from medgmae.layers.positions import PositionCache, resample_pos_embed, sincos_pos_embed
-from medgmae.models.parts import Part, Readable, Report, check_choice, check_classes
+from medgmae.models.parts import OutputFormat, Pair, Part, Readable, Report, Taps, check_choice, check_classes
 from medgmae.models.parts import Setting as Setting
 
-OutputFormat = Literal["NCDHW", "NCHW", "NLC"]
 PosEmbed = Literal["sincos", "learned"]
-Taps = int | Sequence[int] | None
-Pair = tuple[Tensor, Tensor]
 
 
 class Model(Part):
@@ -147,13 +144,9 @@ class Encoder(Model, Readable):
         check_classes(num_classes)
         self.num_classes, self.head_hidden = num_classes, tuple(head_hidden)
         self.label_names: list[str] | None = None  # of the classes; a caller's to set, saved and loaded
-        self._add_pool()
+        self.attn_pool = make_pool(self.global_pool, self.embed_dim)
         self.head = make_head(self.num_features, num_classes, self.head_hidden)
         self.apply(initialize)
-
-    def _add_pool(self) -> None:
-        """The pooling's own weights, where it has some."""
-        self.attn_pool = AttentionPool(self.embed_dim) if self.global_pool == "attention" else nn.Identity()
 
     def reset_parameters(self) -> None:
         """Initialise the class tokens and the table of positions."""
@@ -186,6 +179,10 @@ class Encoder(Model, Readable):
     @abstractmethod
     def forward_last_block(self, x: Tensor) -> Tensor:
         """What the last block itself returns for every token, (B, P + N, E), class tokens first. x: (B, C, D, H, W)."""
+
+    def prefix_first(self, sequence: Tensor) -> Tensor:
+        """What the blocks take, (B, P + n, E), with the class tokens in front."""
+        return sequence
 
     __call__: Callable[..., Tensor]
 
@@ -317,17 +314,13 @@ class Encoder(Model, Readable):
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, P + N, E) and classify them; ``pre_logits`` leaves out the classifier.
 
-        Returns:
-            (B, num_classes) or (B, F); with ``global_pool="none"`` one such row per patch, (B, N, ...).
+        Returns: (B, num_classes) or (B, F); with ``global_pool="none"`` one such row per patch, (B, N, ...).
         """
         prefix, patches = self._split(tokens)
         if self.global_pool == "max_logit":
             patches = self.fc_norm(patches)
             return (patches if pre_logits else self.head(patches)).amax(1)  # type: ignore[no-any-return]
-        if self.global_pool == "attention":
-            pooled = self.fc_norm(self.attn_pool(patches))
-        else:
-            pooled = self.fc_norm(pool_tokens(prefix, patches, self.global_pool))
+        pooled = self.fc_norm(self.attn_pool(pool_tokens(prefix, patches, self.global_pool)))
         return pooled if pre_logits else self.head(pooled)  # type: ignore[no-any-return]
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -360,8 +353,7 @@ class Encoder(Model, Readable):
         vector does.
 
         Raises:
-            ValueError: an unknown pooling, one that needs a class token that the encoder does not have, or one whose
-                width does not fit the norm of the pooled vector; a number of classes that is none.
+            ValueError: an unknown pooling, one that does not fit the encoder's tokens or norm, or no number of classes.
         """
         check_classes(num_classes)
         pool = self.global_pool if global_pool is None else global_pool
@@ -374,11 +366,9 @@ class Encoder(Model, Readable):
             )
         head = make_head(pooled_width(self.embed_dim, pool), num_classes, self.head_hidden).apply(initialize)
         self.head = head.to(self.pos_embed).train(self.training)
-        self.num_classes, self.label_names = num_classes, None
         if pool != self.global_pool:
-            self.global_pool = pool
-            self._add_pool()
-            self.attn_pool.apply(initialize).to(self.pos_embed).train(self.training)
+            self.attn_pool = make_pool(pool, self.embed_dim).apply(initialize).to(self.pos_embed).train(self.training)
+        self.num_classes, self.global_pool, self.label_names = num_classes, pool, None
 
     def set_input_size(self, img_size: Size) -> None:
         """Make the table of positions for another size, resampled from the present one.

@@ -9,6 +9,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+OutputFormat = Literal["NCDHW", "NCHW", "NLC"]
+Taps = int | Sequence[int] | None
+Pair = tuple[Tensor, Tensor]
+
 
 class Setting(NamedTuple):
     """Something that no tensor shows and that weights need of the model they are put into.

@@ -163,7 +163,7 @@ class Vim(Encoder):
         Maps of a fine-tuned model read it, see :func:`medgmae.latent_to_spatial`. x: (B, C, D, H, W).
         """
         hidden, _, _ = self.blocks.scan(*self._sequence(x, None), recompute=self.grad_checkpointing)
-        return self._split_prefix(hidden)
+        return self.prefix_first(hidden)
 
     def _encode(
         self, x: Tensor, keep: Tensor | None, taps: Sequence[int] = (), depth: int | None = None
@@ -173,11 +173,11 @@ class Vim(Encoder):
             keep, order = keep.sort(dim=1)
         sequence = self._sequence(x, keep)
         hidden, residual, tapped = self.blocks.scan(*sequence, taps, depth, recompute=self.grad_checkpointing)
-        tokens = self._split_prefix(hidden if residual is None else hidden + residual)
+        tokens = self.prefix_first(hidden if residual is None else hidden + residual)
         if order is not None:
             prefix, patches = self._split(tokens)
             tokens = torch.cat([prefix, take_tokens(patches, order.argsort(dim=1))], dim=1)
-        return tokens, {i: self._split_prefix(stream) for i, stream in tapped.items()}
+        return tokens, {i: self.prefix_first(stream) for i, stream in tapped.items()}
 
     def _sequence(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The sequence as it is scanned, (B, P + n, E), and its rotations."""
@@ -202,8 +202,8 @@ class Vim(Encoder):
         before = self._patches_before_token(patches.shape[1])
         return torch.cat([patches[:, :before], prefix[:, :1], patches[:, before:], prefix[:, 1:]], dim=1)
 
-    def _split_prefix(self, sequence: Tensor) -> Tensor:
-        """The scanned sequence (B, P + n, E) with the class tokens in front."""
+    def prefix_first(self, sequence: Tensor) -> Tensor:
+        """The scanned sequence (B, P + n, E), which the blocks take, with the class tokens in front."""
         if self.cls_token is None:
             return sequence
         count = sequence.shape[1] - self.num_prefix_tokens

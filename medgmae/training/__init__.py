@@ -3,6 +3,7 @@
 from medgmae.training.finetune import finetune
 from medgmae.training.machine import Machine
 from medgmae.training.optim import cosine_schedule, param_groups, scale_lr
+from medgmae.training.predict import Predictor
 from medgmae.training.pretrain import pretrain
 from medgmae.training.rehearsal import rehearse
 from medgmae.training.runs import Run, read_metrics, summary_of
@@ -22,15 +23,18 @@ from medgmae.training.settings import (
 )
 from medgmae.training.stopping import Stopped
 from medgmae.training.tables import TrainingError, parse_change
+from medgmae.training.targets import Targets, read_targets
 
 __all__ = [
     "CropSettings",
     "Machine",
     "Phase",
+    "Predictor",
     "Run",
     "RunSettings",
     "Settings",
     "Stopped",
+    "Targets",
     "TaskSettings",
     "TrainingError",
     "TrainingSettings",
@@ -45,6 +49,7 @@ __all__ = [
     "read_metrics",
     "read_recipe",
     "read_settings",
+    "read_targets",
     "recipes",
     "rehearse",
     "scale_lr",

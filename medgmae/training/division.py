@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from medgmae.evaluation import check_folds, even_folds, stratified_folds
 from medgmae.training.settings import TuneSettings
@@ -43,24 +41,19 @@ def divide(settings: TuneSettings, targets: Targets, rows: Sequence[Mapping[str,
     for number, (training, _) in enumerate(parts):
         present = set(targets.classes[training].tolist()) if training else set()
         absent = set(targets.classes.tolist()) - present
-        where = f"fold {number}" if settings.folds else "the held-out cases"
+        where = f"fold {number}" if settings.folds else "held_out"
         single = targets.task.kind == "classify" and not targets.task.multilabel
         if not training or (single and absent):
             lost = ", ".join(targets.names[k] for k in sorted(absent)) if training and single else "any class"
-            raise TrainingError(f"{where} leaves no case of {lost} to learn from; hold out less, or other cases")
+            raise TrainingError(f"{where} holds out every case of {lost}; hold out less, or other cases")
     return parts, groups
 
 
 def _folds(settings: TuneSettings, targets: Targets, rows: Sequence[Mapping[str, str]], groups: Any) -> list[int]:
     count = settings.folds
     if settings.fold is None:
-        classes, seed = targets.classes, settings.training.seed
-        if targets.task.kind == "classify" and not targets.task.multilabel:
-            return list(map(int, stratified_folds(classes, count, seed, groups).tolist()))
-        try:  # by tenths of a number, or combinations of labels, of which some may be rare
-            return list(map(int, stratified_folds(classes, count, seed, groups).tolist()))
-        except ValueError:
-            return list(map(int, even_folds(len(classes), count, seed, groups).tolist()))
+        single = targets.task.kind == "classify" and not targets.task.multilabel
+        return _drawn(targets, count, settings.training.seed, groups, strict=single)
     cells = _column(rows, settings.fold, "fold")
     wrong = sorted({cell for cell in cells if cell not in map(str, range(count))})
     missing = sorted(set(map(str, range(count))) - set(cells))
@@ -82,12 +75,19 @@ def _held_out(settings: TuneSettings, targets: Targets, rows: Sequence[Mapping[s
     if held_out == 0:
         return [False] * len(rows)
     count = max(2, round(1 / held_out))  # a share of a third is a fold of three
-    seed = settings.training.seed
-    try:
-        folds: Tensor = stratified_folds(targets.classes, count, seed, groups)
-    except ValueError:  # a class with fewer cases than folds
-        folds = even_folds(len(rows), count, seed, groups)
-    return [bool(one) for one in torch.eq(folds, 0)]
+    return [fold == 0 for fold in _drawn(targets, count, settings.training.seed, groups, strict=False)]
+
+
+def _drawn(targets: Targets, count: int, seed: int, groups: Any, *, strict: bool) -> list[int]:
+    """The fold of every case, stratified; where a class is too rare for that, evenly, unless ``strict``."""
+    classes = targets.classes
+    if targets.task.kind != "segment":
+        try:
+            return [int(fold) for fold in stratified_folds(classes, count, seed, groups)]
+        except ValueError:
+            if strict:
+                raise
+    return [int(fold) for fold in even_folds(len(classes), count, seed, groups)]
 
 
 def _column(rows: Sequence[Mapping[str, str]], column: str, setting: str) -> list[str]:

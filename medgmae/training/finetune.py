@@ -13,21 +13,25 @@ import torch
 
 from medgmae.checkpoints.cards import WeightsError, list_weights
 from medgmae.data import VolumeError, is_prepared, list_scans
+from medgmae.data.manifest import found_path
+from medgmae.data.nnunet import is_nnunet, nnunet_regions
 from medgmae.factory import card_input, create_model
 from medgmae.training.cases import View
 from medgmae.training.corpus import Corpus, corpus_of
 from medgmae.training.division import Part, divide
 from medgmae.training.leaks import refuse_copies
 from medgmae.training.machine import Machine, accelerator_for
+from medgmae.training.masks import Masks, masks_of
 from medgmae.training.results import METRICS, PREDICTIONS, joined, output_names, read_results, report, write_results
 from medgmae.training.runs import Run
-from medgmae.training.session import Session
+from medgmae.training.segmenting import SegmentTuning, summarize_cases
+from medgmae.training.session import Job, Session
 from medgmae.training.settings import TuneSettings
 from medgmae.training.states import Checkpoints
 from medgmae.training.stopping import Stopped, StopRequest
 from medgmae.training.tables import TrainingError, expect
 from medgmae.training.targets import Targets, read_targets
-from medgmae.training.tuned import tuned_model
+from medgmae.training.tuned import segmenter, tuned_model
 from medgmae.training.tuning import FineTuning
 
 if TYPE_CHECKING:
@@ -67,18 +71,19 @@ def finetune(
     """
     machine, home = machine or MACHINE, Run(out)
     expect(not machine.sharded, "fine-tuning copies the model to every process; leave out sharded")
-    settings = home.settings(TuneSettings) if resume else completed(settings)
+    settings = home.settings(TuneSettings) if resume else completed(settings, data)
     accelerator = accelerator_for(machine, settings.training.precision, home.folder)
     if accelerator.is_main_process:
         expect(resume or not home.exists, f"{out} holds a run; --resume goes on with it, or choose another folder")
         home.open()
     try:
         prepared = machine.prepared or home.folder / "prepared"
+        source = data
         if resume and not data:
             start = home.starts()[0]
-            data, prepared = start["data"], machine.prepared or Path(start["prepared"])
-            data = [prepared] if is_prepared(prepared) else data
-        study = study_of(settings, data, prepared, machine.skip_broken, accelerator)
+            source, prepared = start["data"], machine.prepared or Path(start["prepared"])
+            data = [prepared] if is_prepared(prepared) else source
+        study = study_of(settings, data, prepared, machine.skip_broken, accelerator, source)
         with StopRequest() as request:
             if not settings.folds:
                 _train(study, 0, home, machine, accelerator, request, resume)
@@ -99,6 +104,7 @@ class Study:
     corpus: prepared scans.
     parts: of every fold, or of the one run.
     groups: of each case, or None.
+    masks: label maps of what is segmented.
     """
 
     settings: TuneSettings
@@ -107,6 +113,7 @@ class Study:
     view: View
     parts: list[Part]
     groups: Any
+    masks: Masks | None = None
 
     @property
     def names(self) -> list[str]:
@@ -115,14 +122,20 @@ class Study:
 
 
 def study_of(
-    settings: TuneSettings, data: Sequence[str | Path], folder: Path, skip_broken: bool, accelerator: Accelerator
+    settings: TuneSettings,
+    data: Sequence[str | Path],
+    folder: Path,
+    skip_broken: bool,
+    accelerator: Accelerator,
+    source: Sequence[str | Path] | None = None,
 ) -> Study:
-    """The cases of a table, prepared for what the model sees of them.
+    """The cases of a table, prepared for what the model sees of them; ``source`` is what ``data`` was prepared of.
 
     Raises:
         TrainingError: scans or labels that cannot be used.
     """
     view = view_of(settings)
+    source = data if source is None else source
     if not (len(data) == 1 and is_prepared(data[0])):
         listed(settings, data, skip_broken)  # reading the scans takes longer than finding a wrong label
     corpus = corpus_of(view.prepared, data, view.size, folder, skip_broken, accelerator, "float32")
@@ -130,7 +143,11 @@ def study_of(
     targets = read_targets(rows, names, settings.task)
     parts, groups = _divided(settings, targets, rows)
     refuse_copies(corpus.scans, parts)
-    return Study(settings, corpus, targets, view, parts, groups)
+    masks = None
+    if settings.task.kind == "segment":
+        files = [found_path(Path(source[0]).parent, row[settings.task.labels[0]]) for row in rows]
+        masks = masks_of(settings.task, corpus.scans, Path(corpus.folder) / "masks", files)
+    return Study(settings, replace(corpus, sources=source), targets, view, parts, groups, masks)
 
 
 def listed(settings: TuneSettings, data: Sequence[str | Path], skip_broken: bool) -> tuple[Targets, list[Part]]:
@@ -159,9 +176,9 @@ def _divided(settings: TuneSettings, targets: Targets, rows: Sequence[dict[str, 
         raise TrainingError(str(error)) from error
 
 
-def completed(settings: TuneSettings) -> TuneSettings:
+def completed(settings: TuneSettings, data: Sequence[str | Path] = ()) -> TuneSettings:
     """The settings with all that a name stands for: a tag in ``model`` becomes ``init``, the input of the weights the
-    input of the run.
+    input of the run, the labels of an nnU-Net folder the regions.
 
     Raises:
         TrainingError: a model or weights that there are not, or nothing that says what the input is.
@@ -179,7 +196,14 @@ def completed(settings: TuneSettings) -> TuneSettings:
     elif isinstance(block, str):
         block = settings.input_block
     expect(bool(block), "nothing says how scans are prepared; give input: the tag of a weight card, or a block")
-    return replace(settings, input=dict(block))
+    task = settings.task
+    if task.kind == "segment" and not task.regions and len(data) == 1 and is_nnunet(Path(data[0])):
+        try:
+            regions, overlap = nnunet_regions(Path(data[0]))
+        except VolumeError as error:
+            raise TrainingError(str(error)) from error
+        task = replace(task, regions=regions, multilabel=overlap)
+    return replace(settings, input=dict(block), task=task)
 
 
 def _saved_input(source: str) -> Any:
@@ -191,7 +215,9 @@ def _saved_input(source: str) -> Any:
 def view_of(settings: TuneSettings) -> View:
     """What the model of a run sees of a scan."""
     with torch.device("meta"):
-        model: Any = tuned_model(settings, 1, pretrained=False).encoder
+        segments = settings.task.kind == "segment"
+        build = segmenter(settings, 2, pretrained=False) if segments else tuned_model(settings, 1, pretrained=False)
+    model: Any = build.encoder
     block = settings.input_block
     expect(
         (block.get("channels") or 1) == model.in_chans,
@@ -213,9 +239,14 @@ def _train(
     """One run, from its last state or from the start."""
     state = Checkpoints(run.checkpoints, machine.keep).last() if resume else None
     settings = study.settings
-    model = tuned_model(settings, study.targets.outputs, pretrained=state is None)
-    part = study.parts[number]
-    job = FineTuning(settings, run, model, study.corpus, study.targets, study.view, part, number, study.groups)
+    part, view = study.parts[number], study.view
+    job: Job
+    if study.masks is not None:
+        network = segmenter(settings, len(study.masks.names), pretrained=state is None)
+        job = SegmentTuning(settings, run, network, study.corpus, study.masks, view, part, number)
+    else:
+        model = tuned_model(settings, study.targets.outputs, pretrained=state is None)
+        job = FineTuning(settings, run, model, study.corpus, study.targets, view, part, number, study.groups)
     Session(job, machine, run, accelerator, request).go(state)
 
 
@@ -244,6 +275,9 @@ def _train_folds(study: Study, home: Run, machine: Machine, accelerator: Acceler
 
 def _summarize(study: Study, home: Run, runs: Sequence[Run]) -> None:
     """Metrics of every fold, their mean, and those of all cases, each by the model that has not seen it."""
+    if study.masks is not None:
+        summarize_cases(home.folder, [run.folder for run in runs])
+        return
     targets, outputs = study.targets, output_names(study.targets)
     results = [read_results(run.folder, study.names, outputs, number) for number, run in enumerate(runs)]
     for run, one in zip(runs, results, strict=True):

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from medgmae.training.batches import CaseBatch
-from medgmae.training.engine import Engine, Plan, memory
+from medgmae.training.engine import Engine, Objective, Plan, memory
 from medgmae.training.finetune import completed, listed, view_of
 from medgmae.training.machine import Machine, accelerator_for
+from medgmae.training.masks import Masks
+from medgmae.training.segmenting import Segment
 from medgmae.training.settings import TuneSettings
 from medgmae.training.targets import Targets
-from medgmae.training.tuned import Predict, tuned_model
+from medgmae.training.tuned import Predict, segmenter, tuned_model
 
 
 def rehearse(settings: TuneSettings, data: Sequence[str | Path], *, skip_broken: bool = False) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def rehearse(settings: TuneSettings, data: Sequence[str | Path], *, skip_broken:
         TrainingError: what :func:`~medgmae.training.finetune` would raise before its first epoch, but for scans that
             are there and cannot be read or are copies, which only reading shows.
     """
-    settings = completed(settings)
+    settings = completed(settings, data)
     targets, parts = listed(settings, data, skip_broken)
     single = settings.task.kind == "classify" and not settings.task.multilabel
     classes = targets.names if single else []
@@ -38,7 +40,8 @@ def rehearse(settings: TuneSettings, data: Sequence[str | Path], *, skip_broken:
     for training, held_out in parts:
         found = [int((targets.values[held_out, 0] == k).sum()) for k in range(len(classes))]
         table.append([len(training), len(held_out), *found])
-    view, plan = view_of(settings), Plan.of(settings.training, len(parts[0][0]))
+    each = settings.view.windows if settings.task.kind == "segment" else 1
+    view, plan = view_of(settings), Plan.of(settings.training, len(parts[0][0]) * each)
     seconds, megabytes, device = _timed(settings, targets, view.size, plan)
     return {
         "cases": len(targets.values),
@@ -60,13 +63,25 @@ def rehearse(settings: TuneSettings, data: Sequence[str | Path], *, skip_broken:
 def _timed(settings: TuneSettings, targets: Targets, size: Sequence[int], plan: Plan) -> tuple[float, float, str]:
     """Seconds of the second update, and the most memory."""
     accelerator = accelerator_for(Machine(), settings.training.precision, Path())
-    model = tuned_model(settings, targets.outputs, pretrained=False)
-    first = targets.values[:1]
-    scale = (torch.zeros(first.shape[1]), torch.ones(first.shape[1])) if settings.task.kind == "regress" else None
-    engine = Engine(model, Predict(targets, settings.training, None, scale), settings.training, plan, accelerator)
-    windows = settings.view.windows if settings.view.kind == "windows" else 1
-    x = torch.rand(engine.share.micro, windows, model.encoder.in_chans, *size)
-    batch = CaseBatch(x, first.expand(engine.share.micro, -1), ["random numbers"] * engine.share.micro)
+    first, training = targets.values[:1], settings.training
+    model: Any
+    objective: Objective
+    if settings.task.kind == "segment":
+        masks = Masks([], settings.task.regions or {"label": [1]}, settings.task.multilabel)
+        model, objective = segmenter(settings, len(masks.names), pretrained=False), Segment(masks, training)
+        x, first = torch.rand(1, model.in_chans, *size), masks.target(torch.zeros(1, *size))[None]
+    else:
+        scale = (torch.zeros(first.shape[1]), torch.ones(first.shape[1])) if settings.task.kind == "regress" else None
+        model, objective = (
+            tuned_model(settings, targets.outputs, pretrained=False),
+            Predict(targets, training, None, scale),
+        )
+        windows = settings.view.windows if settings.view.kind == "windows" else 1
+        x = torch.rand(1, windows, model.encoder.in_chans, *size)
+    engine = Engine(model, objective, training, plan, accelerator)
+    count = engine.share.micro
+    several = [one.expand(count, *one.shape[1:]) for one in (x, first)]
+    batch = CaseBatch(several[0], several[1], ["random numbers"] * count)
     seconds = 0.0
     for step in range(2):
         begin = time.perf_counter()

@@ -12,7 +12,7 @@ from medgmae.training.tables import Table, TrainingError, expect, load_table, re
 
 RECIPES = Path(__file__).parent / "recipes"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-KINDS = ("classify", "regress", "survive")
+KINDS = ("classify", "regress", "survive", "segment")
 VIEWS = ("center", "resize", "windows")
 ENCODERS = ("full", "frozen", "lora")
 
@@ -173,12 +173,15 @@ class Settings(RunSettings):
 class TaskSettings:
     """What is predicted of a scan.
 
-    kind: "classify", "regress", or "survive" (Cox's proportional hazards).
+    kind: "classify", "regress", "survive" (Cox's proportional hazards) or "segment".
     labels: columns of the table. "classify" takes one with the name of a class in each row; with ``multilabel`` any
         number, each with 0 or 1, empty where it is not known. "regress" takes any number, in their own units.
-        "survive" takes two: the time, and 1 for an event at that time or 0 for the end of observation.
+        "survive" takes two: the time, and 1 for an event at that time or 0 for the end of observation. "segment" takes
+        one with the files of label maps.
     classes: names of the classes in the order of the outputs; empty: those of the table, sorted.
-    multilabel: every column is a question of its own (sigmoid), with one output each.
+    regions: of "segment", the label numbers of every class by its name; empty: those of the data set, or each label
+        that the maps have.
+    multilabel: every column is a question of its own (sigmoid), with one output each; of "segment", regions overlap.
     label_smoothing: share of the target that all classes get alike.
     class_weights: weight the loss of a case by the inverse share of its class.
     balanced: draw cases such that all classes are seen equally often.
@@ -187,6 +190,7 @@ class TaskSettings:
     kind: str = "classify"
     labels: list[str] = field(default_factory=lambda: ["label"])
     classes: list[str] = field(default_factory=list)
+    regions: dict[str, Any] = field(default_factory=dict)
     multilabel: bool = False
     label_smoothing: float = 0.0
     class_weights: bool = False
@@ -199,14 +203,19 @@ class TaskSettings:
         count = len(self.labels)
         if self.kind == "survive":
             expect(count == 2, f"task.labels is {self.labels}; expected two columns, the time and the event")
-        if self.kind == "classify" and not self.multilabel:
-            expect(count == 1, f"task.labels is {self.labels}; expected one column, or task.multilabel = true")
-        own = self.classes or self.label_smoothing or self.class_weights or self.balanced or self.multilabel
+        if self.kind == "segment" or (self.kind == "classify" and not self.multilabel):
+            more = "" if self.kind == "segment" else ", or task.multilabel = true"
+            expect(count == 1, f"task.labels is {self.labels}; expected one column{more}")
+        own = self.classes or self.label_smoothing or self.class_weights or self.balanced
         expect(
-            self.kind == "classify" or not own,
-            f"task.kind is {self.kind!r}, which has no classes: leave out classes, multilabel, label_smoothing, "
-            "class_weights and balanced",
+            self.kind == "classify" or not (own or (self.multilabel and self.kind != "segment")),
+            f"task.kind is {self.kind!r}, which has none of classes, multilabel, label_smoothing, class_weights and "
+            "balanced",
         )
+        expect(self.kind == "segment" or not self.regions, f"task.regions is for 'segment', not for {self.kind!r}")
+        for name, numbers in self.regions.items():
+            whole = isinstance(numbers, list) and numbers and all(type(n) is int and n > 0 for n in numbers)
+            expect(bool(whole), f"task.regions.{name} is {numbers!r}; expected a list of label numbers above 0")
         expect(
             not self.multilabel or not (self.classes or self.balanced),
             "task.multilabel has a column for each class: leave out classes and balanced",
@@ -222,15 +231,19 @@ class ViewSettings:
         changes its proportions; "windows": windows of ``size``, whose pooled vectors are averaged.
     size: voxels (d, h, w); None: what the model was made for.
     overlap: of windows, least share in common with the next.
-    windows: how many of them, drawn at random, are looked at in a step of training.
+    windows: how many of them, drawn at random, are looked at in a step of training; of "segment", how many crops of
+        each scan an epoch has.
+    foreground: of "segment", share of crops whose centre is drawn from the labelled voxels.
     """
 
     kind: str = "center"
     size: list[int] | None = None
     overlap: float = 0.0
     windows: int = 1
+    foreground: float = 0.5
 
     def __post_init__(self) -> None:
+        expect(0 <= self.foreground <= 1, f"view.foreground is {self.foreground}; expected a share 0 to 1")
         expect(self.kind in VIEWS, f"view.kind is {self.kind!r}; expected one of {', '.join(VIEWS)}")
         expect(0 <= self.overlap < 1, f"view.overlap is {self.overlap}; expected 0 to below 1")
         expect(self.windows >= 1, f"view.windows is {self.windows}; expected at least 1")
@@ -245,7 +258,7 @@ class TuningSettings:
         the blocks, and the head (Hu et al. 2021, with ``peft``).
     lora_rank, lora_alpha: rank, and scale of the changes times the rank.
     head_std: standard deviation of the head's first weights.
-    select: whose weights are the result: "last", or those with the best "loss" or "auc" on the cases held out.
+    select: whose weights are the result: "last", or those with the best "loss", "auc" or "dice" on the cases held out.
     patience: measurements without a better one (of the loss, or of ``select``) after which the run ends; None: never.
     """
 
@@ -262,8 +275,8 @@ class TuningSettings:
         for name in ("lora_alpha", "head_std"):
             expect(getattr(self, name) > 0, f"tuning.{name} is {getattr(self, name)}; expected more than 0")
         expect(
-            self.select in ("last", "loss", "auc"),
-            f"tuning.select is {self.select!r}; expected 'last', 'loss' or 'auc'",
+            self.select in ("last", "loss", "auc", "dice"),
+            f"tuning.select is {self.select!r}; expected 'last', 'loss', 'auc' or 'dice'",
         )
         expect(self.patience is None or self.patience >= 1, f"tuning.patience is {self.patience}; expected at least 1")
 
@@ -289,10 +302,12 @@ class TuneSettings(RunSettings):
         super().__post_init__()
         expect(self.folds != 1 and self.folds >= 0, f"folds is {self.folds}; expected 0 for one run, or at least 2")
         expect(self.fold is None or self.folds > 0, f"fold is {self.fold!r}, and folds is 0; say how many there are")
-        expect(
-            self.tuning.select != "auc" or self.task.kind == "classify",
-            f"tuning.select is 'auc', which {self.task.kind!r} has not; expected 'last' or 'loss'",
-        )
+        kind, select = self.task.kind, self.tuning.select
+        fits = {"auc": kind == "classify", "dice": kind == "segment", "loss": kind != "segment"}.get(select, True)
+        expect(fits, f"tuning.select is {select!r}, which {kind!r} does not measure; choose another")
+        if kind == "segment":
+            expect(self.view.kind == "windows", f"view.kind is {self.view.kind!r}; segmentation has 'windows'")
+            expect(self.tuning.encoder != "lora", "tuning.encoder = 'lora' is for encoders, not for segmentation")
 
 
 def recipes(kind: type[RunSettings] = Settings) -> list[str]:

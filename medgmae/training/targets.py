@@ -25,7 +25,7 @@ class Targets:
     task: what is predicted.
     names: of the outputs: the classes, or the columns.
     values: (n, T) float32. "classify": T = 1, the number of the class; with ``multilabel`` 0, 1 or NaN per column.
-        "regress": the numbers. "survive": time and event.
+        "regress": the numbers. "survive": time and event. "segment": nothing, T = 0.
     """
 
     task: TaskSettings
@@ -45,6 +45,8 @@ class Targets:
             return self.values[:, 0].long()
         if self.task.kind == "survive":
             return self.values[:, 1].long()
+        if self.task.kind == "segment":
+            return torch.zeros(len(self.values), dtype=torch.int64)
         if self.task.kind == "regress":
             ranks = self.values[:, 0].argsort(stable=True).argsort(stable=True)
             bins = max(1, min(_BINS, len(ranks) // _BINS))
@@ -55,7 +57,7 @@ class Targets:
 
     def counts(self) -> dict[str, int]:
         """Cases of every class; of a column with several questions, those with a 1; empty of numbers."""
-        if self.task.kind == "regress":
+        if self.task.kind in ("regress", "segment"):
             return {}
         if self.task.kind == "survive":
             events = int(self.values[:, 1].sum())
@@ -87,6 +89,9 @@ def read_targets(rows: Sequence[Mapping[str, str]], cases: Sequence[str], task: 
     cells = [[row[column].strip() for column in task.labels] for row in rows]
     if task.kind == "classify" and not task.multilabel:
         return _classes([one for (one,) in cells], cases, task)
+    if task.kind == "segment":
+        _refuse([case for case, (cell,) in zip(cases, cells, strict=True) if not cell], "no label map")
+        return Targets(task, list(task.regions), torch.zeros(len(cells), 0))
     read = {"classify": _flag, "regress": _number, "survive": _number}[task.kind]
     values, wrong = [], []
     for case, line in zip(cases, cells, strict=True):
@@ -117,10 +122,10 @@ def _classes(cells: Sequence[str], cases: Sequence[str], task: TaskSettings) -> 
             f"the column {column!r} has {found}" + (f" and no case of {', '.join(missing)}" if missing else "")
             + "; expected cases of two classes or more"
         )  # fmt: skip
-    if len(names) > 20 and len(names) > len(cells) / 2:
+    if not task.classes and len(names) > max(2, len(cells) / 2):
         raise TrainingError(
             f"the column {column!r} has {len(names)} different labels in {len(cells)} cases, which are "
-            "numbers or names rather than classes; for numbers use --task regress"
+            "numbers or names rather than classes; for numbers use --task regress, or list task.classes"
         )
     numbers = [[float(names.index(cell))] for cell in cells]
     return Targets(task, names, torch.tensor(numbers, dtype=torch.float32))

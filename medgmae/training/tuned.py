@@ -95,6 +95,30 @@ def tuned_model(settings: TuneSettings, outputs: int, pretrained: bool = True) -
         return Tuned(encoder, tuning)
 
 
+def segmenter(settings: TuneSettings, outputs: int, pretrained: bool = True) -> nn.Module:
+    """The UNETR that a run starts with; what its weights lack is drawn by the seed.
+
+    Raises:
+        TrainingError: not a UNETR of volumes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.training.seed)
+        source = settings.init if pretrained else None
+        try:
+            options = {**settings.model_options, "num_classes": outputs}
+            model: Any = create_model(settings.model.partition(".")[0], pretrained=source, **options)
+        except (ValueError, TypeError, WeightsError) as error:
+            raise TrainingError(f"{settings.model}: {error}") from error
+    known = hasattr(model, "decoder") and getattr(model, "TASK", "") == "image-segmentation"
+    expect(
+        known and len(model.patch_size) == 3 and model.slice_axis is None,
+        f"{settings.model} does not segment volumes; expected unetr_vit_* or unetr_vim_* without a slice axis",
+    )
+    if settings.tuning.encoder == "frozen":
+        model.encoder.requires_grad_(False)
+    return model  # type: ignore[no-any-return]
+
+
 def last_layer(encoder: Any) -> nn.Linear:
     """The layer of a head that gives the outputs."""
     last = encoder.head[-1] if isinstance(encoder.head, nn.Sequential) else encoder.head

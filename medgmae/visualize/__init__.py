@@ -1,12 +1,12 @@
 """Pictures of scans in three planes: what a masked autoencoder saw and made of it, features as colours, latent maps,
-segmentations. And pictures of data sets and classifiers, and curves of training runs."""
+segmentations. And pictures of data sets and predictions, and curves of training runs."""
 
 from medgmae.inference.latents import latent_to_spatial
-from medgmae.visualize.classifiers import classification_figure
 from medgmae.visualize.curves import runs_figure
 from medgmae.visualize.datasets import check_figure
 from medgmae.visualize.figures import fit_figure, latent_map_figure, reconstruction_figure, segmentation_figure
 from medgmae.visualize.images import images_figure
+from medgmae.visualize.predictions import classification_figure, regression_figure
 
 __all__ = [
     "check_figure",
@@ -16,6 +16,7 @@ __all__ = [
     "latent_map_figure",
     "latent_to_spatial",
     "reconstruction_figure",
+    "regression_figure",
     "runs_figure",
     "segmentation_figure",
 ]

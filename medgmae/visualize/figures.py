@@ -107,18 +107,19 @@ def fit_figure(scan: ScanLike, rendered: ScanLike, gaussians: Centres, *, title:
 
 
 def latent_map_figure(
-    scan: ScanLike, latent: ScanLike, *, at: Sequence[float] | None = None, title: str = ""
+    scan: ScanLike, latent: ScanLike, *, at: Sequence[float] | None = None, title: str = "", name: str = "latent map"
 ) -> Figure:
-    """A figure with a row per plane: the scan, and on top of it a latent map in colours, with their scale.
+    """A figure with a row per plane: the scan, and on top of it a latent or saliency map in colours, with their scale.
 
     Where the map is 0, as in hidden patches, nothing is drawn. The colours span percentiles 1 to 99 of all else.
 
     Args:
         scan: (C, D, H, W), preprocessed, or what :func:`~medgmae.data.as_volume` takes; the first channel is shown.
-        latent: (1, D, H, W) on the same grid, of :func:`latent_to_spatial`.
+        latent: (1, D, H, W) on the same grid, of :func:`latent_to_spatial` or :func:`~medgmae.saliency_map`.
         at: LPS position (x, y, z) in mm of the point where the planes meet. None: where the map is largest, among the
             voxels that lie above a tenth of the scan's range: air is often what a model finds most striking.
         title: line above the pictures.
+        name: of the map, above its column.
 
     Raises:
         ImportError: matplotlib is not installed; the message says how to get it.
@@ -137,7 +138,7 @@ def latent_map_figure(
     low, high = np.percentile(shown, [1, 99]) if len(shown) else (0.0, 1.0)
     overlay = Overlay(reorient(latent, "RAS"), float(low), float(high))
     grey = greys_of(scan)
-    columns = [Column("scan", [grey(scan), Cross()]), Column("latent map", [grey(scan), overlay])]
+    columns = [Column("scan", [grey(scan), Cross()]), Column(name, [grey(scan), overlay])]
     figure = planes_figure(scan, columns, point, title, width=7.6)
     figure.set_layout_engine("constrained", w_pad=0.1)  # beside a colour bar it cuts off labels otherwise
     covered = figure.axes[1::2]

@@ -1,4 +1,4 @@
-"""How a classifier tells classes apart: curves over its thresholds, confusion matrix, calibration."""
+"""How well predictions fit: of classes, curves, confusion matrix and calibration; of numbers, points."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgmae.evaluation import Values, classification_curves, classification_report
+from medgmae.evaluation import Values, classification_curves, classification_report, regression_report
 from medgmae.evaluation.arguments import array_of
 from medgmae.visualize.planes import new_figure
 
@@ -73,6 +73,43 @@ def classification_figure(
     _describe(precision, "precision-recall curve, average precision", "recall (sensitivity)", "precision")
     _describe(calibration, "calibration in ten bins", "mean probability", "share of cases")
     _confusion(confusion, shares.argmax(1), classes, called)
+    figure.suptitle(title)
+    return figure
+
+
+def regression_figure(
+    predictions: Values, targets: Values, *, folds: Values | None = None, label: str = "target", title: str = ""
+) -> Figure:
+    """Predicted against true numbers, a point per case, with the line where they are the same.
+
+    Args:
+        predictions, targets: (n,).
+        folds: (n,) the fold in which each case was a test case, a colour each.
+        label: what the numbers are, with their unit.
+        title: line above the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to get it.
+        ValueError: not one fold per case; and what :func:`~medgmae.evaluation.regression_report` raises.
+    """
+    report = regression_report(predictions, targets, resamples=0)
+    guessed, true = array_of(predictions), array_of(targets)
+    names, fold_of_case = np.unique(np.zeros(len(true)) if folds is None else array_of(folds), return_inverse=True)
+    if fold_of_case.shape != true.shape:
+        raise ValueError(f"folds are {fold_of_case.shape}; expected one per case, {true.shape}")
+    figure = new_figure((5.2, 5))
+    axes = figure.add_subplot()
+    for number, name in enumerate(names):
+        part = fold_of_case == number
+        axes.plot(true[part], guessed[part], ".", ms=4, alpha=0.7, label=None if folds is None else f"fold {name}")
+    ends = [float(true.min()), float(true.max())]
+    axes.plot(ends, ends, color="grey", lw=0.8, ls=":")
+    axes.set_xlabel(label, fontsize=9)
+    axes.set_ylabel("prediction", fontsize=9)
+    axes.set_title(f"mean absolute error {report['mae'].value:.4g}, R² {report['r2'].value:.3f}", fontsize=10)
+    axes.grid(alpha=0.3)
+    if folds is not None:
+        axes.legend(fontsize=8)
     figure.suptitle(title)
     return figure
 
