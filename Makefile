@@ -11,10 +11,14 @@ export UV_COMPILE_BYTECODE := 1
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: test test-slow demo lint bench sanitize wheels compilers clean setup
+.PHONY: test test-slow notebook demo lint bench sanitize wheels compilers clean setup
 
 test: lint
 	$(PYTEST) -m "not slow"
+
+# examples/finetune.ipynb from its first cell to its last.
+notebook: $(READY)
+	$(PYTEST) -n 0 tests/test_finetune_examples.py -m slow
 
 # What need not run each time: more sizes of models through compilers, wheels with CUDA, long loops of damaged files.
 test-slow: $(READY)

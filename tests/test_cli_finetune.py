@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,16 @@ def test_from_a_table_to_predictions_beside_it(data: Path, tmp_path: Path) -> No
             assert row["error"] == ""
             assert float(row["probability_bright"]) + float(row["probability_dark"]) == pytest.approx(1)
             assert row["prediction"] in ("bright", "dark")
+
+
+def test_runs_are_compared_by_what_was_measured(folds: Path, tmp_path: Path) -> None:
+    done = run("runs", folds / "fold_0", folds / "fold_1", "--png", tmp_path / "runs.png", "--json")
+    assert done.exit_code == 0, done.output
+    for number, row in enumerate(json.loads(done.stdout)):
+        lines = [json.loads(line) for line in (folds / f"fold_{number}" / "metrics.jsonl").read_text().splitlines()]
+        aucs = [line["validation_auc"] for line in lines if "validation_auc" in line]
+        assert (row["measure"], row["value"], row["best"]) == ("auc", aucs[-1], max(aucs))
+    assert (tmp_path / "runs.png").exists()
 
 
 def test_predictions_go_on_where_they_ended(folds: Path, data: Path, tmp_path: Path, monkeypatch: Any) -> None:

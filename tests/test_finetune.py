@@ -204,6 +204,34 @@ def test_weights_with_the_best_of_two_scores_are_results_of_their_own(data: Path
         finetune(settings, [], one / "best_loss", resume=True, machine=MACHINE)
 
 
+def test_a_run_that_ends_between_two_files_of_a_checkpoint_is_the_same(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best weights and the last are two names, and a process can be killed between them."""
+    settings = tune_settings(**{"tuning.select": ["auc", "loss"]})
+    whole = tune(settings, data, tmp_path / "whole")
+    replace_file, calls = os.replace, 0
+    for last in (2, 3, 5, 6):
+        calls = 0
+
+        def until(source: Any, to: Any, last: int = last) -> None:
+            nonlocal calls
+            calls += str(to).endswith(".safetensors") and "checkpoints" in str(to)
+            if calls == last:
+                raise SystemExit(9)
+            replace_file(source, to)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", until)
+            with pytest.raises(SystemExit):
+                tune(settings, data, tmp_path / str(last))
+        tune(settings, data, tmp_path / str(last), resume=True)
+        for folder in ("", "best_loss"):
+            ended, undisturbed = tmp_path / str(last) / folder, whole / folder
+            assert (ended / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes(), last
+            assert metrics(ended) == metrics(undisturbed)
+
+
 def _less_loss(line: dict[str, Any]) -> float:
     return -float(line["validation_loss"])
 

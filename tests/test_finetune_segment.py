@@ -142,6 +142,16 @@ def test_labels_lie_where_the_scan_has_them(dataset: Path, tmp_path: Path) -> No
     assert seen > 12
 
 
+def test_metrics_of_one_case_are_json(dataset: Path, tmp_path: Path) -> None:
+    """One case has no interval, and JSON no NaN."""
+    one = tmp_path / "data"
+    pair(one, "only", 0)
+    (one / "dataset.json").write_text((dataset / "dataset.json").read_text())
+    run = tune(settings_of(held_out=0.0, **{"training.steps": 2, "training.warmup_steps": 0}), one, tmp_path / "run")
+    found = json.loads((run / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert found["metrics"]["dice"]["low"] is None
+
+
 def test_resuming_keeps_the_label_maps(dataset: Path, tmp_path: Path) -> None:
     settings = completed(settings_of(), [dataset])
     accelerator = accelerator_for(MACHINE, "fp32", tmp_path)

@@ -41,13 +41,14 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 def is_reported(error: Exception) -> bool:
     """Whether an error is shown as a message without a traceback: it is about the user's files, names or values rather
-    than a defect of the program, and --debug is not given."""
+    than a defect of the program, or names a package to install, and --debug is not given."""
     import torch
 
     # VolumeError is a ValueError.
     kinds = (medgmae.WeightsError, ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError)
     # what torch raises where a machine has no more memory has no class of its own
     reported = isinstance(error, kinds) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    reported |= isinstance(error, ImportError) and "pip install" in str(error)
     return reported and not click.get_current_context().find_root().params.get("debug")
 
 

@@ -105,7 +105,8 @@ def _settings(name: str | None, recipe: str | None, init: str | None, changes: C
 @json_option
 @reports_errors
 def runs_command(runs: tuple[Path, ...], png: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Compare RUNS of pre-training: what each was, how far it is, its last and best numbers; curves with --png."""
+    """Compare RUNS of pre-training or fine-tuning: what each was, how far it is, its last and best numbers; curves with
+    --png."""
 
     rows = [medgmae.training.summary_of(run) for run in runs]
     if png is not None:

@@ -101,7 +101,7 @@ def write_results(
     """
     write_whole(folder / PREDICTIONS, _table(targets, results, names).encode())
     _draw(folder / PICTURE, targets, results)
-    write_whole(folder / METRICS, (json.dumps(_plain(about), indent=2) + "\n").encode())
+    write_whole(folder / METRICS, (json.dumps(plain(about), indent=2) + "\n").encode())
 
 
 def read_results(folder: Path, names: Sequence[str], outputs: Sequence[str], fold: int) -> Results:
@@ -168,10 +168,10 @@ def _defined(found: Mapping[str, Interval]) -> dict[str, Any]:
     return {name: one._asdict() for name, one in found.items() if not math.isnan(one.value)}
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
+def plain(value: Any) -> Any:
+    """With None for what is not finite: JSON has no NaN."""
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

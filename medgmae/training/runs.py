@@ -18,6 +18,8 @@ from medgmae.data.store import write_whole
 from medgmae.training.settings import RunSettings, S, TuneSettings, read_run_settings
 from medgmae.training.tables import TrainingError
 
+_MEASURES = ("psnr", "auc", "dice", "r2", "concordance", "accuracy", "loss")
+
 SETTINGS, METRICS, ABOUT = "settings.toml", "metrics.jsonl", "run.json"
 
 
@@ -107,7 +109,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def summary_of(folder: str | Path) -> dict[str, Any]:
-    """Where a run is: its model and length, and the last and best of its numbers; None of what it does not have.
+    """Where a run is: its model and length, its last numbers, and of the measure of its held-out data ("psnr", "auc",
+    "dice", "r2", "concordance", "accuracy", "loss") the last and the best; None of what it does not have.
 
     Raises:
         TrainingError: no run.
@@ -116,7 +119,8 @@ def summary_of(folder: str | Path) -> dict[str, Any]:
     settings, log = run.settings(RunSettings), run.folder / METRICS
     lines = read_metrics(log)
     losses = [one for one in lines if "loss" in one]
-    scores = [one["validation_psnr"] for one in lines if "validation_psnr" in one]
+    measure = next((name for name in _MEASURES if any(f"validation_{name}" in one for one in lines)), None)
+    scores = [one[f"validation_{measure}"] for one in lines if f"validation_{measure}" in one]
     last: dict[str, Any] = losses[-1] if losses else {}
     return {
         "run": str(folder),
@@ -124,8 +128,9 @@ def summary_of(folder: str | Path) -> dict[str, Any]:
         "step": last.get("step", 0),
         "epoch": last.get("epoch"),
         "loss": last.get("loss"),
-        "psnr": scores[-1] if scores else None,
-        "best_psnr": max(scores, default=None),
+        "measure": measure,
+        "value": scores[-1] if scores else None,
+        "best": (min if measure == "loss" else max)(scores, default=None),
         "crops_per_second": last.get("crops_per_second"),
         "data_wait": last.get("data_wait"),
         "memory_mb": last.get("memory_mb"),

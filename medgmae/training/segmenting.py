@@ -29,7 +29,7 @@ from medgmae.training.engine import Engine, Plan
 from medgmae.training.masks import Masks, mean_and_interval
 from medgmae.training.optim import param_groups
 from medgmae.training.progress import Progress
-from medgmae.training.results import METRICS
+from medgmae.training.results import METRICS, plain
 from medgmae.training.runs import Run
 from medgmae.training.session import Job
 from medgmae.training.settings import TrainingSettings, TuneSettings
@@ -281,7 +281,7 @@ def write_cases(
     for name, fold, row in zip(names, folds, rows, strict=True):
         writer.writerow([name, fold, *("" if row[column] != row[column] else repr(row[column]) for column in columns)])
     write_whole(folder / CASES, text.getvalue().encode())
-    write_whole(folder / METRICS, (json.dumps(about, indent=2) + "\n").encode())
+    write_whole(folder / METRICS, (json.dumps(plain(about), indent=2) + "\n").encode())
 
 
 def summarize_cases(home: Path, folders: Sequence[Path]) -> None:

@@ -125,11 +125,16 @@ class Checkpoints:
         return sorted(path for path in found if _NAME.fullmatch(path.name))
 
     def save(self, state: State, best: Sequence[str]) -> Path:
-        """Write a state, under the names of the scores by which it is the best too, and remove the oldest."""
-        path = self.folder / f"step_{state.facts['step']:08d}.safetensors"
-        write_state(path, state)
+        """Write a state, under the names of the scores by which it is the best too, and remove the oldest.
+
+        It is the last one only when it is the best one, too: a process that is killed between resumes from the state
+        before, and measures again.
+        """
+        path, fresh = self.folder / f"step_{state.facts['step']:08d}.safetensors", self.folder / "next.safetensors"
+        write_state(fresh, state)
         for name in best:
-            self._copy(path, self._best(name))
+            self._copy(fresh, self._best(name))
+        os.replace(fresh, path)
         for old in self.paths()[: -self.keep]:
             old.unlink()
         return path

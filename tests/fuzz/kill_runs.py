@@ -1,10 +1,10 @@
-"""Runs of pre-training that are killed again and again: their log and their weights are those of one that was not.
+"""Runs that are killed again and again: their log and their weights are those of one that was not.
 
-    python tests/fuzz/kill_runs.py --kills 200 --seed 0
+    python tests/fuzz/kill_runs.py --kills 200 --seed 0 [--task finetune]
 
 Every process is killed with SIGKILL at a random moment, while it starts, reads, computes or writes, and the next one
-resumes; a run that ended begins a new one. Differences in any loss, any measurement or any bit of the model are
-findings, and so is a run that cannot be resumed.
+resumes; a run that ended begins a new one. Differences in any loss, any measurement or any bit of the model (of
+fine-tuning: of any fold, and in any metric or prediction) are findings, and so is a run that cannot be resumed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,33 @@ from pathlib import Path
 
 import checkout  # noqa: F401 - sets the path and the number of threads
 import torch
+import tuning_runs
 from training_runs import MACHINE, outcome, scans, settings_of
 
-from medgmae.training import Run, pretrain
+from medgmae.training import Run, finetune, pretrain
 
 SETTINGS = settings_of(**{"training.steps": 14})
+TUNING = tuning_runs.tune_settings(folds=2, **{"tuning.select": ["auc", "loss"], "training.steps": 8})
+
+
+def train(data: Path, out: Path) -> None:
+    """A run of pre-training on a folder, of fine-tuning on a table."""
+    if data.suffix == ".csv":
+        finetune(TUNING, [data], out, resume=Run(out).exists, machine=tuning_runs.MACHINE)
+    else:
+        pretrain(SETTINGS, [data], out, resume=Run(out).exists, machine=MACHINE)
+
+
+def result(out: Path) -> list[object]:
+    """What must not depend on interruptions, of every model of a run."""
+    models = sorted(path.parent for path in out.rglob("model.safetensors"))
+    logged = [folder for folder in models if (folder / "metrics.jsonl").exists()]
+    tables = sorted([*out.rglob("metrics.json"), *out.rglob("predictions.csv")])
+    return [
+        *(outcome(folder) for folder in logged),
+        *((folder / "model.safetensors").read_bytes() for folder in models),
+        *((str(path.relative_to(out)), path.read_bytes()) for path in tables),
+    ]
 
 
 def start(data: Path, out: Path) -> int:
@@ -38,7 +60,7 @@ def start(data: Path, out: Path) -> int:
     faulthandler.dump_traceback_later(120, exit=True)
     try:
         torch.set_num_threads(1)
-        pretrain(SETTINGS, [data], out, resume=Run(out).exists, machine=MACHINE)
+        train(data, out)
         code = 0
     except BaseException as error:  # the parent reports it: the child must not go on in its code
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
@@ -52,17 +74,22 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--kills", type=int, default=200)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--task", choices=["pretrain", "finetune"], default="pretrain")
     options.add_argument("--folder", type=Path)
     given = options.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="kill-runs-"))
     rng, data = random.Random(given.seed), folder / "scans"
     if not (maker := os.fork()):  # here, ITK would start threads, which children do not have
-        scans(data)
+        if given.task == "finetune":
+            tuning_runs.cases(data)
+        else:
+            scans(data)
         os._exit(0)
     os.waitpid(maker, 0)
+    data = data / "cases.csv" if given.task == "finetune" else data
     begin = time.perf_counter()
     os.waitpid(start(data, folder / "undisturbed"), 0)
-    seconds, expected = time.perf_counter() - begin, outcome(folder / "undisturbed")
+    seconds, expected = time.perf_counter() - begin, result(folder / "undisturbed")
     kills = findings = runs = 0
     out = folder / "killed"
     while kills < given.kills or out.exists():
@@ -75,7 +102,7 @@ def main() -> None:
             kills += 1
             continue
         runs += 1
-        if os.waitstatus_to_exitcode(status) != 0 or outcome(out) != expected:
+        if os.waitstatus_to_exitcode(status) != 0 or result(out) != expected:
             findings += 1
             sys.stdout.write(f"finding: run {runs} after {kills} kills differs or failed\n")
         shutil.rmtree(out)
