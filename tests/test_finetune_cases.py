@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from cli_runs import dicom_series
 from tuning_runs import MACHINE, cases, tune, tune_settings, write_table
 
 import medgmae
 from medgmae.training import TrainingError, rehearse
 from medgmae.training.cases import LabelledScans, View
-from medgmae.training.finetune import study_of, view_of
+from medgmae.training.finetune import listed, study_of, view_of
 from medgmae.training.machine import accelerator_for
 from medgmae.training.settings import ViewSettings
 
@@ -118,6 +119,41 @@ def test_what_a_table_lacks_is_said_before_scans_are_read(data: Path, tmp_path: 
     assert not (tmp_path / "run" / "prepared").exists()
     with pytest.raises(TrainingError, match=message):
         rehearse(tune_settings(**changes), [wrong])
+
+
+def test_rows_that_are_no_scan_of_their_own(data: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = table(data)
+    for row in rows:
+        row["path"] = str(data.parent / row["path"])
+    for wrong, message in (
+        ([*rows, rows[3]], "has the id 'case3' twice"),
+        ([*rows, {**rows[3], "id": "other"}], "has the scan .*case3.nii.gz twice"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            tune(tune_settings(), write_table(tmp_path / "wrong.csv", wrong), tmp_path / "run")
+    for uid in ("1.2.3.1", "1.2.3.2"):
+        dicom_series(tmp_path / "both", uid)
+    two = write_table(tmp_path / "two.csv", [{**rows[0], "path": "both"}, *rows[1:]])
+    with pytest.raises(TrainingError, match=r"both: 2 DICOM series; expected one(?s:.*)1\.2\.3\.1(?s:.*)1\.2\.3\.2"):
+        tune(tune_settings(), two, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("metrics.jsonl"))
+
+
+def test_tables_of_spreadsheets_are_read(data: Path, tmp_path: Path) -> None:
+    """Semicolons, a byte order mark, Windows' line ends, letters beyond ASCII in paths and classes."""
+    rows: list[dict[str, Any]] = table(data)
+    for row in rows:
+        copy = tmp_path / "Größe" / row["path"].replace("case", "Fall ä ")
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes((data.parent / row["path"]).read_bytes())
+        row |= {"path": f"Größe/{copy.name}", "label": row["label"].replace("dark", "dünkel")}
+    text = write_table(tmp_path / "table.csv", rows).read_bytes()
+    (tmp_path / "table.csv").write_bytes(b"\xef\xbb\xbf" + text.replace(b",", b";").replace(b"\n", b"\r\n"))
+    targets, parts = listed(tune_settings(), [tmp_path / "table.csv"], False)
+    assert (targets.names, len(targets.values), len(parts)) == (["bright", "dünkel"], 12, 1)
+    (tmp_path / "table.csv").write_bytes(text.decode().encode("latin-1"))
+    with pytest.raises(TrainingError, match="is not UTF-8"):
+        listed(tune_settings(), [tmp_path / "table.csv"], False)
 
 
 def test_a_rehearsal_says_what_a_run_would_be(data: Path) -> None:
