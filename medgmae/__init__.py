@@ -19,6 +19,8 @@ _PUBLIC = {
     "list_weights": "medgmae.checkpoints.cards",
     "weight_card": "medgmae.checkpoints.cards",
     "export_model": "medgmae.checkpoints.exporting",
+    "verify_weights": "medgmae.checkpoints.verification",
+    "Verification": "medgmae.checkpoints.verification",
     "save_pretrained": "medgmae.checkpoints.saving",
     "push_to_hub": "medgmae.checkpoints.saving",
     "Model": "medgmae.models.encoder",
@@ -96,6 +98,8 @@ if TYPE_CHECKING:
     from medgmae.checkpoints.report import LoadReport as LoadReport
     from medgmae.checkpoints.saving import push_to_hub as push_to_hub
     from medgmae.checkpoints.saving import save_pretrained as save_pretrained
+    from medgmae.checkpoints.verification import Verification as Verification
+    from medgmae.checkpoints.verification import verify_weights as verify_weights
     from medgmae.data import Grid as Grid
     from medgmae.data import Volume as Volume
     from medgmae.data import VolumeError as VolumeError

@@ -1,6 +1,6 @@
 """The command line: ``medgmae list``, ``info``, ``features``, ``probe``, ``segment``, ``score``, ``slices``,
-``reconstruct``, ``latent-map``, ``saliency``, ``fit``, ``convert``, ``export``, ``data``, ``pretrain``, ``finetune``,
-``predict``, ``runs``.
+``reconstruct``, ``latent-map``, ``saliency``, ``fit``, ``convert``, ``export``, ``verify``, ``data``, ``pretrain``,
+``finetune``, ``predict``, ``runs``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -29,6 +29,7 @@ from medgmae.cli.saliency import saliency_command
 from medgmae.cli.score import score_command
 from medgmae.cli.segment import segment_command
 from medgmae.cli.slices import slices_command
+from medgmae.cli.verify import verify_command
 
 __all__ = ["main"]
 
@@ -56,6 +57,7 @@ main.add_command(fit_command)
 main.add_command(slices_command)
 main.add_command(convert_command)
 main.add_command(export_command)
+main.add_command(verify_command)
 main.add_command(data_group)
 main.add_command(pretrain_command)
 main.add_command(finetune_command)
