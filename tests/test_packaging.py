@@ -196,7 +196,8 @@ def test_sdist_holds_every_source(unpacked: Path) -> None:
 def test_wheel_holds_code_and_cards_and_nothing_else(wheel: Path) -> None:
     files = [path for ending in ("*.py", "*.toml") for path in (ROOT / "medgmae").rglob(ending)]
     expected = {path.relative_to(ROOT).as_posix() for path in files}
-    expected |= {f"medgmae/weights/{path.name}" for path in (ROOT / "weights").iterdir() if path.is_file()}
+    kept = [path for path in (ROOT / "weights").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    expected |= {f"medgmae/{path.relative_to(ROOT).as_posix()}" for path in kept}
     expected |= {"medgmae/py.typed", "medgmae/_C.pyi"}
     held = {name for name in names(wheel) if ".dist-info/" not in name}
     native = {name for name in held if name.endswith((".so", ".pyd"))}

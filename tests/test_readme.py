@@ -24,7 +24,15 @@ MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 BUILDS = ("make demo", "pip install", "mkdir")
 # MONAI takes ten seconds to import, features of forty scans half a minute, and a fit a minute; what is trained is
 # trained in test_pretrain.py and test_finetune.py too.
-SLOW = ("monai", "medgmae fit", "training import Machine", "data prepare", "medgmae probe", "--out build/side")
+SLOW = (
+    "monai",
+    "medgmae fit",
+    "training import Machine",
+    "data prepare",
+    "medgmae probe",
+    "--out build/side",
+    "build/aorta_run",
+)
 
 
 def blocks() -> list[ParameterSet]:

@@ -141,8 +141,8 @@ def manifest_of(tag: str) -> dict[str, list[int]] | None:
     path = weights_folder() / "manifests" / f"{tag}.json"
     if not path.is_file():
         return None
-    found: dict[str, list[int]] = read_json(path)["tensors"]
-    return found
+    tensors: dict[str, list[int]] = read_json(path)["tensors"]
+    return {_WRAPPERS.sub("", name): shape for name, shape in tensors.items()}
 
 
 def _file_of(card: WeightCard, file: str | os.PathLike[str] | None, how: Fetching) -> tuple[Path, str | None]:
