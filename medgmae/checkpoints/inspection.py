@@ -160,6 +160,7 @@ def _recognise(opened: opening.OpenSource, source_grid: Shape | None) -> tuple[C
     """The file in our language; where it does not say its own grid or patch, as the registered model that it fits."""
     config = opened.config if opened.config and "grid" in opened.config else None
     arguments: dict[str, Any] = {"origin": opened.origin, "config": config, "source_grid": source_grid}
+    arguments |= {"token_order": opened.token_order, "facts": opened.checkpoint.facts}
     try:
         return convert(opened.checkpoint.state, **arguments), None
     except WeightsError:
