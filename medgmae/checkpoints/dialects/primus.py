@@ -75,9 +75,10 @@ def convert_colipri(file: File) -> Converted:
         place = "encoder.projection.temperature"
         file.take("softmax_temperature", place, file.tensor("softmax_temperature").float())
     file.drop_all("text_encoder.", "text encoder")
+    width = len(file.tensor(_TOWER + _EVA))
     file.drop_all(f"{_TOWER}mask_token", "mask token, which this encoder never reads")
     _take_encoder(file, _TOWER)
-    return file.finish(COLIPRI, tuple(grid), _expected(file, decoder=False))
+    return file.finish(COLIPRI, tuple(grid), _expected(width, decoder=False))
 
 
 @register_dialect(NNSSL, order=32, matches=lambda file: any(_ends(name) for name in file.names))
@@ -88,7 +89,7 @@ def convert_nnssl(file: File) -> Converted:
     registers = f"{prefix}register_tokens"
     rows = file.table(registers).shape[1] if file.has(registers) else 0
     grid = _grid(file, table, rows)
-    width = file.tensor(prefix + _EVA).shape[0]
+    width = len(file.numbers(prefix + _EVA))
     if rows and file.has(table):
         file.take(registers, "encoder.cls_token", wide(file.table(registers)) + wide(file.table(table)[:, :rows]))
         file.replace(table, file.table(table)[:, rows:])
@@ -108,7 +109,7 @@ def convert_nnssl(file: File) -> Converted:
     _take_encoder(file, prefix)
     for name in file.names:
         file.drop(name, "head of the pre-training")
-    return file.finish(NNSSL, grid, _expected(file, decoder))
+    return file.finish(NNSSL, grid, _expected(width, decoder))
 
 
 def _ends(name: str) -> bool:
@@ -169,10 +170,10 @@ def _refuse_swapped(file: File) -> None:
 
 
 def _heads(file: File, width: int, part: str) -> int:
-    """Attention heads of a part: those of the model to be filled, else those of the published size."""
+    """Attention heads of a part: those of the published size, else those of the model to be filled."""
     target = file.target
     own = target.decoder.get("num_heads") if target is not None and part == "decoder" else None
-    heads = own or (target.settings.get("num_heads") if target is not None else None) or _HEADS.get(width)
+    heads = _HEADS.get(width) or own or (target.settings.get("num_heads") if target is not None else None)
     if heads is None or width % (6 * heads):
         raise WeightsError(
             f"{file.origin}: {width} channels in {heads or 'an unknown number of'} heads; expected a multiple of 6 per "
@@ -233,6 +234,8 @@ def _take_decoder(file: File, prefix: str) -> None:
     file.take_all(place)
 
 
-def _expected(file: File, decoder: bool) -> dict[str, Any]:
-    """Every layer norm has torch's own epsilon."""
-    return {"encoder.norm_eps": 1e-5, **({"decoder.norm_eps": 1e-5} if decoder else {})}
+def _expected(width: int, decoder: bool) -> dict[str, Any]:
+    """Every layer norm has torch's own epsilon, and a published size its heads."""
+    settings: dict[str, Any] = {"norm_eps": 1e-5} | ({"num_heads": _HEADS[width]} if width in _HEADS else {})
+    parts = ("encoder", "decoder") if decoder else ("encoder",)
+    return {f"{part}.{name}": value for part in parts for name, value in settings.items()}
