@@ -205,8 +205,11 @@ def rope_table(case: Case) -> None:
         grid = tuple(int(n) for n in shape.split("x"))
         table = rope_row(PRIMUS.angles(grid, int(head.removeprefix("hd"))))
         rows = {**case.inputs, **case.outputs}.get(f"{name}_rows")
-        case.offer(f"{name}_rows", rows if rows is not None else torch.empty(0))
-        case.offer(name, table if rows is None else table[rows.long()])
+        if rows is not None:
+            assert int(rows.max()) < len(table), f"{name}_rows: a row beyond the {len(table)} of the table"
+            case.offer(f"{name}_rows", rows)  # says which rows were kept
+            table = table[rows.long()]
+        case.offer(name, table)
 
 
 @adapter("primus/schedule")
