@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from small_models import randomize, state_copy
 from torch import Tensor
@@ -16,6 +17,7 @@ import medgmae
 from medgmae import factory
 from medgmae.checkpoints.dialects.recognise import convert
 from medgmae.checkpoints.heads import from_axes, permute_heads
+from medgmae.cli import main
 from medgmae.models.mae_primus import masked_primus
 from medgmae.models.primus import Primus
 
@@ -215,3 +217,18 @@ def test_exchanged_rows_of_the_published_width() -> None:
     rows = torch.arange(864.0)
     expected = rows.reshape(12, 3, 24)[:, [1, 0, 2]].flatten()
     assert torch.equal(permute_heads(rows, from_axes(72, (1, 0, 2))), expected)
+
+
+def test_info_and_convert_take_the_order(tmp_path: Path) -> None:
+    model: Any = medgmae.create_model("simmim_primus_nano_patch8_32")
+    file = write(tmp_path / "a.pth", to_nnssl(model, "raster"), None)
+    with pytest.raises(medgmae.WeightsError, match="Pass token_order"):
+        medgmae.inspect_checkpoint(file)
+    assert medgmae.inspect_checkpoint(file, token_order="raster")["architecture"] == "simmim_primus_nano_patch8_32"
+    told = CliRunner().invoke(main, ["info", str(file), "--token-order", "raster", "--json"])
+    assert '"simmim_primus_nano_patch8_32"' in told.output
+    done = CliRunner().invoke(main, ["convert", str(file), str(tmp_path / "out"), "--token-order", "raster"])
+    assert done.exit_code == 0, done.output
+    again = medgmae.create_model(tmp_path / "out")
+    assert torch.equal(again.encoder.norm.weight, model.encoder.norm.weight)
+    assert "token_order" not in again.config["model_args"]
