@@ -12,6 +12,7 @@ import torch
 from medgmae.checkpoints.adapt import Inflate
 from medgmae.checkpoints.cards import HUB_ORG, WeightCard, WeightsError, list_weights, weight_card
 from medgmae.checkpoints.configs import described_model, label_names
+from medgmae.checkpoints.dialects.entries import TokenOrder
 from medgmae.checkpoints.loading import load_pretrained, materialize
 from medgmae.checkpoints.opening import OpenSource, Source, open_source
 from medgmae.checkpoints.paths import check_source
@@ -67,6 +68,7 @@ def create_model(
     checkpoint_path: str | os.PathLike[str] | None = None,
     strict: bool = True,
     source_grid: tuple[int, ...] | None = None,
+    token_order: TokenOrder | None = None,
     inflate: Inflate = "average",
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
@@ -89,7 +91,7 @@ def create_model(
             another architecture's, such as that of a UNETR's encoder, and its preprocessing then applies.
         checkpoint_path: a file or folder of weights, timm's word for ``pretrained=path``. A tag in ``name`` then says
             what they are: its card's options and preprocessing apply.
-        strict: see :func:`~medgmae.load_pretrained`; likewise ``source_grid`` and ``inflate``.
+        strict: see :func:`~medgmae.load_pretrained`; likewise ``source_grid``, ``token_order`` and ``inflate``.
         cache_dir: see :func:`~medgmae.load_pretrained`; likewise ``token``, ``force_download``, ``hub_org``,
             ``progress`` and ``allow_nonfinite``.
         **overrides: options of the architecture: img_size, in_chans, num_classes, global_pool, drop_path_rate ...
@@ -109,7 +111,7 @@ def create_model(
     """
     fetching: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "hub_org": hub_org, "progress": progress}
     fetching["force_download"] = force_download
-    loading = {"strict": strict, "source_grid": source_grid, "inflate": inflate, **fetching}
+    loading = {"strict": strict, "source_grid": source_grid, "token_order": token_order, "inflate": inflate, **fetching}
     loading["allow_nonfinite"] = allow_nonfinite
     if checkpoint_path:
         check_source(checkpoint_path)
@@ -231,7 +233,8 @@ def _build(
         "model_args": model_args,
     }
     if source is not None:
-        model.load_report = load_pretrained(model, source, **loading)
+        order = loading["token_order"] or (card.token_order if card else None)
+        model.load_report = load_pretrained(model, source, **{**loading, "token_order": order})
         materialize(model, model.load_report.loaded)
         device = torch.get_default_device()
         if device.type not in ("cpu", "meta"):

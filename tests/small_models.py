@@ -51,6 +51,21 @@ def renders(name: str) -> bool:
     return isinstance(full_size(name), medgmae.GaussianMAE)
 
 
+def has_blocks(part: Any) -> bool:
+    """Whether a part has blocks that mix tokens."""
+    return hasattr(part, "blocks")
+
+
+def has_table(model: nn.Module) -> bool:
+    """Whether an encoder, or the one in a model, has a table of positions."""
+    return encoder_of(model).pos_embed is not None
+
+
+def has_bridge(decoder: Any) -> bool:
+    """Whether a decoder has a width of its own, and a layer from the encoder's to it."""
+    return not isinstance(getattr(decoder, "embed", nn.Identity()), nn.Identity)
+
+
 def attends(part: Any) -> bool:
     """Whether an encoder or decoder is a transformer, with attention heads, and not a state space."""
     return hasattr(part.blocks[0], "attn")
@@ -67,9 +82,10 @@ def small(name: str, **overrides: Any) -> Any:
     if segments(name):
         options |= {"feature_size": 3, "num_classes": 4, "drop_path_rate": 0.0}
     if is_autoencoder(full_size(name)):
-        options |= {"decoder_embed_dim": 12, "decoder_depth": 1}
-        if attends(full_size(name).decoder):
-            options |= {"decoder_num_heads": 2}
+        decoder = full_size(name).decoder
+        options |= {"decoder_embed_dim": 12} if has_bridge(decoder) else {}
+        options |= {"decoder_depth": 1} if has_blocks(decoder) else {}
+        options |= {"decoder_num_heads": 2} if has_blocks(decoder) and attends(decoder) else {}
     if renders(name):
         levels = len(set(full_size(name).decoder.taps))  # each reads after a block of its own
         options |= {"num_gaussians": 5, "decoder_depth": levels}

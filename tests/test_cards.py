@@ -44,8 +44,8 @@ def test_card_says_what_a_user_must_know(tag: str) -> None:
     else:
         assert card.license
     if card.hub is not None:
-        assert re.fullmatch("[0-9a-f]{40}", card.hub["revision"])
-        assert card.sha256
+        pinned = re.fullmatch("[0-9a-f]{40}", card.hub["revision"])
+        assert (pinned and card.sha256) or (card.hub["revision"] == "main" and "not seen by us" in card.notes)
     if card.file is not None:
         path = weights_folder() / card.file
         assert path.stat().st_size == card.bytes

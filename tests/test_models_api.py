@@ -26,6 +26,7 @@ from small_models import (
     attends,
     encoder_of,
     full_size,
+    has_table,
     is_autoencoder,
     randomize,
     size_of,
@@ -148,13 +149,13 @@ def test_intermediates_in_timms_words(name: str) -> None:
 @every
 def test_a_model_of_another_input_size(name: str, tmp_path: Path) -> None:
     model, x = small(name).eval(), volume(name, grid=OTHER_GRID)
-    trained = encoder_of(model).pos_embed.requires_grad
+    trained = has_table(model) and encoder_of(model).pos_embed.requires_grad
     expected = run(model, x)
     model.set_input_size(size_of(name, OTHER_GRID))
     size = size_of(name, OTHER_GRID)
     assert model.img_size == size
     assert model.grid_size == tuple(s // p for s, p in zip(size, model.patch_size, strict=True))
-    assert encoder_of(model).pos_embed.requires_grad == trained
+    assert (has_table(model) and encoder_of(model).pos_embed.requires_grad) == trained
     torch.testing.assert_close(run(model, x), expected, atol=1e-6, rtol=1e-5)
     medgmae.save_pretrained(model, tmp_path)
     again = medgmae.create_model(tmp_path).eval()
@@ -209,7 +210,7 @@ def test_what_optimisers_leave_undecayed(name: str) -> None:
     names = model.no_weight_decay()
     assert names <= set(dict(model.named_parameters()))
     prefix = "encoder." if hasattr(model, "decoder") else ""
-    tokens = {"pos_embed", *(["cls_token"] if model.num_prefix_tokens else [])}
+    tokens = {*(["pos_embed"] if has_table(model) else []), *(["cls_token"] if model.num_prefix_tokens else [])}
     assert {n.removeprefix(prefix) for n in names if n.startswith(prefix) and "blocks" not in n} >= tokens
     if is_autoencoder(model):
         assert any(n.startswith("decoder.") for n in names)

@@ -35,6 +35,15 @@ MODELS = [
 
 # Cases without a file of weights in a container.
 PARTS = [
+    "colipri/encoder_grids",
+    "colipri/heads",
+    "colipri/sliding_window",
+    "primus/encoder_mae_order",
+    "primus/encoder_registers",
+    "primus/mae",
+    "primus/pos_embed_resize",
+    "primus/rope_tables",
+    "primus/simmim",
     "selfmedmae/fourier_losses",
     "selfmedmae/pseudo3d_noaffine",
     "selfmedmae/slice2d",

@@ -76,9 +76,12 @@ def test_names_of_models_have_types() -> None:
         "vit_*",
         "vit2d_*",
         "vim_*",
+        "primus_*",
         "mae_vit_*",
         "mae2d_vit_*",
         "mae_vim_*",
+        "mae_primus_*",
+        "simmim_primus_*",
         "gmae_vit_*",
     ]  # others work without their names there
     every = {*medgmae.list_models(families), *medgmae.list_weights(families)}
@@ -90,8 +93,8 @@ def test_names_of_models_have_types() -> None:
     assert {n for group in listed.values() for n in group} == every
     for kind, group in listed.items():
         for name in group:
-            prefix = {"Encoder": "vi", "MaskedAutoencoder": "mae", "GaussianMAE": "gmae_"}[kind]
-            assert name.startswith(prefix)
+            starts = {"Encoder": ("vi", "primus_"), "MaskedAutoencoder": ("mae", "simmim_"), "GaussianMAE": ("gmae_",)}
+            assert name.startswith(starts[kind])
 
 
 def test_completion_shows_public_names_only() -> None:

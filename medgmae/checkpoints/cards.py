@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medgmae._version import __version__
 from medgmae.checkpoints.report import html_table
@@ -27,7 +27,7 @@ HUB_ORG = "medgmae"
 _log = logging.getLogger("medgmae")
 _TAG = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+")
 _HUB_FIELDS = {"repo", "revision", "file"}
-_OPTIONAL = {"page_file"}
+_OPTIONAL = {"page_file", "token_order"}
 
 
 class WeightsError(RuntimeError):
@@ -63,6 +63,7 @@ class WeightCard:
         input: modality, channels and their contrasts, size, spacing, orientation and intensity rule of the input: the
             keys of :class:`~medgmae.data.preparation.Preparation`.
         notes: anything else a user should know before use.
+        token_order: "raster" or "swapped", of weights of a Primus, see :func:`~medgmae.load_pretrained`.
 
     Raises:
         WeightsError: a field has the wrong form.
@@ -83,6 +84,7 @@ class WeightCard:
     citation: str | None = None
     input: Mapping[str, Any] | None = field(default=None, hash=False)
     notes: str | None = None
+    token_order: Literal["raster", "swapped"] | None = None
 
     def __post_init__(self) -> None:
         self._expect("tag", _is_match(_TAG, self.tag), "'<architecture>.<name>' in a-z, 0-9 and _")
@@ -107,6 +109,7 @@ class WeightCard:
             value = getattr(self, name)
             self._expect(name, value is None or _is_text(value), "null or text")
         self._expect("input", self.input is None or _is_object(self.input), "null or an object")
+        self._expect("token_order", self.token_order in (None, "raster", "swapped"), "null, 'raster' or 'swapped'")
         if self.url is not None and not any(self.url_hashes()):
             raise WeightsError(f"weight card {self.tag!r}: a 'url' needs the hash of its file: add 'md5' (or 'sha256')")
 

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medgmae.checkpoints import loading, opening
 from medgmae.checkpoints.cards import WeightsError
-from medgmae.checkpoints.dialects.entries import Converted, Target, grid_argument
+from medgmae.checkpoints.dialects.entries import Converted, Target, TokenOrder, grid_argument
 from medgmae.checkpoints.dialects.recognise import convert
 from medgmae.checkpoints.paths import as_path, check_source
 from medgmae.checkpoints.reading import SET_MARK
@@ -103,13 +103,16 @@ class Known(NamedTuple):
     target: Target
 
 
-def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | None = None) -> Inspection:
+def inspect_checkpoint(
+    path: str | os.PathLike[str], *, source_grid: Shape | None = None, token_order: TokenOrder | None = None
+) -> Inspection:
     """Report what a weight file is and what would be loaded from it.
 
     Args:
         path: a weight file, or a folder that :func:`~medgmae.save_pretrained` wrote; "FILE::teacher" for one of several
             sets of weights in a file.
         source_grid: patch grid (d, h, w) of the file's table of positions, where the file leaves it open.
+        token_order: of a Primus' file, where it does not say it; see :func:`~medgmae.load_pretrained`.
 
     Returns:
         a dictionary for JSON, see :class:`Inspection`.
@@ -122,6 +125,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, source_grid: Shape | Non
     file, wanted = opening.split_set(path)
     path = as_path(file)
     opened = opening.open_source(Path(f"{path}{SET_MARK}{wanted}") if wanted else path)
+    opened = replace(opened, token_order=token_order)
     config = opened.config if opened.config and "architecture" in opened.config else None
     converted, chosen = _recognise(opened, source_grid)
     reading = _read(converted)
@@ -160,6 +164,7 @@ def _recognise(opened: opening.OpenSource, source_grid: Shape | None) -> tuple[C
     """The file in our language; where it does not say its own grid or patch, as the registered model that it fits."""
     config = opened.config if opened.config and "grid" in opened.config else None
     arguments: dict[str, Any] = {"origin": opened.origin, "config": config, "source_grid": source_grid}
+    arguments |= {"token_order": opened.token_order, "facts": opened.checkpoint.facts}
     try:
         return convert(opened.checkpoint.state, **arguments), None
     except WeightsError:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from medgmae.checkpoints.adapt import Inflate
 from medgmae.checkpoints.cards import HUB_ORG, WeightsError
-from medgmae.checkpoints.dialects.entries import Target, grid_argument
+from medgmae.checkpoints.dialects.entries import Target, TokenOrder, grid_argument
 from medgmae.checkpoints.dialects.recognise import convert
 from medgmae.checkpoints.opening import OpenSource, Source, open_source
 from medgmae.checkpoints.plan import make_plan
@@ -35,6 +35,7 @@ def load_pretrained(
     *,
     strict: bool = True,
     source_grid: Shape | None = None,
+    token_order: TokenOrder | None = None,
     inflate: Inflate = "average",
     cache_dir: str | os.PathLike[str] | None = None,
     hub_org: str = HUB_ORG,
@@ -60,6 +61,9 @@ def load_pretrained(
             support among them, and names that are not known; all is reported. An encoder entry that is missing raises
             all the same.
         source_grid: patch grid (d, h, w) of the file's tables; needed when it is neither a cube nor the model's.
+        token_order: of a Primus file, the order of its tokens, "raster" or "swapped" (the first two axes exchanged, as
+            nnssl's masked autoencoder has them). None: what the weight card or the trainer's name in the file says;
+            the report's notes tell which was taken.
         inflate: how a 2D stem gets its depth, "average" or "center".
         cache_dir: folder for downloads, instead of the Hugging Face cache and ours.
         hub_org: organisation of a hub repository that is named without one.
@@ -73,9 +77,10 @@ def load_pretrained(
             adapted, the file holds parts that the model would silently ignore, or values are NaN or infinite. The
             message lists the names.
         TypeError: the model is not one of this library, or the source nothing that names weights.
-        ValueError: ``source_grid`` or ``inflate`` is none.
+        ValueError: ``source_grid``, ``token_order`` or ``inflate`` is none.
     """
     check_choice("inflate", inflate, get_args(Inflate))
+    check_choice("token_order", token_order, (None, *get_args(TokenOrder)))
     source_grid = grid_argument(source_grid)
     model = unwrap(model)
     _target(model)  # raises before anything is fetched
@@ -90,7 +95,13 @@ def load_pretrained(
         progress=progress,
     )
     outcome = rehearse(
-        model, opened, strict=strict, source_grid=source_grid, inflate=inflate, allow_nonfinite=allow_nonfinite
+        model,
+        opened,
+        strict=strict,
+        source_grid=source_grid,
+        token_order=token_order,
+        inflate=inflate,
+        allow_nonfinite=allow_nonfinite,
     )
     _fill(model, outcome.slots, _apart(outcome.tensors, outcome.slots, opened.borrowed))
     log.info("%s", outcome.report)
@@ -114,6 +125,7 @@ def rehearse(
     *,
     strict: bool = True,
     source_grid: Shape | None = None,
+    token_order: TokenOrder | None = None,
     inflate: Inflate = "average",
     allow_nonfinite: bool = False,
 ) -> Outcome:
@@ -124,6 +136,8 @@ def rehearse(
         config=opened.config if opened.config and opened.config.get("grid") else None,
         target=_target(model),
         source_grid=source_grid,
+        token_order=token_order or opened.token_order,
+        facts=opened.checkpoint.facts,
     )
     expects = {**converted.expects, **opened.expects}
     plan = make_plan(model, converted, expects, strict=strict, inflate=inflate)
@@ -145,7 +159,10 @@ def _target(model: nn.Module) -> Target:
             f"load_pretrained fills the models of this library, got {type(model).__name__}: make one with create_model"
         )
     settings = {name: setting.value for name, setting in encoder.settings().items()}
-    return Target(encoder.grid_size, encoder.patch_size, encoder.in_chans, settings)
+    decoder: Any = getattr(model, "decoder", None)
+    of_decoder = decoder.settings() if hasattr(decoder, "settings") else {}
+    theirs = {name: setting.value for name, setting in of_decoder.items()}
+    return Target(encoder.grid_size, encoder.patch_size, encoder.in_chans, settings, theirs)
 
 
 def _refusal(origin: str, errors: list[str]) -> str:

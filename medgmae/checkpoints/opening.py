@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medgmae.checkpoints.cards import HUB_ORG, WeightCard, WeightsError
+from medgmae.checkpoints.dialects.entries import TokenOrder
 from medgmae.checkpoints.hub import Fetching
 from medgmae.checkpoints.paths import check_source
 from medgmae.checkpoints.reading import SET_MARK, Checkpoint, find_state
@@ -22,6 +23,7 @@ class OpenSource:
     """A source of weights, opened: its name for messages, its tensors, and the config that travels with it.
 
     expects: settings that a model needs for the weights to mean the same, such as "encoder.num_heads".
+    token_order: of the tokens, where a weight card says it; see :func:`~medgmae.load_pretrained`.
     borrowed: whether the tensors are someone else's, who may change them later.
     """
 
@@ -30,6 +32,7 @@ class OpenSource:
     config: dict[str, Any] | None
     expects: dict[str, Any] = field(default_factory=dict)
     borrowed: bool = False
+    token_order: TokenOrder | None = None
 
 
 Source = str | os.PathLike[str] | WeightCard | Mapping[str, Any] | OpenSource
@@ -84,7 +87,8 @@ def open_source(
     settings = saved_settings(config, checkpoint.state, resolved.name)
     if checkpoint.config and checkpoint.config != config:
         settings |= saved_settings(checkpoint.config, checkpoint.state, resolved.name)
-    return OpenSource(resolved.name, checkpoint, config, settings)
+    order = resolved.card.token_order if resolved.card else None
+    return OpenSource(resolved.name, checkpoint, config, settings, token_order=order)
 
 
 def split_set(source: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], str]:

@@ -196,6 +196,8 @@ class EncoderPart(ModelPart):
         """Heads and a norm that the model replaces are left out; other names are errors, or unknown if not strict."""
         if name.startswith(HEAD):
             return Decision(unused="head")
+        if name.startswith("projection."):
+            return Decision(unused="projection: build the model with projection_dim=... to have it")
         if name.startswith("norm."):
             return Decision(unused="last norm of the tokens: the model normalises the pooled vector instead")
         if name == "cls_token" and not rules.strict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -30,6 +31,9 @@ SET_MARK = "::"
 
 MAX_DEPTH = 5
 
+# Texts beside the weights that say how to read them: entries of a container, and of dictionaries in it.
+FACTS = (("trainer_name",), ("nnssl_adaptation_plan", "key_to_encoder"))
+
 
 class Checkpoint(NamedTuple):
     """The weights in a file.
@@ -38,12 +42,14 @@ class Checkpoint(NamedTuple):
     container: entry that held them, "" for a bare dictionary.
     config: the model's config when the file is one of ours, else None.
     others: entries with further sets of weights, which were not read.
+    facts: what stands beside the weights and says how to read them, by name: see :data:`FACTS`.
     """
 
     state: dict[str, Tensor]
     container: str
     config: dict[str, Any] | None
     others: tuple[str, ...] = ()
+    facts: Mapping[str, str] = MappingProxyType({})
 
 
 def read_checkpoint(path: str | Path, wanted: str = "") -> Checkpoint:
@@ -104,7 +110,22 @@ def find_state(
         if name.startswith(prefix)
     }
     others = tuple(_path(other) for other in sets if other != chosen)
-    return Checkpoint(check_tensors(state, origin), _path((*chosen, prefix[:-1])), None, others)
+    facts = _facts(_at(content, chosen[:-1]))
+    return Checkpoint(check_tensors(state, origin), _path((*chosen, prefix[:-1])), None, others, facts)
+
+
+def _facts(container: Mapping[Any, Any]) -> dict[str, str]:
+    """The texts of :data:`FACTS` that a container has, by the last of their names."""
+    facts = {}
+    for path in FACTS:
+        holder = container
+        for entry in path[:-1]:
+            inner = holder.get(entry)
+            holder = inner if isinstance(inner, Mapping) else {}
+        value = holder.get(path[-1])
+        if isinstance(value, str) and len(value) <= MAX_NAME:
+            facts[path[-1]] = value
+    return facts
 
 
 def _kind(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -21,6 +21,7 @@ from medgmae.cli.options import (
     per_axis,
     sizes,
     source_grid_option,
+    token_order_option,
 )
 
 
@@ -43,6 +44,7 @@ from medgmae.cli.options import (
 )
 @click.option("--patch-size", callback=sizes(), metavar="N|D,H,W", help="Resize the patches of the file to this size.")
 @source_grid_option
+@token_order_option
 @overwrite_option
 @json_option
 @reports_errors
@@ -53,6 +55,7 @@ def convert_command(
     options: dict[str, Any],
     patch_size: int | tuple[int, ...] | None,
     source_grid: int | tuple[int, ...] | None,
+    token_order: Literal["raster", "swapped"] | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -72,7 +75,7 @@ def convert_command(
     if patch_size is not None:
         options = {**options, "patch_size": patch_size}
     with tqdm(total=2, desc="converting", disable=None, leave=False) as bar:
-        model = _load(file, name, options, per_axis(source_grid))
+        model = _load(file, name, options, {"source_grid": per_axis(source_grid), "token_order": token_order})
         bar.set_description("writing")
         bar.update()
         _write(model, out, overwrite)
@@ -121,16 +124,16 @@ def _write(model: Any, out: Path, overwrite: bool) -> None:
             os.rename(folder, path)  # fails if the folder has come to hold something since
 
 
-def _load(file: Path, name: str | None, options: dict[str, Any], source_grid: tuple[int, ...] | None) -> Any:
-    """The model with the file's weights."""
+def _load(file: Path, name: str | None, options: dict[str, Any], reading: dict[str, Any]) -> Any:
+    """The model with the file's weights; ``reading`` says what the file does not."""
     path = file.expanduser().resolve()
     card = None
     if name is None:
-        facts: dict[str, Any] = {**medgmae.inspect_checkpoint(path, source_grid=source_grid)}
+        facts: dict[str, Any] = {**medgmae.inspect_checkpoint(path, **reading)}
         name, options = _inferred(facts, options)
         card = (facts["config"] or {}).get("weight_card")
     try:
-        model = model_with_weights(name, str(path), source_grid=source_grid, **options)
+        model = model_with_weights(name, str(path), **reading, **options)
     except TypeError as error:  # an option that the architecture does not have
         raise click.BadParameter(str(error), param_hint="--set") from error
     if card is not None:

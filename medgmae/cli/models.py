@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -19,7 +19,7 @@ from medgmae.cli.common import (
     megabytes,
     reports_errors,
 )
-from medgmae.cli.options import complete_name, json_option, per_axis, source_grid_option
+from medgmae.cli.options import complete_name, json_option, per_axis, source_grid_option, token_order_option
 
 # How weights are obtained, in the words of the table.
 AVAILABILITY = {"package": "shipped", "hub": "hub", "url": "download", "page": "by hand", "none": "not published"}
@@ -65,9 +65,15 @@ def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
 @click.command("info")
 @click.argument("what", metavar="NAME|TAG|FILE", shell_complete=complete_name)
 @source_grid_option
+@token_order_option
 @json_option
 @reports_errors
-def info_command(what: str, source_grid: int | tuple[int, ...] | None, as_json: bool) -> None:
+def info_command(
+    what: str,
+    source_grid: int | tuple[int, ...] | None,
+    token_order: Literal["raster", "swapped"] | None,
+    as_json: bool,
+) -> None:
     """Show an architecture, the card of published weights, or what a weight file holds.
 
     A file is only read: nothing in it is executed. Exit code 2: it is not recognised.
@@ -77,7 +83,7 @@ def info_command(what: str, source_grid: int | tuple[int, ...] | None, as_json: 
     elif what in medgmae.list_models():
         facts = {**_architecture(what), "weights": medgmae.list_weights(f"{what}.*")}
     elif Path(what).expanduser().exists():
-        facts = _file(what, source_grid)
+        facts = _file(what, source_grid, token_order)
     else:
         raise NotRecognisedError(_nothing(what))
     if as_json:
@@ -163,9 +169,10 @@ def _options(part: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in part.options().items() if name not in (*facts, "in_dim", "out_dim")}
 
 
-def _file(path: str, source_grid: int | tuple[int, ...] | None) -> dict[str, Any]:
+def _file(path: str, source_grid: int | tuple[int, ...] | None, token_order: Any) -> dict[str, Any]:
+    grid = per_axis(source_grid)
     try:
-        facts: dict[str, Any] = {**medgmae.inspect_checkpoint(path, source_grid=per_axis(source_grid))}
+        facts: dict[str, Any] = {**medgmae.inspect_checkpoint(path, source_grid=grid, token_order=token_order)}
     except medgmae.WeightsError as error:
         raise NotRecognisedError(str(error)) from error
     facts["cards"] = []

@@ -235,6 +235,11 @@ source_grid_option = click.option(
     metavar="D,H,W",
     help="Patches per axis that the file's position table was made for, where the file does not say.",
 )
+token_order_option = click.option(
+    "--token-order",
+    type=click.Choice(["raster", "swapped"]),
+    help="Of a Primus' file, the order of its tokens, where it does not say; swapped: the first two axes exchanged.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
 
 

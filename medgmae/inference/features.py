@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 class Features(NamedTuple):
     """Features of one scan, float32 on the CPU.
 
-    pooled: (F,), the model's pooled vector, averaged over the windows with equal weights.
-    map: (E, d, h, w) on the grid of patches, in the scan's world: spacing is the patch's size in mm, origin the centre
-        of the first patch.
+    pooled: (F,), the model's pooled vector, averaged over the windows with equal weights. With ``head="projected"``
+        (P,), pooled once from the whole map.
+    map: (E, d, h, w), or (P, d, h, w), on the grid of patches, in the scan's world: spacing is the patch's size in mm,
+        origin the centre of the first patch.
     """
 
     pooled: Tensor
@@ -60,6 +61,7 @@ class PooledFeatures(NamedTuple):
 class Options(TypedDict, total=False):
     """Options of :func:`extract_features` that do not change what it returns."""
 
+    head: Literal["projected"] | None
     window: Literal["model"] | int | Sequence[int] | None
     overlap: float
     blend: Blend
@@ -98,6 +100,7 @@ def extract_features(
     resize: bool = False,
     outside: Outside = 0.0,
     want_map: bool = True,
+    head: Literal["projected"] | None = None,
     batch_size: int = 1,
     autocast: torch.dtype | None = None,
     progress: bool | None = None,
@@ -118,6 +121,8 @@ def extract_features(
         resize: first resample the scan to the window's size, changing its proportions; one pass then.
         outside: intensity of the padding, in the units of the scan; or "rim", which repeats its outermost voxels.
         want_map: False gives ``map=None`` and spares its memory.
+        head: "projected" reads a contrastive model in the space that its scans share with texts: COLIPRI with
+            ``projection_dim=768``. Its tokens are blended over the windows, projected, and pooled over the whole scan.
         batch_size: windows per pass.
         autocast: run the model under autocast with this dtype.
         progress: show a progress bar over the windows; by default in terminals and notebooks.
@@ -140,14 +145,44 @@ def extract_features(
         volume = resample(volume, size=layout.window_size)
         layout = lay_out(volume.size, encoder.patch_size, size, overlap)
     weight = blend_weights(layout.window, blend)
-    mean = WindowMean(layout.grid, weight) if want_map else None
+    project = _projector(encoder, head)
+    mean = WindowMean(layout.grid, weight) if want_map or project else None
     reader = _Reader(encoder, outside, batch_size, autocast)
     with evaluating(model), progress_bar(len(layout.windows()), "windows", progress) as bar:
         pooled = reader.read(volume.data, layout, bar, mean)
     if mean is None:
         return PooledFeatures(pooled)
     inside = mean.result()[(slice(None), *layout.inside)].contiguous()  # without patches that lie in the padding
+    if project is not None:
+        pooled, inside = project(inside)
+    if not want_map:
+        return PooledFeatures(pooled)
     return Features(pooled, Volume(inside, layout.patch_grid(volume.grid), volume.source))
+
+
+def _projector(encoder: Encoder, head: str | None) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """From a map of tokens (E, d, h, w) to the pooled vector (P,) and the map (P, d, h, w) of ``head``.
+
+    Raises:
+        ValueError: an unknown head, or a model that has none.
+    """
+    if head is None:
+        return None
+    layers: Any = encoder.projection
+    if head != "projected" or layers is None:
+        raise ValueError(
+            f"head={head!r} must be None, or 'projected' for a model with a projection, such as "
+            "create_model('primus_m_patch8_192.colipri', projection_dim=768)"
+        )
+    parameter = next(encoder.parameters())
+
+    @torch.inference_mode()
+    def project(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        projected = layers(tokens.flatten(1).mT[None].to(parameter.device, parameter.dtype))
+        dense = layers.dense(projected)[0].mT.reshape(-1, *tokens.shape[1:])
+        return layers.pool(projected)[0].float().cpu().clone(), dense.float().cpu().clone()
+
+    return project
 
 
 def dense_features(

@@ -15,7 +15,7 @@ from medgmae.inference.inputs import check_channels, encoder_of, volume_of
 from medgmae.inference.latents import Upsampling, reduce_tokens, upsample
 from medgmae.inference.outputs import scan_logits
 from medgmae.inference.windows import Outside, WindowMean, batches, blend_weights, evaluating, lay_out
-from medgmae.layers.blocks import Attention, Block
+from medgmae.layers.blocks import Block
 from medgmae.models.encoder import Encoder
 from medgmae.models.parts import check_choice
 from medgmae.ops.progress import progress_bar
@@ -143,16 +143,17 @@ def attention_rollout(encoder: Encoder, x: Tensor) -> Tensor:
     """
     _check_attention(encoder)
     attentions: list[Any] = [block.attn for block in encoder.blocks]
-    given: list[Tensor] = []
-    hooks = [one.register_forward_pre_hook(lambda _, args: given.append(args[0])) for one in attentions]
+    given: list[tuple[Tensor, ...]] = []
+    hooks = [one.register_forward_pre_hook(lambda _, args: given.append(args)) for one in attentions]
     try:
         encoder.forward_features(x)
     finally:
         for hook in hooks:
             hook.remove()
-    rows = _pooled_rows(encoder, given[0])
-    for attention, tokens in zip(reversed(attentions), reversed(given), strict=True):
-        rows = (rows + _attended(attention, tokens, rows)) / 2
+    rows = _pooled_rows(encoder, given[0][0])
+    for attention, arguments in zip(reversed(attentions), reversed(given), strict=True):
+        queries, keys, _ = attention.heads(*arguments)
+        rows = (rows + _attended(queries.float(), keys.float(), rows)) / 2
     return rows
 
 
@@ -169,10 +170,9 @@ def _pooled_rows(encoder: Encoder, tokens: Tensor) -> Tensor:
     return row.expand(batch, -1)
 
 
-def _attended(attention: Attention, tokens: Tensor, rows: Tensor) -> Tensor:
-    """Rows (B, N) times the attention of tokens (B, N, E) to each other, the mean of the heads."""
-    qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).float()
-    queries, keys = qkv[0] * qkv.shape[-1] ** -0.5, qkv[1].mT
+def _attended(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
+    """Rows (B, N) times the attention of tokens to each other, the mean of the heads; both are (B, heads, N, d)."""
+    queries, keys = queries * queries.shape[-1] ** -0.5, keys.mT
     found = torch.zeros_like(rows)
     parts = zip(torch.split(queries, _QUERIES, dim=2), torch.split(rows, _QUERIES, dim=1), strict=True)
     for part, weight in parts:

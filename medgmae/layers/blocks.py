@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medgmae.layers.rope import rotate
 from medgmae.ops.precision import full_precision
 
 
@@ -17,19 +18,61 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-            raise ValueError(f"num_heads must be a whole number from 1, got {num_heads!r}")
-        if dim % num_heads:
-            raise ValueError(f"embed_dim (={dim}) must be divisible by num_heads (={num_heads})")
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens (B, N, E), each (B, heads, N, d)."""
+        queries, keys, values = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return queries, keys, values
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, E) to (B, N, E)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, d)
-        x = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        x = F.scaled_dot_product_attention(*self.heads(x))
         return self.proj(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class EvaAttention(nn.Module):
+    """Multi-head self-attention as EVA-02 has it (Fang et al. 2023): queries and keys are turned by rotary positions.
+
+    Queries, keys and values have linear layers of their own, the one of the keys without bias, and a layer norm over
+    all heads stands before the projection out.
+    """
+
+    def __init__(self, dim: int, num_heads: int, norm_eps: float = 1e-5, out_scale: float = 1.0) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.num_heads, self.out_scale = num_heads, out_scale
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.proj = nn.Linear(dim, dim)
+
+    def reset_parameters(self) -> None:
+        """Initialise the linear layers, as in EVA-02."""
+        _reset_linear(self, self.proj, self.out_scale)
+
+    def heads(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries and keys, and values, of tokens (B, N, E), each (B, heads, N, d)."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        queries, keys, values = (one(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for one in layers)
+        return rotate(queries, turns).to(values.dtype), rotate(keys, turns).to(values.dtype), values
+
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        """(B, N, E) to (B, N, E); turns: (N, d / 2, 2) or (B, 1, N, d / 2, 2), see :class:`~medgmae.layers.rope`."""
+        x = F.scaled_dot_product_attention(*self.heads(x, turns))
+        return self.proj(self.norm(x.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raise ValueError unless ``dim`` channels can be shared out over so many heads."""
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads must be a whole number from 1, got {num_heads!r}")
+    if dim % num_heads:
+        raise ValueError(f"embed_dim (={dim}) must be divisible by num_heads (={num_heads})")
 
 
 class Mlp(nn.Module):
@@ -43,6 +86,33 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) to (..., E)."""
         return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    """A linear layer gated by the SiLU of another, a layer norm, and a linear layer (Shazeer 2020; EVA-02)."""
+
+    def __init__(self, dim: int, hidden: int, norm_eps: float = 1e-5, out_scale: float = 1.0) -> None:
+        super().__init__()
+        self.out_scale = out_scale
+        self.fc1_g = nn.Linear(dim, hidden)
+        self.fc1_x = nn.Linear(dim, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=norm_eps)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def reset_parameters(self) -> None:
+        """Initialise the linear layers, as in EVA-02."""
+        _reset_linear(self, self.fc2, self.out_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) to (..., E)."""
+        return self.fc2(self.norm(F.silu(self.fc1_g(x)) * self.fc1_x(x)))  # type: ignore[no-any-return]
+
+
+def _reset_linear(branch: nn.Module, last: nn.Linear, scale: float) -> None:
+    """Normal weights of deviation 0.02 in every linear layer of a branch, and ``scale`` times that in the last."""
+    for layer in branch.children():
+        if isinstance(layer, nn.Linear) and not layer.weight.is_meta:
+            nn.init.trunc_normal_(layer.weight, std=0.02 * (scale if layer is last else 1))
 
 
 class DropPath(nn.Module):
@@ -61,23 +131,80 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm1 x), then x + mlp(norm2 x). Parameter names are timm's."""
+    """Pre-norm transformer block: x + attention(norm1 x), then x + mlp(norm2 x). Parameter names are timm's.
+
+    Args:
+        dim: token width E.
+        attn: takes tokens (B, N, E), and what else ``forward`` is given.
+        mlp: takes tokens.
+        drop_path: see :class:`DropPath`.
+        norm_eps: epsilon of the two norms.
+        layer_scale: initial value of a learned factor per channel on each branch; None for no such factors.
+    """
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, norm_eps: float = 1e-6
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp: nn.Module,
+        *,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         check_eps(norm_eps)
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads)
+        self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = mlp
         self.drop_path = DropPath(drop_path)
+        self.layer_scale = layer_scale
+        scaled = layer_scale is not None
+        self.gamma_1 = nn.Parameter(torch.empty(dim)) if scaled else None
+        self.gamma_2 = nn.Parameter(torch.empty(dim)) if scaled else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, E) to (B, N, E)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+    def reset_parameters(self) -> None:
+        """Initialise the factors."""
+        if self.gamma_1 is not None and self.gamma_2 is not None and self.layer_scale is not None:
+            nn.init.constant_(self.gamma_1, self.layer_scale)
+            nn.init.constant_(self.gamma_2, self.layer_scale)
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        """(B, N, E) to (B, N, E); ``more`` is for the attention."""
+        x = x + self.drop_path(_scaled(self.attn(self.norm1(x), *more), self.gamma_1))
+        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma_2))  # type: ignore[no-any-return]
+
+
+def _scaled(x: Tensor, factors: Tensor | None) -> Tensor:
+    return x if factors is None else x * factors
+
+
+def vit_block(
+    dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, norm_eps: float = 1e-6
+) -> Block:
+    """The block of a plain ViT (Dosovitskiy et al. 2021)."""
+    parts = Attention(dim, num_heads), Mlp(dim, int(dim * mlp_ratio))
+    return Block(dim, *parts, drop_path=drop_path, norm_eps=norm_eps)
+
+
+def eva_block(
+    dim: int,
+    num_heads: int,
+    mlp_ratio: float = 8 / 3,
+    drop_path: float = 0.0,
+    norm_eps: float = 1e-5,
+    layer_scale: float = 0.1,
+    out_scale: float = 1.0,
+) -> Block:
+    """The block of EVA-02 with norms inside its branches, as Primus has it (Wald et al. 2025); takes rotations too.
+
+    out_scale: factor on the initial weights of the last layers of both branches.
+    """
+    check_eps(norm_eps)
+    attn = EvaAttention(dim, num_heads, norm_eps, out_scale)
+    parts = attn, SwiGLU(dim, int(dim * mlp_ratio), norm_eps, out_scale)
+    return Block(dim, *parts, drop_path=drop_path, norm_eps=norm_eps, layer_scale=layer_scale)
 
 
 def check_eps(eps: float) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from medgmae.layers.patches import Shape
+
+# A table of positions: fixed, learned, or none (then rotary positions say where a patch is).
+PosEmbed = Literal["sincos", "learned", "none"]
 
 
 def sincos_pos_embed(dim: int, grid: Sequence[int], *, reversed_mesh: bool = False) -> Tensor:
@@ -85,6 +89,30 @@ def resample_pos_embed(table: Tensor, source_grid: Sequence[int], target_grid: S
     image = table.float().transpose(1, 2).reshape(1, table.shape[2], *source)
     image = F.interpolate(image, size=target, mode=mode, align_corners=False)
     return image.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def make_table(kind: PosEmbed, grid: Sequence[int], dim: int) -> nn.Parameter | None:
+    """Storage for a table (1, prod(grid), dim) of a kind; None for none."""
+    if kind == "none":
+        return None
+    return nn.Parameter(torch.empty(1, math.prod(grid), dim), requires_grad=kind == "learned")
+
+
+@torch.no_grad()
+def reset_table(table: nn.Parameter | None, grid: Sequence[int]) -> None:
+    """Give a table of positions its start: random numbers if it is learned, else sines and cosines."""
+    if table is not None and table.requires_grad:
+        nn.init.trunc_normal_(table, std=0.02)
+    elif table is not None:
+        table.copy_(sincos_pos_embed(table.shape[2], grid))
+
+
+def resized_table(table: nn.Parameter | None, source: Sequence[int], target: Sequence[int]) -> nn.Parameter | None:
+    """A table of positions for another grid, see :func:`resample_pos_embed`."""
+    if table is None:
+        return None
+    resampled = resample_pos_embed(table.detach(), source, target)
+    return nn.Parameter(resampled.clone(), requires_grad=table.requires_grad)
 
 
 class PositionCache:

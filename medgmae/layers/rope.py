@@ -1,7 +1,13 @@
-"""Rotary positions: angles of tokens in a sequence or in a volume, and the rotation by them."""
+"""Rotary positions: angles of tokens in a sequence or in a volume, and the rotation by them.
+
+Two kinds of models turn channels. A Vim turns its tokens themselves, by the angles of a :data:`Rope`. A transformer
+turns queries and keys inside every head, by those of a :class:`HeadRope`, which says what a checkpoint's convention is.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,6 +27,53 @@ EXTENT = 14.0
 def widened(x: Tensor) -> Tensor:
     """``x`` in float32, or as it is in float64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+@dataclass(frozen=True)
+class HeadRope:
+    """How the channels of an attention head are turned by a patch's place in a volume, whatever its grid.
+
+    A head of d channels has m = d / 6 bands for each of three axes. Band k of an axis turns by the coordinate times
+    base^(-exponent k / m). The pair of channels (2 p, 2 p + 1) has band p % m of axis p // m. Checkpoints with another
+    order of channels are converted by a permutation of the rows of their layers for queries and keys.
+
+    Attributes:
+        coordinates: "integer" counts patches, 0 to n - 1; "unit" is 2 pi (2 (i + 1/2) / n - 1), the same extent on
+            every grid.
+        base: of the bands.
+        exponent: of the bands, 1 where they reach 1 / base.
+        dtype: in which coordinates, bands and angles are computed: weights learn the rounding too.
+    """
+
+    coordinates: Literal["integer", "unit"] = "integer"
+    base: float = 10000.0
+    exponent: float = 1.0
+    dtype: torch.dtype = torch.float32
+
+    def check(self, dim: int, axes: int = 3) -> None:
+        """Raise ValueError unless a head of ``dim`` channels has as many bands for every axis."""
+        if dim % (2 * axes):
+            raise ValueError(
+                f"rotary positions turn pairs of channels for {axes} axes: embed_dim / num_heads must be a multiple of "
+                f"{2 * axes}, got {dim}"
+            )
+
+    def angles(self, grid: Shape, dim: int, device: torch.device | None = None) -> Tensor:
+        """Angles (prod(grid), dim / 2) of patches in raster order, in ``dtype``; dim: channels of a head."""
+        bands = dim // (2 * len(grid))
+        steps = torch.arange(bands, dtype=self.dtype, device=device)
+        frequencies = 1.0 / self.base ** (self.exponent * steps / max(bands, 1))
+        columns = []
+        for axis, count in enumerate(grid):
+            t = torch.arange(count, dtype=self.dtype, device=device)
+            if self.coordinates == "unit":
+                t = 2 * math.pi * (2 * (t + 0.5) / count - 1)
+            columns.append(_over_grid(torch.outer(t, frequencies), axis, grid))
+        return torch.cat(columns, dim=1)
+
+
+# Queries and keys of Primus and of COLIPRI.
+PRIMUS = HeadRope()
 
 
 def sequence_angles(length: int, dim: int, device: torch.device | None = None) -> Tensor:
@@ -75,17 +128,19 @@ class Rotary:
     """Tables for :func:`rotate`, made once per grid and kept beside the model, not in its state.
 
     Args:
-        kind: "sequence", "axial" or "axial_published", see the functions above.
-        dim: width of the tokens, even.
+        kind: "sequence", "axial" or "axial_published", see the functions above; or the convention of heads.
+        dim: width of what is turned, even: of the tokens, or of a head.
 
     Raises:
-        ValueError: an unknown kind, or an odd width.
+        ValueError: an unknown kind, or a width that cannot be turned so.
     """
 
-    def __init__(self, kind: Rope, dim: int) -> None:
-        if kind not in ("sequence", "axial", "axial_published"):
+    def __init__(self, kind: Rope | HeadRope, dim: int) -> None:
+        if isinstance(kind, HeadRope):
+            kind.check(dim)
+        elif kind not in ("sequence", "axial", "axial_published"):
             raise ValueError(f"rope must be None, 'sequence', 'axial' or 'axial_published', got {kind!r}")
-        if dim % 2:
+        elif dim % 2:
             raise ValueError(f"rotary positions turn pairs of channels: embed_dim must be even, got {dim}")
         self.kind, self.dim = kind, dim
         self._held: tuple[object, Tensor] | None = None
@@ -93,7 +148,7 @@ class Rotary:
     def table(self, grid: Shape, length: int, like: Tensor) -> Tensor:
         """Cosine and sine for every pair of channels, (rows, dim / 2, 2), for tokens of the kind of ``like``.
 
-        "sequence" has ``length`` rows. The axial kinds have one row per patch of the grid, and a last one that turns
+        "sequence" has ``length`` rows. The others have one row per patch of the grid, and a last one that turns
         nothing, for tokens without a place. Pairs without an angle stay as they are.
         """
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -106,8 +161,22 @@ class Rotary:
                 held = self._held = (key, self._make(grid, length, like.device).to(dtype))
         return held[1]
 
+    def turns(self, grid: Shape, prefix: int, keep: Tensor | None, like: Tensor) -> Tensor:
+        """The rows of :meth:`table` for tokens of heads: ``prefix`` that stay as they are, then patches.
+
+        (P + N, dim / 2, 2) for all patches in raster order; (B, 1, P + n, dim / 2, 2) for those of ``keep`` (B, n).
+        """
+        table = self.table(grid, 0, like)
+        still = len(table) - 1
+        if keep is None:
+            return torch.cat([table[still:].expand(prefix, -1, -1), table[:still]])
+        rows = torch.cat([keep.new_full((keep.shape[0], prefix), still), keep], dim=1)
+        return table[rows].unsqueeze(1)
+
     def _make(self, grid: Shape, length: int, device: torch.device) -> Tensor:
-        if self.kind == "sequence":
+        if isinstance(self.kind, HeadRope):
+            angles, still = self.kind.angles(grid, self.dim, device), 1
+        elif self.kind == "sequence":
             angles, still = sequence_angles(length, self.dim, device), 0
         else:
             make = axial_angles if self.kind == "axial" else published_axial_angles
@@ -118,14 +187,14 @@ class Rotary:
     def __deepcopy__(self, memo: object) -> Rotary:
         return Rotary(self.kind, self.dim)
 
-    def __reduce__(self) -> tuple[type[Rotary], tuple[Rope, int]]:
+    def __reduce__(self) -> tuple[type[Rotary], tuple[Rope | HeadRope, int]]:
         return (Rotary, (self.kind, self.dim))
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs of channels (0, 1), (2, 3), ... of x (B, L, E) by a table (L, E / 2, 2) or (B, L, E / 2, 2).
+    """Turn the pairs of channels (0, 1), (2, 3), ... of x (..., L, E) by a table (..., L, E / 2, 2).
 
-    Returns float32, or float64 for float64.
+    Leading axes of the table may be missing or of length 1. Returns float32, or float64 for float64.
     """
     pairs = widened(x).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     if torch.compiler.is_compiling():  # what a compiler fuses; complex numbers it hands back to torch

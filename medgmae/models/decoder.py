@@ -9,12 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from medgmae.layers.patches import Shape, take_tokens
-from medgmae.layers.positions import PositionCache, resample_pos_embed, sincos_pos_embed
+from medgmae.layers.positions import PosEmbed, PositionCache, make_table, reset_table, resized_table
 from medgmae.models.parts import Part, Readable
 
 
 class MaskDecoder(Part, Readable):
-    """Mask tokens in the places of hidden patches, positions, blocks, and a linear layer to patch vectors.
+    """Mask tokens in the places of hidden patches, positions, blocks, and a layer from tokens to patch vectors.
+
+    Args:
+        embed: from the encoder's tokens to those of the decoder.
+        grid_size: patch grid (d, h, w) of the table of positions.
+        embed_dim: own width.
+        num_prefix_tokens: tokens in front of the patches that the encoder hands over.
+        pos_embed: "sincos", a fixed table, "learned" or "none".
 
     A family builds ``blocks``, ``norm`` and ``head`` after the constructor of this class, and says in :meth:`_mix` how
     the sequence goes through the blocks.
@@ -22,15 +29,23 @@ class MaskDecoder(Part, Readable):
 
     blocks: nn.ModuleList
     norm: nn.Module
-    head: nn.Linear
+    head: nn.Module
+    pos_embed: nn.Parameter | None
 
-    def __init__(self, in_dim: int, grid_size: Shape, embed_dim: int, num_prefix_tokens: int) -> None:
+    def __init__(
+        self,
+        embed: nn.Module,
+        grid_size: Shape,
+        embed_dim: int,
+        num_prefix_tokens: int,
+        pos_embed: PosEmbed = "sincos",
+    ) -> None:
         super().__init__()
         self.grid_size, self.num_prefix_tokens = tuple(grid_size), num_prefix_tokens
         self.grad_checkpointing = False
-        self.embed = nn.Linear(in_dim, embed_dim)
+        self.embed = embed
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(grid_size), embed_dim), requires_grad=False)
+        self.register_parameter("pos_embed", make_table(pos_embed, grid_size, embed_dim))
         # Position of the prefix tokens: zero in every published recipe, but GL-MAE's files can hold another value.
         self.prefix_pos_embed = nn.Parameter(torch.empty(1, num_prefix_tokens, embed_dim), requires_grad=False)
         self._positions = PositionCache()
@@ -39,8 +54,7 @@ class MaskDecoder(Part, Readable):
         """Initialise the mask token and the tables of positions."""
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.zeros_(self.prefix_pos_embed)
-        with torch.no_grad():
-            self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[2], self.grid_size))
+        reset_table(self.pos_embed, self.grid_size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
@@ -66,15 +80,15 @@ class MaskDecoder(Part, Readable):
             patches = torch.cat([patches, masks], dim=1)
         if restore is not None:
             patches = take_tokens(patches, restore)
-        patches = patches + self._positions(self.pos_embed, self.grid_size, grid)
+        if self.pos_embed is not None:
+            patches = patches + self._positions(self.pos_embed, self.grid_size, grid)
         x = torch.cat([prefix + self.prefix_pos_embed, patches], dim=1) if self.num_prefix_tokens else patches
         x = self._mix(x, grid)
         return self._activate(self.head(self.norm(x[:, self.num_prefix_tokens :])))
 
     def set_grid_size(self, grid_size: Shape) -> None:
         """Make the table of positions for another patch grid, resampled from the present one."""
-        table = resample_pos_embed(self.pos_embed.detach(), self.grid_size, grid_size)
-        self.pos_embed = nn.Parameter(table.clone(), requires_grad=False)
+        self.pos_embed = resized_table(self.pos_embed, self.grid_size, grid_size)
         self.grid_size = grid_size
 
     @abstractmethod

@@ -5,7 +5,6 @@ A family of encoders is a class below :class:`Encoder` that says how tokens are 
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, get_args, overload
@@ -16,11 +15,9 @@ from torch import Tensor, nn
 from medgmae.layers.blocks import initialize, make_head
 from medgmae.layers.patches import PatchEmbed, Shape, Size, grid_of, input_grid, take_tokens, tap_indices, to_tuple
 from medgmae.layers.pooling import GlobalPool, check_pool, make_pool, pool_tokens, pooled_width
-from medgmae.layers.positions import PositionCache, resample_pos_embed, sincos_pos_embed
+from medgmae.layers.positions import PosEmbed, PositionCache, make_table, reset_table, resized_table
 from medgmae.models.parts import OutputFormat, Pair, Part, Readable, Report, Taps, check_choice, check_classes
 from medgmae.models.parts import Setting as Setting
-
-PosEmbed = Literal["sincos", "learned"]
 
 
 class Model(Part):
@@ -58,7 +55,7 @@ class Model(Part):
     @property
     def embed_dim(self) -> int:
         """Width E of a token of the encoder."""
-        return self.encoder.pos_embed.shape[2]
+        return len(self.encoder.patch_embed.proj.weight)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -108,6 +105,8 @@ class Encoder(Model, Readable):
     attn_pool: nn.Module
     head: nn.Module
     cls_token: nn.Parameter | None
+    pos_embed: nn.Parameter | None
+    projection: nn.Module | None  # what extract_features reads with head="projected"; most models have none
 
     def __init__(
         self,
@@ -132,9 +131,9 @@ class Encoder(Model, Readable):
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch, stem_norm_eps)
         self.cls_token = nn.Parameter(torch.empty(1, class_tokens, embed_dim)) if class_tokens else None
-        learned = pos_embed == "learned"
-        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(grid), embed_dim), requires_grad=learned)
+        self.register_parameter("pos_embed", make_table(pos_embed, grid, embed_dim))
         self._positions = PositionCache()
+        self.projection = None
         self.pretrained_cfg = {}
 
     def _add_head(self, num_classes: int, head_hidden: Sequence[int] = ()) -> None:
@@ -152,11 +151,7 @@ class Encoder(Model, Readable):
         """Initialise the class tokens and the table of positions."""
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
-        if self.pos_embed.requires_grad:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        else:
-            with torch.no_grad():
-                self.pos_embed.copy_(sincos_pos_embed(self.embed_dim, self.grid_size))
+        reset_table(self.pos_embed, self.grid_size)
 
     @property
     def encoder(self) -> Encoder:  # type: ignore[override]  # an encoder is its own encoder
@@ -330,13 +325,18 @@ class Encoder(Model, Readable):
     def _embed(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """Patches with their positions, (B, n, E)."""
         grid = input_grid(x, self.in_chans, self.patch_size)
+        if keep is not None and keep.shape[0] != x.shape[0]:
+            raise ValueError(f"keep is for a batch of {keep.shape[0]}, the input is a batch of {x.shape[0]}")
+        return self._add_positions(self.patch_embed(x, keep), grid, keep)
+
+    def _add_positions(self, tokens: Tensor, grid: Shape, keep: Tensor | None) -> Tensor:
+        """Patches (B, n, E) with their positions, if there is a table of them."""
+        if self.pos_embed is None:
+            return tokens
         positions = self._positions(self.pos_embed, self.grid_size, grid)  # (1, N, E)
-        tokens = self.patch_embed(x, keep)  # (B, n, E)
         if keep is not None:
-            if keep.shape[0] != x.shape[0]:
-                raise ValueError(f"keep is for a batch of {keep.shape[0]}, the input is a batch of {x.shape[0]}")
             positions = take_tokens(positions.expand(keep.shape[0], -1, -1), keep)
-        return tokens + positions  # type: ignore[no-any-return]
+        return tokens + positions
 
     def _class_tokens(self, like: Tensor) -> Tensor | None:
         """The class tokens (B, P, E) of a batch of tokens."""
@@ -365,9 +365,10 @@ class Encoder(Model, Readable):
                 f"changes; build the model with create_model(..., global_pool={pool!r})"
             )
         head = make_head(pooled_width(self.embed_dim, pool), num_classes, self.head_hidden).apply(initialize)
-        self.head = head.to(self.pos_embed).train(self.training)
+        like = self.patch_embed.proj.weight
+        self.head = head.to(like).train(self.training)
         if pool != self.global_pool:
-            self.attn_pool = make_pool(pool, self.embed_dim).apply(initialize).to(self.pos_embed).train(self.training)
+            self.attn_pool = make_pool(pool, self.embed_dim).apply(initialize).to(like).train(self.training)
         self.num_classes, self.global_pool, self.label_names = num_classes, pool, None
 
     def set_input_size(self, img_size: Size) -> None:
@@ -383,8 +384,7 @@ class Encoder(Model, Readable):
             ValueError: a size that is not a multiple of the patch.
         """
         size = to_tuple(img_size, len(self.patch_size), "img_size")
-        table = resample_pos_embed(self.pos_embed.detach(), self.grid_size, grid_of(size, self.patch_size))
-        self.pos_embed = nn.Parameter(table.clone(), requires_grad=self.pos_embed.requires_grad)
+        self.pos_embed = resized_table(self.pos_embed, self.grid_size, grid_of(size, self.patch_size))
         self._img_size = size
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

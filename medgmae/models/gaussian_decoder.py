@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medgmae.gaussians.rendering import Gaussians
-from medgmae.layers.blocks import Block, exact_linear, initialize, run_block
+from medgmae.layers.blocks import exact_linear, initialize, run_block, vit_block
 from medgmae.models.parts import Part, Readable, Setting, count_blocks, given
 from medgmae.models.registry import register_class
 
@@ -198,7 +198,7 @@ class GaussianDecoder(Part, Readable):
         self.query_tokens = nn.Parameter(torch.empty(1, num_gaussians, embed_dim))
         anchors = self.total_gaussians if kind == "cgs" else num_gaussians  # residuals are placed by their base
         self.position_bias = nn.Parameter(torch.empty(1, anchors, 3)) if spread else None
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth))
+        self.blocks = nn.ModuleList(vit_block(embed_dim, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         for what, width in HEADS.items():
             for group, starts in zip(self.groups, first_values(kind, self.ratios, spread), strict=True):

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from medgmae.layers.blocks import Block, initialize, run_block
+from medgmae.layers.blocks import initialize, run_block, vit_block
 from medgmae.layers.masking import Masking
 from medgmae.layers.patches import Shape, Size, patchify, unpatchify
 from medgmae.losses import (
@@ -24,7 +24,7 @@ from medgmae.losses import (
 from medgmae.models.autoencoder import Autoencoder
 from medgmae.models.decoder import MaskDecoder
 from medgmae.models.encoder import Encoder
-from medgmae.models.parts import Setting, count_blocks, given
+from medgmae.models.parts import Part, Setting, count_blocks, given
 from medgmae.models.registry import build, register_class, register_model
 from medgmae.models.vit import BASE, HUGE, LARGE, NANO, TINY, WIDE, ViT
 
@@ -77,9 +77,9 @@ class ViTDecoder(MaskDecoder):
         norm_eps: float = 1e-6,
     ) -> None:
         built = given(locals())
-        super().__init__(in_dim, grid_size, embed_dim, prefix_tokens)
+        super().__init__(nn.Linear(in_dim, embed_dim), grid_size, embed_dim, prefix_tokens)
         self._built, self.sigmoid = built, sigmoid
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth))
+        self.blocks = nn.ModuleList(vit_block(embed_dim, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head = nn.Linear(embed_dim, out_dim)
         self.apply(initialize)
@@ -88,7 +88,8 @@ class ViTDecoder(MaskDecoder):
     def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """The options that a decoder's tensors show; None where they are no ViT decoder's."""
         marks = {"mask_token", "pos_embed", "head.weight"}
-        if not marks & set(state) or any(".mixer." in name for name in state):
+        others = (".mixer.", "head.convs.")  # of a Vim's and of a Primus' decoders
+        if not marks & set(state) or any(other in name for name in state for other in others):
             return None
         bridge = state.get("embed.weight")
         return {"decoder_embed_dim": None if bridge is None else len(bridge), "decoder_depth": count_blocks(state)}
@@ -132,7 +133,7 @@ class MaskedAutoencoder(Autoencoder):
     def __init__(
         self,
         encoder: Encoder,
-        decoder: MaskDecoder,
+        decoder: Part,
         mask_ratio: float = 0.75,
         norm_target: NormTarget | None = None,
         fourier_frequencies: int = 0,
@@ -174,9 +175,16 @@ class MaskedAutoencoder(Autoencoder):
         target = patchify(x, self.patch_size)  # (B, N, L)
         if self.fourier_frequencies:
             target = fourier_code(target, self.fourier_frequencies, self.fourier_temperature).flatten(-2)
+        pred = self._predict(x, masking)  # (B, N, L)
+        return MAEOutput(self._loss(pred, target, masking.mask, self._grid(x)), pred, masking.mask)
+
+    def _predict(self, x: Tensor, masking: Masking) -> Tensor:
+        """A vector for every patch, (B, N, L)."""
         tokens = self.encoder.forward_features(x, keep=masking.keep)  # (B, P + n, E)
-        pred = self.decoder(tokens, masking.restore, self._grid(x))  # (B, N, L)
-        return MAEOutput(patch_mse(pred, target, masking.mask, self.norm_target), pred, masking.mask)
+        return self.decoder(tokens, masking.restore, self._grid(x))  # type: ignore[no-any-return]
+
+    def _loss(self, pred: Tensor, target: Tensor, mask: Tensor, grid: Shape) -> Tensor:
+        return patch_mse(pred, target, mask, self.norm_target)
 
     @torch.no_grad()
     def reconstruct(

@@ -72,7 +72,7 @@ class VimDecoder(MaskDecoder):
             raise ValueError(
                 f"off_by_one is for encoders without class tokens, this one has {prefix_tokens}: leave it out"
             )
-        super().__init__(in_dim, grid_size, embed_dim, 1 if off_by_one else prefix_tokens)
+        super().__init__(nn.Linear(in_dim, embed_dim), grid_size, embed_dim, 1 if off_by_one else prefix_tokens)
         self._built, self.off_by_one = built, off_by_one
         self.blocks = MambaStack(
             embed_dim,

@@ -8,6 +8,15 @@ from __future__ import annotations
 from typing import Literal
 
 EncoderName = Literal[
+    "primus_b_patch8_160",
+    "primus_l_patch8_160",
+    "primus_m_patch8_160",
+    "primus_m_patch8_160.openmind_mae",
+    "primus_m_patch8_160.openmind_simmim",
+    "primus_m_patch8_192",
+    "primus_m_patch8_192.colipri",
+    "primus_nano_patch8_32",
+    "primus_s_patch8_160",
     "vim_base_patch16_160",
     "vim_large_patch16_160",
     "vim_nano_patch8_32",
@@ -47,6 +56,8 @@ EncoderName = Literal[
 VoxelName = Literal[
     "mae2d_vit_base_patch16_224",
     "mae2d_vit_nano_patch8_32",
+    "mae_primus_m_patch8_160",
+    "mae_primus_nano_patch8_32",
     "mae_vim_base_patch16_160",
     "mae_vim_large_patch16_160",
     "mae_vim_nano_patch8_32",
@@ -75,6 +86,8 @@ VoxelName = Literal[
     "mae_vit_tiny_patch8_64.demo",
     "mae_vit_wide_patch12_96",
     "mae_vit_wide_patch16_96",
+    "simmim_primus_m_patch8_160",
+    "simmim_primus_nano_patch8_32",
 ]
 """Masked autoencoders of voxels."""
 
@@ -100,6 +113,9 @@ GaussianName = Literal[
 
 SegmenterName = Literal[
     "unetr2d_vit_base_patch16_224",
+    "unetr_primus_m_patch8_160",
+    "unetr_primus_m_patch8_192",
+    "unetr_primus_nano_patch8_32",
     "unetr_vim_small_patch16_160",
     "unetr_vim_tiny_patch8_64",
     "unetr_vit_base_patch16_128",

@@ -40,8 +40,8 @@ class Part(nn.Module, ABC):
             value = getattr(self, name, built)
             if hasattr(value, "described"):
                 current[name] = value.described()
-            else:  # a table of positions, say, has the name of the option that says of which kind it is
-                current[name] = built if isinstance(value, Tensor | nn.Module) else value
+            else:  # a table of positions, or none, has the name of the option that says of which kind it is
+                current[name] = built if isinstance(value, Tensor | nn.Module) or name in self._parameters else value
         return current
 
     def no_weight_decay(self) -> set[str]:

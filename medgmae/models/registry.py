@@ -20,7 +20,7 @@ C = TypeVar("C", bound=type[nn.Module])
 
 # Arguments of create_model that are not an architecture's, for the hint about a misspelt option.
 LOADING = (
-    *("checkpoint_path", "strict", "source_grid", "inflate"),
+    *("checkpoint_path", "strict", "source_grid", "token_order", "inflate"),
     *("cache_dir", "token", "force_download", "hub_org", "progress", "allow_nonfinite"),
 )
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from medgmae.layers.patches import Size, input_grid, tap_indices
 from medgmae.models.encoder import Encoder, Model
 from medgmae.models.parts import Setting, given
+from medgmae.models.primus import MEDIUM as PRIMUS_MEDIUM
+from medgmae.models.primus import NANO as PRIMUS_NANO
+from medgmae.models.primus import Primus
 from medgmae.models.registry import build, register_class, register_model
 from medgmae.models.unetr_decoder import UNETRDecoder
 from medgmae.models.vim import SMALL as VIM_SMALL
@@ -165,7 +168,7 @@ def _taps(taps: Sequence[int] | None, count: int, depth: int) -> tuple[int, ...]
 
 
 def unetr(
-    family: type[ViT] | type[Vim],
+    family: type[ViT] | type[Vim] | type[Primus],
     num_classes: int = 14,
     feature_size: int = 16,
     taps: Sequence[int] | None = None,
@@ -193,6 +196,11 @@ def _vit(overrides: dict[str, Any], img_size: Size, patch_size: int, size: dict[
 def _vim(overrides: dict[str, Any], img_size: Size, patch_size: int, size: dict[str, int], **more: Any) -> UNETR:
     defaults = {"img_size": img_size, "patch_size": patch_size, **size, **more}
     return build(partial(unetr, Vim), defaults, overrides)  # type: ignore[no-any-return]
+
+
+def _primus(overrides: dict[str, Any], img_size: Size, size: dict[str, int], **more: Any) -> UNETR:
+    defaults = {"img_size": img_size, "patch_size": 8, **size, **more}
+    return build(partial(unetr, Primus), defaults, overrides)  # type: ignore[no-any-return]
 
 
 @register_model
@@ -265,3 +273,21 @@ def unetr_vim_small_patch16_160(**overrides: Any) -> UNETR:
 def unetr_vim_tiny_patch8_64(**overrides: Any) -> UNETR:
     """UNETR on Vim-Ti/8, 64³ crops, 14 classes: for a laptop."""
     return _vim(overrides, 64, 8, VIM_TINY)
+
+
+@register_model
+def unetr_primus_m_patch8_160(**overrides: Any) -> UNETR:
+    """UNETR on Primus-M/8, 160³ crops, 14 classes: for OpenMind's encoders."""
+    return _primus(overrides, 160, PRIMUS_MEDIUM, drop_path_rate=0.2)
+
+
+@register_model
+def unetr_primus_m_patch8_192(**overrides: Any) -> UNETR:
+    """UNETR on Primus-M/8 without a table of positions, 192³ crops, 14 classes: for COLIPRI's encoder."""
+    return _primus(overrides, 192, PRIMUS_MEDIUM, pos_embed="none", drop_path_rate=0.2)
+
+
+@register_model
+def unetr_primus_nano_patch8_32(**overrides: Any) -> UNETR:
+    """UNETR on two narrow Primus blocks, 32³, 4 features: for tests."""
+    return _primus(overrides, 32, PRIMUS_NANO, feature_size=4)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from medgmae.layers.mamba import MambaStack, RMSNorm
 from medgmae.layers.patches import Shape, Size, input_grid, take_tokens
 from medgmae.layers.pooling import GlobalPool
+from medgmae.layers.positions import PosEmbed
 from medgmae.layers.rope import Rope
-from medgmae.models.encoder import Encoder, PosEmbed
+from medgmae.models.encoder import Encoder
 from medgmae.models.parts import Setting, check_choice, count_blocks, drop_path_rates, given
 from medgmae.models.registry import build, register_class, register_model
 
@@ -43,7 +44,7 @@ class Vim(Encoder):
         global_pool: from tokens to one vector, see :mod:`medgmae.layers.pooling`.
         num_classes: width of the head; 0 for none.
         drop_path_rate: of the last block; grows linearly from 0.
-        pos_embed: "sincos", a fixed table, or "learned".
+        pos_embed: "sincos", a fixed table, "learned" or "none".
         rope: rotary positions of the tokens themselves, before every block. "axial": of all three axes, see
             :func:`medgmae.layers.rope.axial_angles`; "sequence" and "axial_published": what 3D Mamba MAE pre-trains and
             fine-tunes with, the place in the scan, and two of the axes; None.

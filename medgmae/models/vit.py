@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from medgmae.layers.blocks import Block, run_block
+from medgmae.layers.blocks import run_block, vit_block
 from medgmae.layers.patches import Size
 from medgmae.layers.pooling import GlobalPool
-from medgmae.models.encoder import Encoder, PosEmbed
+from medgmae.layers.positions import PosEmbed
+from medgmae.models.encoder import Encoder
 from medgmae.models.parts import Setting, count_blocks, drop_path_rates, given
 from medgmae.models.registry import build, register_class, register_model
 
@@ -34,7 +35,7 @@ class ViT(Encoder):
         num_classes: width of the head; 0 for none.
         head_hidden: widths of hidden layers in the head.
         drop_path_rate: of the last block; grows linearly from 0.
-        pos_embed: "sincos", a fixed table, or "learned".
+        pos_embed: "sincos", a fixed table, "learned" or "none".
         norm_eps: epsilon of every layer norm.
         pre_norm: a layer norm before the first block, as CLIP's encoders have it.
         dims: 3 for volumes, 2 for images.
@@ -85,7 +86,7 @@ class ViT(Encoder):
         self._built = built
         self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
         rates = drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate, norm_eps) for rate in rates)
+        self.blocks = nn.ModuleList(vit_block(embed_dim, num_heads, mlp_ratio, rate, norm_eps) for rate in rates)
         self.norm = nn.Identity() if fc_norm else nn.LayerNorm(embed_dim, eps=norm_eps)
         self.fc_norm = nn.LayerNorm(self.num_features, eps=norm_eps) if fc_norm else nn.Identity()
         self._add_head(num_classes, head_hidden)

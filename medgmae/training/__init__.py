@@ -2,7 +2,7 @@
 
 from medgmae.training.finetune import finetune
 from medgmae.training.machine import Machine
-from medgmae.training.optim import cosine_schedule, param_groups, scale_lr
+from medgmae.training.optim import cosine_schedule, param_groups, poly_schedule, scale_lr
 from medgmae.training.predict import Predictor
 from medgmae.training.pretrain import pretrain
 from medgmae.training.rehearsal import rehearse
@@ -45,6 +45,7 @@ __all__ = [
     "finetune",
     "param_groups",
     "parse_change",
+    "poly_schedule",
     "pretrain",
     "read_metrics",
     "read_recipe",

@@ -1,4 +1,4 @@
-"""Parameter groups and learning-rate schedule of MAE-style training, from timm."""
+"""Parameter groups and learning-rate schedules of MAE-style training, from timm."""
 
 from __future__ import annotations
 
@@ -84,3 +84,38 @@ def cosine_schedule(
         cycle_decay=0.5,  # of the second cycle, which never comes; with 1 timm warns of a cosine of one epoch
     )
     return schedule
+
+
+def poly_schedule(
+    optimizer: torch.optim.Optimizer, epochs: int, warmup_epochs: int = 0, power: float = 0.9
+) -> Schedule:
+    """nnU-Net's schedule with a warm-up, as OpenMind's pre-trainings have it; call ``.step(epoch)`` before every epoch.
+
+    Epoch e of the W warm-up epochs has (e + 1) / W of the peak; after them the rate falls as (1 - share)^power, where
+    the share is that of the epochs after the warm-up which are over. Peaks are those of :func:`cosine_schedule`.
+
+    Raises:
+        ValueError: no epochs are left after the warm-up.
+    """
+    if not 0 <= warmup_epochs < epochs:
+        raise ValueError(f"warmup_epochs (={warmup_epochs}) must be at least 0 and less than epochs (={epochs})")
+    return _Polynomial(optimizer, epochs, warmup_epochs, power)
+
+
+class _Polynomial:
+    """See :func:`poly_schedule`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, epochs: int, warmup: int, power: float) -> None:
+        self.groups, self.epochs, self.warmup, self.power = optimizer.param_groups, epochs, warmup, power
+        for group in self.groups:
+            group.setdefault("initial_lr", group["lr"])
+
+    def step(self, epoch: float) -> None:
+        """Set the rate of every group for a whole epoch."""
+        over = min(int(epoch), self.epochs)
+        if over < self.warmup:
+            factor = (over + 1) / self.warmup
+        else:
+            factor = (1 - (over - self.warmup) / (self.epochs - self.warmup)) ** self.power
+        for group in self.groups:
+            group["lr"] = group["initial_lr"] * factor * group.get("lr_scale", 1.0)

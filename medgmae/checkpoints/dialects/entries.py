@@ -30,6 +30,10 @@ ENCODER = ("blocks.", "patch_embed.", "pos_embed", "norm_pre.", "cls_token")
 
 Part = Literal["encoder", "decoder"]
 
+# Which patch of a volume the n-th position and rotation of a file belong to: the n-th in raster order, or the one whose
+# first two axes are exchanged.
+TokenOrder = Literal["raster", "swapped"]
+
 
 class Target(NamedTuple):
     """What is known of the model to be filled.
@@ -37,13 +41,14 @@ class Target(NamedTuple):
     grid: patch grid.
     patch_size: voxels per axis of a patch.
     in_chans: input channels.
-    settings: the encoder's settings by name, for what a file leaves open.
+    settings: the encoder's settings by name, for what a file leaves open; likewise ``decoder``.
     """
 
     grid: Shape
     patch_size: Shape
     in_chans: int
     settings: Mapping[str, Any] = MappingProxyType({})
+    decoder: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class File:
         config: the config that travels with one of our own files.
         target: the model to be filled.
         source_grid: patch grid of the file's table, where the caller passed it.
+        token_order: "raster" or "swapped", where the caller or a weight card says it.
+        facts: what a container says beside the weights, by name.
     """
 
     def __init__(
@@ -96,7 +103,11 @@ class File:
         config: Mapping[str, Any] | None = None,
         target: Target | None = None,
         source_grid: Shape | None = None,
+        *,
+        token_order: TokenOrder | None = None,
+        facts: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        self.token_order, self.facts = token_order, facts
         self.origin, self.config, self.target, self.source_grid = origin, config, target, source_grid
         self._rest: dict[str, tuple[str, Tensor]] = {}
         self._parts: dict[Part, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}

@@ -29,10 +29,13 @@ def is_own_encoder(file: File) -> bool:
 def convert_saved(file: File) -> Converted:
     """Our own names beside a config, which says the grid; an encoder's file has them without ``encoder.``."""
     prefix = _encoders_prefix(file)
-    rows = file.table(f"{prefix}pos_embed").shape[1]
     grid = (file.config or {})["grid"]
-    if not isinstance(grid, list) or not all(type(n) is int and n > 0 for n in grid) or math.prod(grid) != rows:
-        raise WeightsError(f"{file.origin}: the config's grid is {grid!r}, the table of positions has {rows} rows")
+    if not isinstance(grid, list) or not all(type(n) is int and n > 0 for n in grid):
+        raise WeightsError(f"{file.origin}: the config's grid is {grid!r}, expected a list of whole numbers from 1")
+    if file.has(f"{prefix}pos_embed"):
+        rows = file.table(f"{prefix}pos_embed").shape[1]
+        if math.prod(grid) != rows:
+            raise WeightsError(f"{file.origin}: the config's grid is {grid!r}, the table of positions has {rows} rows")
     return _take(file, tuple(grid))
 
 

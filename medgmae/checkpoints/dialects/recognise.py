@@ -18,13 +18,14 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from medgmae.checkpoints import dialects
 from medgmae.checkpoints.cards import WeightsError
-from medgmae.checkpoints.dialects.entries import STEM, Converted, File, Target
+from medgmae.checkpoints.dialects.entries import STEM, Converted, File, Target, TokenOrder
 from medgmae.layers.patches import Shape
 
 Converter = Callable[[File], Converted]
@@ -93,6 +94,8 @@ def convert(
     config: Mapping[str, Any] | None = None,
     target: Target | None = None,
     source_grid: Shape | None = None,
+    token_order: TokenOrder | None = None,
+    facts: Mapping[str, str] = MappingProxyType({}),
 ) -> Converted:
     """Recognise a state dictionary and translate it.
 
@@ -102,6 +105,8 @@ def convert(
         config: the config that travels with one of our own files.
         target: the model to be filled; needed where the file alone does not say its grid or patch.
         source_grid: patch grid (d, h, w) of the file's table, where it is not a cube and not the model's.
+        token_order: order of the tokens, of files that may have either and do not say it.
+        facts: what the file's container says beside the weights.
 
     Raises:
         WeightsError: nothing is recognised, or the grid or patch of the file cannot be known.
@@ -118,7 +123,7 @@ def convert(
             f"{origin}: holds flattened shards of FSDP, {flat!r} for one; save the full state dictionary "
             "(StateDictType.FULL_STATE_DICT) and load that"
         )
-    file = File(state, origin, config, target, source_grid)
+    file = File(state, origin, config, target, source_grid, token_order=token_order, facts=facts)
     _leave_other_sets(file)
     dialect = _matching(file)
     if dialect is None:
