@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from medgmae.layers.blocks import initialize, make_head
 from medgmae.layers.patches import PatchEmbed, Shape, Size, grid_of, input_grid, take_tokens, tap_indices, to_tuple
 from medgmae.layers.pooling import GlobalPool, check_pool, make_pool, pool_tokens, pooled_width
-from medgmae.layers.positions import PositionCache, resample_pos_embed, sincos_pos_embed
+from medgmae.layers.positions import PositionCache, sincos_pos_embed
 from medgmae.models.parts import OutputFormat, Pair, Part, Readable, Report, Taps, check_choice, check_classes
 from medgmae.models.parts import Setting as Setting
 
@@ -383,7 +383,7 @@ class Encoder(Model, Readable):
             ValueError: a size that is not a multiple of the patch.
         """
         size = to_tuple(img_size, len(self.patch_size), "img_size")
-        table = resample_pos_embed(self.pos_embed.detach(), self.grid_size, grid_of(size, self.patch_size))
+        table = self._positions.resample(self.pos_embed.detach(), self.grid_size, grid_of(size, self.patch_size))
         self.pos_embed = nn.Parameter(table.clone(), requires_grad=self.pos_embed.requires_grad)
         self._img_size = size
 
