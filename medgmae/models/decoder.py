@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ class MaskDecoder(Part, Readable):
     blocks: nn.ModuleList
     norm: nn.Module
     head: nn.Linear
+    taps: Sequence[int] = ()
+    """Blocks of the encoder, 0-based, whose tokens the decoder reads beside the last ones."""
 
     def __init__(self, in_dim: int, grid_size: Shape, embed_dim: int, num_prefix_tokens: int) -> None:
         super().__init__()
@@ -46,13 +49,20 @@ class MaskDecoder(Part, Readable):
         """Recompute the blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
 
-    def forward(self, tokens: Tensor, restore: Tensor | None = None, grid_size: Shape | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        restore: Tensor | None = None,
+        grid_size: Shape | None = None,
+        levels: Sequence[Tensor] = (),
+    ) -> Tensor:
         """Predict every patch.
 
         Args:
             tokens: (B, P + n, in_dim), prefix tokens, then visible patches in the order of ``Masking.keep``.
             restore: (B, N) long from :class:`~medgmae.Masking`; None for all patches in raster order.
             grid_size: patch grid of the input; None for the grid of the table.
+            levels: what the encoder's blocks ``taps`` gave, each as ``tokens``.
 
         Returns:
             (B, N, out_dim) in raster order.
@@ -68,7 +78,7 @@ class MaskDecoder(Part, Readable):
             patches = take_tokens(patches, restore)
         patches = patches + self._positions(self.pos_embed, self.grid_size, grid)
         x = torch.cat([prefix + self.prefix_pos_embed, patches], dim=1) if self.num_prefix_tokens else patches
-        x = self._mix(x, grid)
+        x = self._mix(x, grid, levels)
         return self._activate(self.head(self.norm(x[:, self.num_prefix_tokens :])))
 
     def set_grid_size(self, grid_size: Shape) -> None:
@@ -78,8 +88,8 @@ class MaskDecoder(Part, Readable):
         self.grid_size = grid_size
 
     @abstractmethod
-    def _mix(self, x: Tensor, grid: Shape) -> Tensor:
-        """The sequence (B, P + N, E) through the blocks."""
+    def _mix(self, x: Tensor, grid: Shape, levels: Sequence[Tensor]) -> Tensor:
+        """The sequence (B, P + N, E) through the blocks; ``levels`` as in :meth:`forward`."""
 
     @abstractmethod
     def _activate(self, pred: Tensor) -> Tensor:

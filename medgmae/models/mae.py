@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ class ViTDecoder(MaskDecoder):
     def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """The options that a decoder's tensors show; None where they are no ViT decoder's."""
         marks = {"mask_token", "pos_embed", "head.weight"}
-        if not marks & set(state) or any(".mixer." in name for name in state):
+        if not marks & set(state) or any(re.search(r"\.mixer\.|^cross_blocks\.", name) for name in state):
             return None
         bridge = state.get("embed.weight")
         return {"decoder_embed_dim": None if bridge is None else len(bridge), "decoder_depth": count_blocks(state)}
@@ -101,7 +102,7 @@ class ViTDecoder(MaskDecoder):
             "sigmoid": Setting(self.sigmoid, "sigmoid"),
         }
 
-    def _mix(self, x: Tensor, grid: Shape) -> Tensor:
+    def _mix(self, x: Tensor, grid: Shape, levels: Sequence[Tensor]) -> Tensor:
         for block in self.blocks:
             x = run_block(block, x, self.grad_checkpointing)
         return x
@@ -174,8 +175,10 @@ class MaskedAutoencoder(Autoencoder):
         target = patchify(x, self.patch_size)  # (B, N, L)
         if self.fourier_frequencies:
             target = fourier_code(target, self.fourier_frequencies, self.fourier_temperature).flatten(-2)
-        tokens = self.encoder.forward_features(x, keep=masking.keep)  # (B, P + n, E)
-        pred = self.decoder(tokens, masking.restore, self._grid(x))  # (B, N, L)
+        taps = self.decoder.taps
+        tokens, levels = self.encoder._encode(x, masking.keep, taps)  # (B, P + n, E)
+        tokens = self.encoder.norm(tokens)
+        pred = self.decoder(tokens, masking.restore, self._grid(x), [levels[i] for i in taps])  # (B, N, L)
         return MAEOutput(patch_mse(pred, target, masking.mask, self.norm_target), pred, masking.mask)
 
     @torch.no_grad()

@@ -1,4 +1,7 @@
-"""Adapters for encoders beside the five systems: 3DINO, and MONAI's ViT as SegVol, M3D-CLIP and BrainIAC use it."""
+"""Adapters for models beside the five systems.
+
+3DINO, Hi-End-MAE, and MONAI's ViT as SegVol, M3D-CLIP and BrainIAC use it.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import medgmae
+from medgmae.models.mae_hiend import hiend_mae
 from parity import adapter
-from parity.case import Case, Options, triple
+from parity.case import EXACT, Case, Options, triple
 from parity.manifests import on_meta
 from parity.models import geometry, load, raw_tokens, transformer, with_class_row
 
@@ -142,8 +146,47 @@ def monai_encoder(case: Case) -> None:
         case.equal("embedding", functional.normalize(model(x)), case.outputs["image_features"][:, 0], case.tolerance())
 
 
+def hiend(case: Case) -> medgmae.MaskedAutoencoder:
+    """Hi-End-MAE as its file fills it."""
+    settings = Options(case.spec["config"])
+    settings.require(pos_embed_type="sincos")
+    parts = {name: settings(f"decoder_{name}") for name in ("embed_dim", "cross_depth", "num_heads")}
+    model = hiend_mae(
+        **geometry(settings),
+        **transformer(settings),
+        decoder_depth=settings("decoder_self_depth"),
+        **{f"decoder_{name}": value for name, value in parts.items()},
+        mask_ratio=settings("mask_ratio"),
+    )
+    settings.done()
+    content = {"state_dict": case.weights, "epoch": 3, "optimizer": {"state": {}}, "scaler": {"scale": 65536.0}}
+    return load(model, save(case, content)) if case.spec["case"] == "hiendmae_mae" else model
+
+
+@adapter("beyond/hiendmae_encoder")
+def hiendmae_encoder(case: Case) -> None:
+    """The encoder alone: its file has no decoder here."""
+    model = load(hiend(case).encoder, save(case, {"state_dict": case.weights}))
+    x, keep = case.input("volume"), case.input("keep")
+    case.offer("patch_vectors", medgmae.patchify(x, model.patch_size)[:, :4], tolerance=EXACT)
+    case.offer("tokens", model.forward_features(x))
+    case.offer("hidden", hidden(model, x, [0, 3, 6, 9, 11]))
+    case.offer("tokens_visible", model.forward_features(x, keep))
+
+
+@adapter("beyond/hiendmae_mae")
+def hiendmae_mae(case: Case) -> None:
+    """The whole forward pass with a given permutation."""
+    model, x, shuffle = hiend(case), case.input("volume"), case.input("shuffle")
+    masking = medgmae.random_masking(len(x), shuffle.shape[1], model.mask_ratio, noise=shuffle.argsort(dim=1).double())
+    case.offer("loss", model(x, masking).loss)
+    recon = model.reconstruct(x, masking, paste_visible=False, denormalize="reference")
+    case.offer("recon", medgmae.patchify(recon, model.patch_size))
+
+
 # The registered architecture of each list, and the options that its card gives.
 MANIFESTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hi_end_mae_10k": ("mae_hiend_vit_wide_patch12_96", {}),
     "3dino_vit_large": ("vit_large_patch16_112.3dino", {}),
     "m3d_clip_vision": ("vit_base_patch4x16x16_32x256x256.m3dclip", {"num_classes": 768}),
     "segvol_vit_pretrain": ("vit_base_patch4x16x16_32x256x256.segvol", {}),
@@ -171,6 +214,9 @@ def _more(model: Any, shapes: dict[str, list[int]]) -> int:
     """What ours has more: biases of zero, less what was folded into other tensors or only pre-training reads."""
     qkv = sum(torch.Size(shape)[0] for name, shape in shapes.items() if name.endswith("qkv.weight"))
     biases = 0 if any(name.endswith("qkv.bias") for name in shapes) else qkv
-    folded = sum(torch.Size(shape).numel() for name, shape in shapes.items() if re.search(NOT_READ, name))
+    lost = {} if hasattr(model, "decoder") else {n: shape for n, shape in shapes.items() if re.search(NOT_READ, n)}
+    folded = sum(torch.Size(shape).numel() for shape in lost.values())
     table = next(shape for name, shape in shapes.items() if re.search(r"pos_embed$|position_embeddings$", name))
-    return biases - folded - (table[1] * table[2] - model.pos_embed.numel())
+    # A decoder of ours has a row for the class token's position, zero where the reference adds none.
+    row = model.decoder.prefix_pos_embed.numel() if hasattr(model, "decoder") else 0
+    return row + biases - folded - (table[1] * table[2] - model.encoder.pos_embed.numel())
