@@ -77,6 +77,7 @@ def test_names_of_models_have_types() -> None:
         "vit2d_*",
         "vim_*",
         "mae_vit_*",
+        "mae_hiend_vit_*",
         "mae2d_vit_*",
         "mae_vim_*",
         "gmae_vit_*",

@@ -27,7 +27,7 @@ HUB_ORG = "medgmae"
 _log = logging.getLogger("medgmae")
 _TAG = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+")
 _HUB_FIELDS = {"repo", "revision", "file"}
-_OPTIONAL = {"page_file"}
+_OPTIONAL = {"page_file", "redistribute"}
 
 
 class WeightsError(RuntimeError):
@@ -58,6 +58,8 @@ class WeightCard:
         sha256: hash of ``file`` or of the hub's file; of the file behind ``url`` when there is neither.
         bytes: size of the file that ``sha256`` is about; ``None`` when not known exactly.
         license: licence of the weights as the hub spells it (``cc-by-nc-4.0``); ``unknown`` when none is stated.
+        redistribute: False where the licence forbids to share changed copies, such as a converted file;
+            ``push_to_hub`` then refuses a public repository. ``None``: the licence decides.
         training_data: what the weights were trained on.
         citation: how to cite the weights.
         input: modality, channels and their contrasts, size, spacing, orientation and intensity rule of the input: the
@@ -79,6 +81,7 @@ class WeightCard:
     sha256: str | None = None
     bytes: int | None = None
     license: str | None = None
+    redistribute: bool | None = None
     training_data: str | None = None
     citation: str | None = None
     input: Mapping[str, Any] | None = field(default=None, hash=False)
@@ -103,6 +106,9 @@ class WeightCard:
             self._expect(name, valid, f"null or {digits} lower-case hexadecimal digits")
         valid = self.bytes is None or (type(self.bytes) is int and self.bytes > 0)
         self._expect("bytes", valid, "null or a positive whole number")
+        self._expect(
+            "redistribute", self.redistribute is None or type(self.redistribute) is bool, "null, true or false"
+        )
         for name in ("license", "training_data", "citation", "notes"):
             value = getattr(self, name)
             self._expect(name, value is None or _is_text(value), "null or text")

@@ -74,7 +74,9 @@ def _check_layers(case: Case, model: medgmae.ViT) -> None:
     case.offer("maps", torch.stack(layers))
     # The pre-training hides patches behind a token before it adds the positions; the house's models have no such token.
     mask = case.input("mask").bool().unsqueeze(-1)
-    hook = model.patch_embed.register_forward_hook(lambda _, __, out: torch.where(mask, case.weights["mask_token"], out))
+    hook = model.patch_embed.register_forward_hook(
+        lambda _, __, out: torch.where(mask, case.weights["mask_token"], out)
+    )
     tokens = model.forward_features(x)
     hook.remove()
     case.offer("masked_cls", tokens[:, 0])
@@ -207,7 +209,9 @@ def manifest(case: Case) -> None:
     case.same("names that find no place", left, [])
     case.same("names that are missing", report.missing, [])
     case.same("tensors that had to be changed", {**report.resized, **report.adapted}, {})
-    case.same("parameters", sum(p.numel() for p in model.parameters()), case.spec["params_total"] + _more(model, shapes))
+    case.same(
+        "parameters", sum(p.numel() for p in model.parameters()), case.spec["params_total"] + _more(model, shapes)
+    )
 
 
 def _more(model: Any, shapes: dict[str, list[int]]) -> int:
