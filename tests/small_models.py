@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import medgmae
 from medgmae.models.autoencoder import Autoencoder
+from medgmae.models.seqvit import SequenceViT
 
 torch.set_num_threads(1)  # the tensors are so small that threads would only wait for each other
 
@@ -49,6 +50,11 @@ def segments(name: str) -> bool:
 def renders(name: str) -> bool:
     """Whether the architecture predicts Gaussians instead of voxels."""
     return isinstance(full_size(name), medgmae.GaussianMAE)
+
+
+def by_sequence(name: str) -> bool:
+    """Whether every channel has a stem of its own, by name."""
+    return isinstance(encoder_of(full_size(name)), SequenceViT)
 
 
 def attends(part: Any) -> bool:

@@ -70,13 +70,14 @@ class MaskDecoder(Part, Readable):
         grid = grid_size or self.grid_size
         tokens = self.embed(tokens)
         prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
-        hidden = math.prod(grid) - patches.shape[1]
+        places = self._places(grid)
+        hidden = places.shape[1] - patches.shape[1]
         if hidden:
             masks = self.mask_token.to(patches.dtype).expand(patches.shape[0], hidden, -1)
             patches = torch.cat([patches, masks], dim=1)
         if restore is not None:
             patches = take_tokens(patches, restore)
-        patches = patches + self._positions(self.pos_embed, self.grid_size, grid)
+        patches = patches + places
         x = torch.cat([prefix + self.prefix_pos_embed, patches], dim=1) if self.num_prefix_tokens else patches
         x = self._mix(x, grid, levels)
         return self._activate(self.head(self.norm(x[:, self.num_prefix_tokens :])))
@@ -86,6 +87,10 @@ class MaskDecoder(Part, Readable):
         table = resample_pos_embed(self.pos_embed.detach(), self.grid_size, grid_size)
         self.pos_embed = nn.Parameter(table.clone(), requires_grad=False)
         self.grid_size = grid_size
+
+    def _places(self, grid: Shape) -> Tensor:
+        """What is added to the patch tokens, (1, N, E)."""
+        return self._positions(self.pos_embed, self.grid_size, grid)
 
     @abstractmethod
     def _mix(self, x: Tensor, grid: Shape, levels: Sequence[Tensor]) -> Tensor:

@@ -201,7 +201,11 @@ class Encoder(Model, Readable):
             ValueError: an input of another rank, channel count or of a size that is not a multiple of the patch.
             TypeError: an input that is not a tensor.
         """
-        return self.norm(self._encode(x, keep)[0])  # type: ignore[no-any-return]
+        return self._read(self._encode(x, keep)[0])
+
+    def _read(self, tokens: Tensor, norm: bool = True) -> Tensor:
+        """Tokens as they leave the encoder, of those that :meth:`_encode` gives."""
+        return self.norm(tokens) if norm else tokens  # type: ignore[no-any-return]
 
     @overload
     def forward_intermediates(
@@ -261,10 +265,10 @@ class Encoder(Model, Readable):
         tokens, tapped = self._encode(x, None, taps, max(taps) + 1 if stop_early else None)
         maps: list[Any] = []
         for i in taps:
-            prefix, patches = self._split(self.norm(tapped[i]) if norm else tapped[i])
+            prefix, patches = self._split(self._read(tapped[i], norm))
             image = patches if output_fmt == "NLC" else patches.transpose(1, 2).reshape(x.shape[0], -1, *grid)
             maps.append((image, prefix) if return_prefix_tokens else image)
-        return maps if intermediates_only else (self.norm(tokens), maps)
+        return maps if intermediates_only else (self._read(tokens), maps)
 
     @overload
     def get_intermediate_layers(
@@ -300,14 +304,9 @@ class Encoder(Model, Readable):
         """
         if return_class_token and not self.num_prefix_tokens:
             raise ValueError(f"this {type(self).__name__} has no class token; leave out return_class_token")
+        fmt: OutputFormat = "NCDHW" if reshape else "NLC"
         layers = self.forward_intermediates(
-            x,
-            n,
-            return_prefix_tokens=True,
-            norm=norm,
-            stop_early=True,
-            output_fmt="NCDHW" if reshape else "NLC",
-            intermediates_only=True,
+            x, n, return_prefix_tokens=True, norm=norm, stop_early=True, output_fmt=fmt, intermediates_only=True
         )
         return tuple((image, prefix.mean(1)) if return_class_token else image for image, prefix in layers)
 

@@ -89,7 +89,9 @@ class ViTDecoder(MaskDecoder):
     def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """The options that a decoder's tensors show; None where they are no ViT decoder's."""
         marks = {"mask_token", "pos_embed", "head.weight"}
-        if not marks & set(state) or any(re.search(r"\.mixer\.|^cross_blocks\.", name) for name in state):
+        if not marks & set(state) or any(
+            re.search(r"\.mixer\.|^cross_blocks\.|^sequence_embed$", name) for name in state
+        ):
             return None
         bridge = state.get("embed.weight")
         return {"decoder_embed_dim": None if bridge is None else len(bridge), "decoder_depth": count_blocks(state)}

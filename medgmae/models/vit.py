@@ -98,7 +98,9 @@ class ViT(Encoder):
     def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """The options that an encoder's tensors show; None where they are no ViT's."""
         stem, hidden = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1.weight")
-        if stem is None or hidden is None or stem.dim() not in (4, 5):
+        bias = state.get("patch_embed.proj.bias")
+        by_sequence = bias is not None and bias.dim() != 1  # a stem per sequence: another class's
+        if stem is None or hidden is None or stem.dim() not in (4, 5) or by_sequence:
             return None
         class_token, pooled = "cls_token" in state, state.get("fc_norm.weight")
         pool = "token" if class_token else "avg"
