@@ -205,7 +205,7 @@ class Encoder(Model, Readable):
 
     def _read(self, tokens: Tensor, norm: bool = True) -> Tensor:
         """Tokens as they leave the encoder, of those that :meth:`_encode` gives."""
-        return self.norm(tokens) if norm else tokens  # type: ignore[no-any-return]
+        return self.norm(tokens) if norm else tokens
 
     @overload
     def forward_intermediates(

@@ -139,7 +139,8 @@ class SequenceAutoencoder(Autoencoder):
 
     def _channels_last(self, patches: Tensor) -> Tensor:
         """(B, M N, L), sequence by sequence, as (B, N, L M), the sequence fastest."""
-        return patches.unflatten(1, (self.in_chans, -1)).permute(0, 2, 3, 1).flatten(2)
+        by_sequence = patches.reshape(patches.shape[0], self.in_chans, -1, patches.shape[2])
+        return by_sequence.permute(0, 2, 3, 1).flatten(2)
 
     def _masking(self, x: Tensor, masking: Masking | None, mask_ratio: float | None) -> Masking:
         tokens = math.prod(input_grid(x, self.in_chans, self.patch_size))

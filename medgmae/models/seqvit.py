@@ -165,7 +165,8 @@ class SequenceViT(ViT):
     def _apart(self, tokens: Tensor, count: int) -> Tensor:
         """(B, P + m n, E) as (B, m, P + n, E)."""
         prefix, patches = self._split(tokens)
-        return torch.cat([prefix.unsqueeze(1).expand(-1, count, -1, -1), patches.unflatten(1, (count, -1))], dim=2)
+        patches = patches.reshape(patches.shape[0], count, -1, patches.shape[2])
+        return torch.cat([prefix.unsqueeze(1).expand(-1, count, -1, -1), patches], dim=2)
 
     def _read(self, tokens: Tensor, norm: bool = True) -> Tensor:
         return super()._read(tokens, norm).mean(1)

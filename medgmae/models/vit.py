@@ -46,7 +46,7 @@ class ViT(Encoder):
         ValueError: sizes that do not fit each other; the message says which.
     """
 
-    FIXED_SIZES = ("embed_dim", "depth", "mlp_dim", "patch_size", "dims")
+    FIXED_SIZES: ClassVar[tuple[str, ...]] = ("embed_dim", "depth", "mlp_dim", "patch_size", "dims")
 
     # One feature is often the largest of every token.
     map_reduction: ClassVar[Literal["pca"]] = "pca"
