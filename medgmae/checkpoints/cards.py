@@ -58,8 +58,8 @@ class WeightCard:
         sha256: hash of ``file`` or of the hub's file; of the file behind ``url`` when there is neither.
         bytes: size of the file that ``sha256`` is about; ``None`` when not known exactly.
         license: licence of the weights as the hub spells it (``cc-by-nc-4.0``); ``unknown`` when none is stated.
-        redistribute: False where the licence forbids to share changed copies, such as a converted file;
-            ``push_to_hub`` then refuses a public repository. ``None``: the licence decides.
+        redistribute: whether the licence allows to pass on the weights, converted or not; ``None`` when not known. With
+            ``False`` ``push_to_hub`` refuses a public repository.
         training_data: what the weights were trained on.
         citation: how to cite the weights.
         input: modality, channels and their contrasts, size, spacing, orientation and intensity rule of the input: the
@@ -107,7 +107,7 @@ class WeightCard:
         valid = self.bytes is None or (type(self.bytes) is int and self.bytes > 0)
         self._expect("bytes", valid, "null or a positive whole number")
         self._expect(
-            "redistribute", self.redistribute is None or type(self.redistribute) is bool, "null, true or false"
+            "redistribute", self.redistribute is None or isinstance(self.redistribute, bool), "null, true or false"
         )
         for name in ("license", "training_data", "citation", "notes"):
             value = getattr(self, name)

@@ -117,8 +117,8 @@ def push_to_hub(
     origin = getattr(unwrap(model), "pretrained_cfg", None) or {}
     if origin.get("redistribute") is False and not private:
         raise WeightsError(
-            f"{what}: the model began with {origin.get('tag')}, whose licence ({origin.get('license')}) forbids to "
-            "share changed copies; pass private=True, or share the head alone"
+            f"{what}: the model began with {origin.get('tag')}, whose licence ({origin.get('license')}) does not "
+            "allow to share it; pass private=True, or share the head alone"
         )
     with tempfile.TemporaryDirectory() as name:
         folder = save_pretrained(model, Path(name))

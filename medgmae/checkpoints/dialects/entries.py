@@ -30,6 +30,9 @@ ENCODER = ("blocks.", "patch_embed.", "pos_embed", "norm_pre.", "cls_token")
 
 Part = Literal["encoder", "decoder"]
 
+# What is assumed of a ViT whose table no file says how to resample: as every code base but DINOv2's does.
+PLAIN_TABLE = {"encoder.interpolate_offset": 0.0}
+
 
 class Target(NamedTuple):
     """What is known of the model to be filled.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medgmae.checkpoints.dialects.entries import Converted, File, take_decoder_table
+from medgmae.checkpoints.dialects.entries import PLAIN_TABLE, Converted, File, take_decoder_table
 from medgmae.checkpoints.dialects.mae3d import take_encoder_table
 from medgmae.checkpoints.dialects.recognise import register_dialect
 
@@ -31,7 +31,7 @@ def convert_hiend(file: File) -> Converted:
     grid, class_row = take_encoder_table(file)
     take_decoder_table(file, int(class_row))
     file.take_all(_place)
-    return file.finish(SOURCE, grid, {"decoder.taps": TAPS})
+    return file.finish(SOURCE, grid, {"decoder.taps": TAPS}, PLAIN_TABLE)
 
 
 def _place(name: str) -> str | None:

@@ -11,7 +11,15 @@ import torch
 
 from medgmae.checkpoints.adapt import wide
 from medgmae.checkpoints.cards import WeightsError
-from medgmae.checkpoints.dialects.entries import STEM, Converted, File, stem_dims, table_grid, take_decoder_table
+from medgmae.checkpoints.dialects.entries import (
+    PLAIN_TABLE,
+    STEM,
+    Converted,
+    File,
+    stem_dims,
+    table_grid,
+    take_decoder_table,
+)
 from medgmae.checkpoints.dialects.recognise import register_dialect
 
 # Parts of related architectures that our encoder does not compute; dropping them in silence would change the features.
@@ -79,7 +87,7 @@ def convert_vit(
     file.drop_all("attn_pool.", "attention pooling")
     file.take_all(_place)
     shown = {"decoder.sigmoid": sigmoid} if has_decoder else {}
-    return file.finish(source, grid, expects={**shown, **(expects or {})})
+    return file.finish(source, grid, {**shown, **(expects or {})}, PLAIN_TABLE)
 
 
 def _place(name: str) -> str:
