@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import HubServer
 from safetensors.torch import load_file
 from torch import Tensor
 
 import medgmae
-from medgmae.checkpoints.cards import WeightsError
+from medgmae.checkpoints.cards import WeightCard, WeightsError
 from medgmae.models.mae_hiend import hiend_mae
 
 FIXTURES = Path(__file__).parent / "fixtures/beyond"
@@ -48,10 +49,13 @@ def monai(**options: Any) -> medgmae.ViT:
 NO_TOKEN: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 
 
-def test_the_teacher_of_3dino_is_the_only_set_in_its_file(tmp_path: Path) -> None:
-    path = tmp_path / "3dino.pth"
-    torch.save({"teacher": TEACHER, "epoch": 1}, path)
-    report = medgmae.load_pretrained(dino(), path)
+def test_a_card_names_the_teacher_of_3dino(hub: HubServer, tmp_path: Path) -> None:
+    torch.save({"teacher": TEACHER, "epoch": 1}, tmp_path / "3dino.pth")
+    commit = hub.add("lab/dino", {"3dino.pth": (tmp_path / "3dino.pth").read_bytes()})
+    place = {"repo": "lab/dino", "revision": commit, "file": "3dino.pth::teacher"}
+    card = WeightCard("vit_large_patch16_112.3dino", hub=place)
+    report = medgmae.load_pretrained(dino(), card, cache_dir=tmp_path / "cache", progress=False)
+    assert medgmae.weight_card("vit_large_patch16_112.3dino").hub_file == ("3dino_vit_weights.pth", "teacher")
     assert not report.missing
     reasons = {why for name, why in report.unused.items() if name.startswith(("dino_head.", "ibot_head."))}
     assert reasons == {"head of the pre-training"}

@@ -49,7 +49,8 @@ class WeightCard:
         tag: ``<architecture>.<name>``, equal to the stem of the card's file.
         model_args: arguments that the architecture needs to fit the checkpoint, such as
             ``{"global_pool": "token_avg"}``.
-        hub: ``{"repo", "revision", "file"}`` on the Hugging Face hub; a repo without a slash belongs to ``HUB_ORG``.
+        hub: ``{"repo", "revision", "file"}`` on the Hugging Face hub; a repo without a slash belongs to ``HUB_ORG``. A
+            file of several sets of weights is named with the one to take, ``"last.pth::teacher"``.
         url: direct address of the official file.
         page: page where a person finds the file or its description.
         page_file: name of the file that the page offers, when there is no direct address.
@@ -144,6 +145,12 @@ class WeightCard:
         if self.url:
             return "url"
         return "page" if self.page_file else "none"
+
+    @property
+    def hub_file(self) -> tuple[str, str]:
+        """The hub's file, and which set of weights in it to take, "" for the usual one."""
+        name, _, wanted = (self.hub or {"file": ""})["file"].partition("::")
+        return name, wanted
 
     def url_hashes(self) -> tuple[str | None, str | None]:
         """``(md5, sha256)`` of the file behind ``url``; ``sha256`` is about our own copy where there is one."""

@@ -168,8 +168,6 @@ def _usual_set(content: Mapping[Any, Any], sets: list[tuple[str, ...]], origin: 
     here = content
     while not _is_state(here):
         entry = next((k for k in CONTAINER_KEYS if isinstance(here.get(k), Mapping)), None)
-        if entry is None and len(sets) == 1:  # 3DINO's teacher, say: there is nothing else to take
-            return sets[0]
         if entry is None or len(path) > MAX_DEPTH - 2:
             entries = [repr(key)[:100] if _is_text(key) else _kind(key) for key in list(here)[:8]]
             spare = [_path(other) for other in sets if other]

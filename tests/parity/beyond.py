@@ -85,11 +85,11 @@ def _check_layers(case: Case, model: medgmae.ViT) -> None:
 
 @adapter("beyond/dino3d_load")
 def dino3d_load(case: Case) -> None:
-    """The teacher, the only set of weights in its file, into a model of another size."""
+    """The teacher of a file into a model of another size."""
     model = dino(case, "img_size_model")
     side = case.spec["config"]["img_size_checkpoint"] // case.spec["config"]["patch_size"]
     file = save(case, {"teacher": case.weights, "epoch": 3})
-    load(model, file, (side,) * 3, NOT_READ)
+    load(model, Path(f"{file}::teacher"), (side,) * 3, NOT_READ)
     case.offer("pos_embed_resized", with_class_row(model, case.weights["backbone.cls_token"]))
     x = case.input("volume")
     case.offer("cls", model(x))
