@@ -59,7 +59,7 @@ def prediction(model: Any, x: Tensor, masking: Masking) -> Tensor:
 def patch_length(model: Any) -> int:
     """Numbers that a masked autoencoder of voxels predicts of a patch: one per voxel and channel, or a Fourier code."""
     voxels: int = model.encoder.in_chans * torch.Size(model.encoder.patch_size).numel()
-    return voxels * (2 * model.fourier_frequencies or 1)
+    return voxels * (2 * getattr(model, "fourier_frequencies", 0) or 1)
 
 
 def loss_of(model: Any, x: Tensor) -> Tensor:

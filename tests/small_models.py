@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import medgmae
 from medgmae.models.autoencoder import Autoencoder
+from medgmae.models.seqvit import SequenceViT
 
 torch.set_num_threads(1)  # the tensors are so small that threads would only wait for each other
 
@@ -64,6 +65,11 @@ def has_table(model: nn.Module) -> bool:
 def has_bridge(decoder: Any) -> bool:
     """Whether a decoder has a width of its own, and a layer from the encoder's to it."""
     return not isinstance(getattr(decoder, "embed", nn.Identity()), nn.Identity)
+
+
+def by_sequence(name: str) -> bool:
+    """Whether every channel has a stem of its own, by name."""
+    return isinstance(encoder_of(full_size(name)), SequenceViT)
 
 
 def attends(part: Any) -> bool:

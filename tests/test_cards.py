@@ -45,7 +45,8 @@ def test_card_says_what_a_user_must_know(tag: str) -> None:
         assert card.license
     if card.hub is not None:
         pinned = re.fullmatch("[0-9a-f]{40}", card.hub["revision"])
-        assert (pinned and card.sha256) or (card.hub["revision"] == "main" and "not seen by us" in card.notes)
+        assert pinned or (card.hub["revision"] == "main" and "not seen by us" in card.notes)
+        assert card.sha256 or "/" in card.hub["repo"]  # of a file of others only the hub's own hash is known
     if card.file is not None:
         path = weights_folder() / card.file
         assert path.stat().st_size == card.bytes
@@ -135,6 +136,7 @@ def test_unknown_tag(tag: str, architecture: str | None, hint: str) -> None:
         ({"bytes": True}, "'bytes' is True"),
         ({"license": ""}, "'license'"),
         ({"input": "CT"}, "'input'"),
+        ({"redistribute": "no"}, "'redistribute' is 'no', expected null, true or false"),
     ],
 )
 def test_malformed_fields(fields: dict[str, Any], message: str) -> None:
@@ -145,7 +147,7 @@ def test_malformed_fields(fields: dict[str, Any], message: str) -> None:
 
 def test_missing_and_unknown_fields() -> None:
     data = WeightCard("vit_x.y").to_json()
-    del data["page_file"]  # the one field that may be left out
+    del data["page_file"], data["redistribute"]  # the fields that may be left out
     assert WeightCard.from_json(data) == WeightCard("vit_x.y")
     del data["license"]
     with pytest.raises(WeightsError, match=r"card.json: missing fields \['license'\], unknown fields \['licence'\]"):

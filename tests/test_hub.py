@@ -174,7 +174,7 @@ out["token"] = attempt(fetch, "hf-hub:lab/private", Fetching(token="{TOKEN}"))
         assert out[source].startswith(f"WeightsError: hf-hub:{source.split('@')[0].split(':')[0]}@")
     for source in ("lab/none", "lab/private"):
         assert f"no such repository on {hub.url}, or no access to it; check the name; if it is private" in out[source]
-    assert "the repository is gated; accept its terms" in out["lab/gated"]
+    assert f"the repository is gated; accept its terms on {hub.url}/lab/gated, then log in" in out["lab/gated"]
     assert "no such revision; give a branch, a tag or a commit" in out["lab/net@v9"]
     assert "no such revision" in out[pinned]
     assert "no such file; name another file as 'hf-hub:org/repo@revision:file'" in out["lab/net:x.bin"]

@@ -25,6 +25,7 @@ from contract import (
 )
 from small_models import (
     assert_same_state,
+    by_sequence,
     encoder_of,
     full_size,
     has_blocks,
@@ -75,7 +76,9 @@ def test_the_registered_size_runs_without_storage(name: str) -> None:
             ]
             assert model(x).volume.shape == x.shape
         else:
-            assert model.decoder(tokens).shape == (1, math.prod(encoder.grid_size), patch_length(model))
+            pred = model.decoder(tokens, levels=[tokens] * len(model.decoder.taps))
+            times = encoder.in_chans if by_sequence(name) else 1  # a patch of every channel by itself
+            assert pred.shape == (1, math.prod(encoder.grid_size) * times, patch_length(model) // times)
 
 
 @every_encoder
@@ -165,6 +168,10 @@ def test_other_channels(name: str) -> None:
     chans = encoder_of(full_size(name)).in_chans + 2
     if renders(name):
         with pytest.raises(ValueError, match=r"one intensity.*got in_chans=3"):
+            small(name, in_chans=chans)
+        return
+    if by_sequence(name):
+        with pytest.raises(ValueError, match=r"name them, as in sequences=\['t1', 't1ce'\], instead of in_chans=6"):
             small(name, in_chans=chans)
         return
     model = small(name, in_chans=chans)

@@ -111,6 +111,15 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub: HubServer, mode
     assert set(hub.repos["lab/closed"].commits[commit]) >= {"notes.txt", "model.safetensors"}
 
 
+def test_weights_that_may_not_be_shared_in_a_changed_form(hub: HubServer, model: torch.nn.Module) -> None:
+    model.pretrained_cfg = medgmae.weight_card("vit_large_patch16_112.3dino").to_json()
+    with pytest.raises(WeightsError, match=r"began with .*\(cc-by-nc-nd-4.0\) does not allow .*; pass private=True"):
+        push_to_hub(model, "lab/net", token=TOKEN)
+    assert "lab/net" not in hub.repos
+    push_to_hub(model, "lab/net", token=TOKEN, private=True)
+    assert "lab/net" in hub.repos
+
+
 @pytest.mark.parametrize("token", [None, False, True, "hf_wrong"])
 def test_uploads_without_a_token(hub: HubServer, model: torch.nn.Module, token: Any) -> None:
     with pytest.raises(WeightsError, match="log in with 'hf auth login' or pass token="):

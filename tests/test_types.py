@@ -78,6 +78,7 @@ def test_names_of_models_have_types() -> None:
         "vim_*",
         "primus_*",
         "mae_vit_*",
+        "mae_hiend_vit_*",
         "mae2d_vit_*",
         "mae_vim_*",
         "mae_primus_*",

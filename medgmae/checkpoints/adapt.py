@@ -19,7 +19,9 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.itemsize < 4 else tensor
 
 
-def adapt_table(table: Tensor, source_grid: Sequence[int], target_grid: Sequence[int], depth_axis: int = 0) -> Tensor:
+def adapt_table(
+    table: Tensor, source_grid: Sequence[int], target_grid: Sequence[int], depth_axis: int = 0, offset: float = 0.0
+) -> Tensor:
     """A table of positions (1, N, E) on another grid; a 2D table is repeated along the depth of a 3D grid.
 
     See :func:`medgmae.layers.positions.resample_pos_embed`.
@@ -27,9 +29,9 @@ def adapt_table(table: Tensor, source_grid: Sequence[int], target_grid: Sequence
     source, target = tuple(source_grid), tuple(target_grid)
     if len(source) + 1 == len(target):
         flat = target[:depth_axis] + target[depth_axis + 1 :]
-        plane = resample_pos_embed(table, source, flat).reshape(1, *flat, table.shape[2])
+        plane = resample_pos_embed(table, source, flat, offset).reshape(1, *flat, table.shape[2])
         return plane.unsqueeze(1 + depth_axis).expand(1, *target, -1).flatten(1, 3)
-    return resample_pos_embed(table, source, target)
+    return resample_pos_embed(table, source, target, offset)
 
 
 def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:

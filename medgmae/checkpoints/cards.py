@@ -27,7 +27,7 @@ HUB_ORG = "medgmae"
 _log = logging.getLogger("medgmae")
 _TAG = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+")
 _HUB_FIELDS = {"repo", "revision", "file"}
-_OPTIONAL = {"page_file", "token_order"}
+_OPTIONAL = {"page_file", "redistribute", "token_order"}
 
 
 class WeightsError(RuntimeError):
@@ -49,7 +49,8 @@ class WeightCard:
         tag: ``<architecture>.<name>``, equal to the stem of the card's file.
         model_args: arguments that the architecture needs to fit the checkpoint, such as
             ``{"global_pool": "token_avg"}``.
-        hub: ``{"repo", "revision", "file"}`` on the Hugging Face hub; a repo without a slash belongs to ``HUB_ORG``.
+        hub: ``{"repo", "revision", "file"}`` on the Hugging Face hub; a repo without a slash belongs to ``HUB_ORG``. A
+            file of several sets of weights is named with the one to take, ``"last.pth::teacher"``.
         url: direct address of the official file.
         page: page where a person finds the file or its description.
         page_file: name of the file that the page offers, when there is no direct address.
@@ -58,6 +59,8 @@ class WeightCard:
         sha256: hash of ``file`` or of the hub's file; of the file behind ``url`` when there is neither.
         bytes: size of the file that ``sha256`` is about; ``None`` when not known exactly.
         license: licence of the weights as the hub spells it (``cc-by-nc-4.0``); ``unknown`` when none is stated.
+        redistribute: whether the licence allows to pass on the weights, converted or not; ``None`` when not known. With
+            ``False`` ``push_to_hub`` refuses a public repository.
         training_data: what the weights were trained on.
         citation: how to cite the weights.
         input: modality, channels and their contrasts, size, spacing, orientation and intensity rule of the input: the
@@ -80,6 +83,7 @@ class WeightCard:
     sha256: str | None = None
     bytes: int | None = None
     license: str | None = None
+    redistribute: bool | None = None
     training_data: str | None = None
     citation: str | None = None
     input: Mapping[str, Any] | None = field(default=None, hash=False)
@@ -105,6 +109,9 @@ class WeightCard:
             self._expect(name, valid, f"null or {digits} lower-case hexadecimal digits")
         valid = self.bytes is None or (type(self.bytes) is int and self.bytes > 0)
         self._expect("bytes", valid, "null or a positive whole number")
+        self._expect(
+            "redistribute", self.redistribute is None or isinstance(self.redistribute, bool), "null, true or false"
+        )
         for name in ("license", "training_data", "citation", "notes"):
             value = getattr(self, name)
             self._expect(name, value is None or _is_text(value), "null or text")
@@ -141,6 +148,12 @@ class WeightCard:
         if self.url:
             return "url"
         return "page" if self.page_file else "none"
+
+    @property
+    def hub_file(self) -> tuple[str, str]:
+        """The hub's file, and which set of weights in it to take, "" for the usual one."""
+        name, _, wanted = (self.hub or {"file": ""})["file"].partition("::")
+        return name, wanted
 
     def url_hashes(self) -> tuple[str | None, str | None]:
         """``(md5, sha256)`` of the file behind ``url``; ``sha256`` is about our own copy where there is one."""

@@ -75,6 +75,8 @@ def open_source(
         check_source(source)
         source, wanted = split_set(source)
     resolved = resolve(source, architecture, Fetching(cache_dir, hub_org, token, force_download, progress))
+    if resolved.card is not None:
+        wanted = wanted or resolved.card.hub_file[1]
     try:
         checkpoint = read_weights(resolved.path, wanted)
     except WeightsError as error:

@@ -36,6 +36,7 @@ class Rules(NamedTuple):
     source_grid: patch grid of the file's tables; likewise ``grid`` of the model's.
     strict: whether the decoder must be whole, and every name known.
     inflate: how a 2D stem gets its depth; likewise ``depth_axis``, the axis of a volume that a 2D file does not have.
+    offset: of the encoder's table, see :func:`medgmae.resample_pos_embed`.
     """
 
     source_grid: Shape
@@ -43,6 +44,7 @@ class Rules(NamedTuple):
     strict: bool
     inflate: Inflate
     depth_axis: int = 0
+    offset: float = 0.0
 
 
 class Decision(NamedTuple):
@@ -92,13 +94,13 @@ def make_plan(
 ) -> Plan:
     """Decide what of a file goes where in a model; ``expects`` are the settings that the weights need."""
     encoder, decoder = model_parts(model, converted)
-    rules = Rules(
-        converted.grid, encoder_of(model).grid_size, strict, inflate, _depth_axis(model, converted.encoder.get(STEM))
-    )
+    depth_axis = _depth_axis(model, converted.encoder.get(STEM))
+    rules = Rules(converted.grid, encoder_of(model).grid_size, strict, inflate, depth_axis)
+    offset = model_settings(model).get("encoder.interpolate_offset")
     plan = Plan(unused=dict(converted.unused))
     plan.errors += [f"{name}: in the file, but the model has no such part" for name in converted.unknown]
     plan.extend(plan_settings(model, expects, encoder, decoder, strict))
-    plan.extend(plan_part(encoder, rules))
+    plan.extend(plan_part(encoder, rules._replace(offset=offset.value) if offset else rules))
     plan.extend(plan_part(decoder, rules))
     if decoder.is_new():
         plan.notes.append(
@@ -324,9 +326,8 @@ def fit(name: str, tensor: Tensor, slot: Tensor, rules: Rules) -> Decision:
     if name == TABLE and source != target and tensor.shape[1:2] == (math.prod(source),):
         if len(source) > len(target):
             return Decision(tensor)  # volumes into images: there is no rule
-        return Decision(
-            adapt_table(wide(tensor), source, target, rules.depth_axis), resized=f"grid {source} to {target}"
-        )
+        table = adapt_table(wide(tensor), source, target, rules.depth_axis, rules.offset)
+        return Decision(table, resized=f"grid {source} to {target}")
     if name == STEM and tensor.shape != slot.shape and _is_stem_for(tensor, slot):
         adapted, changes = adapt_stem(wide(tensor), slot.shape, rules.inflate, rules.depth_axis)
         return Decision(adapted, adapted="; ".join(changes))

@@ -50,7 +50,8 @@ def hub_errors(what: str) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError as error:
-        remedy = f"accept its terms on {constants.ENDPOINT}, then {_LOGIN}"
+        page = f"{constants.ENDPOINT}/{what.removeprefix('hf-hub:').partition('@')[0]}"
+        remedy = f"accept its terms on {page}, then {_LOGIN}"
         raise WeightsError(f"{what}: the repository is gated; {remedy}") from error
     except errors.RepositoryNotFoundError as error:
         problem = f"no such repository on {constants.ENDPOINT}, or no access to it"

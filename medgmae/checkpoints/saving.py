@@ -105,7 +105,8 @@ def push_to_hub(
 
     Raises:
         WeightsError: the model cannot be saved, or the hub cannot be reached or refuses: no right to write, a quota, a
-            model card that it does not accept. The message says what to do.
+            model card that it does not accept; or the licence of the weights that the model began with forbids to
+            share changed copies. The message says what to do.
     """
     check_endpoint()
     from huggingface_hub import HfApi
@@ -113,6 +114,12 @@ def push_to_hub(
     api = HfApi(token=token, library_name="medgmae", library_version=__version__)
     what = f"{HUB_PREFIX}{repo_id}"
     check_names(what, repo_id, {} if revision is None else {"branch": revision}, token)
+    origin = getattr(unwrap(model), "pretrained_cfg", None) or {}
+    if origin.get("redistribute") is False and not private:
+        raise WeightsError(
+            f"{what}: the model began with {origin.get('tag')}, whose licence ({origin.get('license')}) does not "
+            "allow to share it; pass private=True, or share the head alone"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = save_pretrained(model, Path(name))
         with push_errors(what, api.endpoint):

@@ -121,7 +121,7 @@ def fetch(source: WeightCard | str, how: Fetching | None = None) -> FetchedFile:
     if source.file is not None:
         return FetchedFile(_shipped(source, how.root))
     if source.hub is not None:
-        wanted = HubFile(how.repo_id(source.hub["repo"]), source.hub["revision"], source.hub["file"])
+        wanted = HubFile(how.repo_id(source.hub["repo"]), source.hub["revision"], source.hub_file[0])
         try:
             digests = {"sha256": source.sha256} if source.sha256 else None
             return FetchedFile(fetch_hub_file(wanted, how, digests), fetched=True)

@@ -71,11 +71,16 @@ def sincos_grid(table: Tensor, axes: int) -> tuple[int, ...] | None:
     return tuple(grid) if stride == rows else None
 
 
-def resample_pos_embed(table: Tensor, source_grid: Sequence[int], target_grid: Sequence[int]) -> Tensor:
+def resample_pos_embed(
+    table: Tensor, source_grid: Sequence[int], target_grid: Sequence[int], offset: float = 0.0
+) -> Tensor:
     """Resample a table of patch positions to another grid: (1, N, E) to (1, N', E).
 
     Linear along every axis, align_corners False, no antialiasing, computed in float32: what the published loaders
     do on cubic grids, on the true grids here.
+
+    With DINOv2's ``offset`` a new row i of g lies at (i + 1/2) n / (g + offset) - 1/2 of the n old ones, instead of
+    (i + 1/2) n / g - 1/2. An axis that keeps its length is copied all the same.
 
     Raises:
         ValueError: the table does not have prod(source_grid) rows, or the grids differ in their number of axes.
@@ -87,7 +92,11 @@ def resample_pos_embed(table: Tensor, source_grid: Sequence[int], target_grid: S
         return table
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(source)]
     image = table.float().transpose(1, 2).reshape(1, table.shape[2], *source)
-    image = F.interpolate(image, size=target, mode=mode, align_corners=False)
+    if offset:
+        scales = [(new + offset) / old for old, new in zip(source, target, strict=True)]
+        image = F.interpolate(image, scale_factor=scales, mode=mode, align_corners=False)
+    else:
+        image = F.interpolate(image, size=target, mode=mode, align_corners=False)
     return image.flatten(2).transpose(1, 2).to(table.dtype)
 
 
@@ -107,22 +116,18 @@ def reset_table(table: nn.Parameter | None, grid: Sequence[int]) -> None:
         table.copy_(sincos_pos_embed(table.shape[2], grid))
 
 
-def resized_table(table: nn.Parameter | None, source: Sequence[int], target: Sequence[int]) -> nn.Parameter | None:
-    """A table of positions for another grid, see :func:`resample_pos_embed`."""
-    if table is None:
-        return None
-    resampled = resample_pos_embed(table.detach(), source, target)
-    return nn.Parameter(resampled.clone(), requires_grad=table.requires_grad)
-
-
 class PositionCache:
     """A table of positions for the grid at hand, resampled once per grid as long as the table does not change.
 
     A table that is learning is resampled every time. A change is seen unless it goes through ``.data``, which hides it
     from torch: use ``copy_`` under ``torch.no_grad()`` instead.
+
+    Args:
+        offset: see :func:`resample_pos_embed`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, offset: float = 0.0) -> None:
+        self.offset = offset
         self._key: tuple[object, ...] | None = None
         self._value: Tensor | None = None
 
@@ -132,16 +137,27 @@ class PositionCache:
             return table
         learning = table.requires_grad and torch.is_grad_enabled()
         if learning or torch.compiler.is_compiling() or table.is_inference():
-            return resample_pos_embed(table, source_grid, grid)
+            return self.resample(table, source_grid, grid)
         # An in-place change of the table bumps its version, a new tensor has another address.
         key = (grid, source_grid, table.data_ptr(), table._version, table.dtype, table.device)
         if self._value is None or key != self._key:
             with torch.inference_mode(False), torch.no_grad():
-                self._key, self._value = key, resample_pos_embed(table.detach(), source_grid, grid)
+                self._key, self._value = key, self.resample(table.detach(), source_grid, grid)
         return self._value
 
-    def __deepcopy__(self, memo: object) -> PositionCache:
-        return PositionCache()
+    def resample(self, table: Tensor, source_grid: Shape, grid: Shape) -> Tensor:
+        """``table`` on another grid, see :func:`resample_pos_embed`."""
+        return resample_pos_embed(table, source_grid, grid, self.offset)
 
-    def __reduce__(self) -> tuple[type[PositionCache], tuple[()]]:
-        return (PositionCache, ())
+    def resized(self, table: nn.Parameter | None, source_grid: Shape, grid: Shape) -> nn.Parameter | None:
+        """A table that a model may have, for another grid: a parameter of its own."""
+        if table is None:
+            return None
+        resampled = self.resample(table.detach(), source_grid, grid)
+        return nn.Parameter(resampled.clone(), requires_grad=table.requires_grad)
+
+    def __deepcopy__(self, memo: object) -> PositionCache:
+        return PositionCache(self.offset)
+
+    def __reduce__(self) -> tuple[type[PositionCache], tuple[float]]:
+        return (PositionCache, (self.offset,))

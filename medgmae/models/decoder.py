@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from medgmae.layers.patches import Shape, take_tokens
-from medgmae.layers.positions import PosEmbed, PositionCache, make_table, reset_table, resized_table
+from medgmae.layers.positions import PosEmbed, PositionCache, make_table, reset_table
 from medgmae.models.parts import Part, Readable
 
 
@@ -31,6 +32,8 @@ class MaskDecoder(Part, Readable):
     norm: nn.Module
     head: nn.Module
     pos_embed: nn.Parameter | None
+    taps: Sequence[int] = ()
+    """Blocks of the encoder, 0-based, whose tokens the decoder reads beside the last ones."""
 
     def __init__(
         self,
@@ -60,13 +63,20 @@ class MaskDecoder(Part, Readable):
         """Recompute the blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
 
-    def forward(self, tokens: Tensor, restore: Tensor | None = None, grid_size: Shape | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        restore: Tensor | None = None,
+        grid_size: Shape | None = None,
+        levels: Sequence[Tensor] = (),
+    ) -> Tensor:
         """Predict every patch.
 
         Args:
             tokens: (B, P + n, in_dim), prefix tokens, then visible patches in the order of ``Masking.keep``.
             restore: (B, N) long from :class:`~medgmae.Masking`; None for all patches in raster order.
             grid_size: patch grid of the input; None for the grid of the table.
+            levels: what the encoder's blocks ``taps`` gave, each as ``tokens``.
 
         Returns:
             (B, N, out_dim) in raster order.
@@ -74,26 +84,31 @@ class MaskDecoder(Part, Readable):
         grid = grid_size or self.grid_size
         tokens = self.embed(tokens)
         prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
-        hidden = math.prod(grid) - patches.shape[1]
+        places = self._places(grid)
+        hidden = (math.prod(grid) if places is None else places.shape[1]) - patches.shape[1]
         if hidden:
             masks = self.mask_token.to(patches.dtype).expand(patches.shape[0], hidden, -1)
             patches = torch.cat([patches, masks], dim=1)
         if restore is not None:
             patches = take_tokens(patches, restore)
-        if self.pos_embed is not None:
-            patches = patches + self._positions(self.pos_embed, self.grid_size, grid)
+        if places is not None:
+            patches = patches + places
         x = torch.cat([prefix + self.prefix_pos_embed, patches], dim=1) if self.num_prefix_tokens else patches
-        x = self._mix(x, grid)
+        x = self._mix(x, grid, levels)
         return self._activate(self.head(self.norm(x[:, self.num_prefix_tokens :])))
 
     def set_grid_size(self, grid_size: Shape) -> None:
         """Make the table of positions for another patch grid, resampled from the present one."""
-        self.pos_embed = resized_table(self.pos_embed, self.grid_size, grid_size)
+        self.pos_embed = self._positions.resized(self.pos_embed, self.grid_size, grid_size)
         self.grid_size = grid_size
 
+    def _places(self, grid: Shape) -> Tensor | None:
+        """What is added to the patch tokens, (1, N, E), if anything."""
+        return None if self.pos_embed is None else self._positions(self.pos_embed, self.grid_size, grid)
+
     @abstractmethod
-    def _mix(self, x: Tensor, grid: Shape) -> Tensor:
-        """The sequence (B, P + N, E) through the blocks."""
+    def _mix(self, x: Tensor, grid: Shape, levels: Sequence[Tensor]) -> Tensor:
+        """The sequence (B, P + N, E) through the blocks; ``levels`` as in :meth:`forward`."""
 
     @abstractmethod
     def _activate(self, pred: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from medgmae.layers.blocks import initialize, make_head
 from medgmae.layers.patches import PatchEmbed, Shape, Size, grid_of, input_grid, take_tokens, tap_indices, to_tuple
 from medgmae.layers.pooling import GlobalPool, check_pool, make_pool, pool_tokens, pooled_width
-from medgmae.layers.positions import PosEmbed, PositionCache, make_table, reset_table, resized_table
+from medgmae.layers.positions import PosEmbed, PositionCache, make_table, reset_table
 from medgmae.models.parts import OutputFormat, Pair, Part, Readable, Report, Taps, check_choice, check_classes
 from medgmae.models.parts import Setting as Setting
 
@@ -196,7 +196,11 @@ class Encoder(Model, Readable):
             ValueError: an input of another rank, channel count or of a size that is not a multiple of the patch.
             TypeError: an input that is not a tensor.
         """
-        return self.norm(self._encode(x, keep)[0])  # type: ignore[no-any-return]
+        return self._read(self._encode(x, keep)[0])
+
+    def _read(self, tokens: Tensor, norm: bool = True) -> Tensor:
+        """Tokens as they leave the encoder, of those that :meth:`_encode` gives."""
+        return self.norm(tokens) if norm else tokens
 
     @overload
     def forward_intermediates(
@@ -256,10 +260,10 @@ class Encoder(Model, Readable):
         tokens, tapped = self._encode(x, None, taps, max(taps) + 1 if stop_early else None)
         maps: list[Any] = []
         for i in taps:
-            prefix, patches = self._split(self.norm(tapped[i]) if norm else tapped[i])
+            prefix, patches = self._split(self._read(tapped[i], norm))
             image = patches if output_fmt == "NLC" else patches.transpose(1, 2).reshape(x.shape[0], -1, *grid)
             maps.append((image, prefix) if return_prefix_tokens else image)
-        return maps if intermediates_only else (self.norm(tokens), maps)
+        return maps if intermediates_only else (self._read(tokens), maps)
 
     @overload
     def get_intermediate_layers(
@@ -295,14 +299,9 @@ class Encoder(Model, Readable):
         """
         if return_class_token and not self.num_prefix_tokens:
             raise ValueError(f"this {type(self).__name__} has no class token; leave out return_class_token")
+        fmt: OutputFormat = "NCDHW" if reshape else "NLC"
         layers = self.forward_intermediates(
-            x,
-            n,
-            return_prefix_tokens=True,
-            norm=norm,
-            stop_early=True,
-            output_fmt="NCDHW" if reshape else "NLC",
-            intermediates_only=True,
+            x, n, return_prefix_tokens=True, norm=norm, stop_early=True, output_fmt=fmt, intermediates_only=True
         )
         return tuple((image, prefix.mean(1)) if return_class_token else image for image, prefix in layers)
 
@@ -384,7 +383,7 @@ class Encoder(Model, Readable):
             ValueError: a size that is not a multiple of the patch.
         """
         size = to_tuple(img_size, len(self.patch_size), "img_size")
-        self.pos_embed = resized_table(self.pos_embed, self.grid_size, grid_of(size, self.patch_size))
+        self.pos_embed = self._positions.resized(self.pos_embed, self.grid_size, grid_of(size, self.patch_size))
         self._img_size = size
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

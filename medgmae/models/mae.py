@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -88,8 +89,8 @@ class ViTDecoder(MaskDecoder):
     def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """The options that a decoder's tensors show; None where they are no ViT decoder's."""
         marks = {"mask_token", "pos_embed", "head.weight"}
-        others = (".mixer.", "head.convs.")  # of a Vim's and of a Primus' decoders
-        if not marks & set(state) or any(other in name for name in state for other in others):
+        others = r"\.mixer\.|^head\.convs\.|^cross_blocks\.|^sequence_embed$"  # of other decoders
+        if not marks & set(state) or any(re.search(others, name) for name in state):
             return None
         bridge = state.get("embed.weight")
         return {"decoder_embed_dim": None if bridge is None else len(bridge), "decoder_depth": count_blocks(state)}
@@ -102,7 +103,7 @@ class ViTDecoder(MaskDecoder):
             "sigmoid": Setting(self.sigmoid, "sigmoid"),
         }
 
-    def _mix(self, x: Tensor, grid: Shape) -> Tensor:
+    def _mix(self, x: Tensor, grid: Shape, levels: Sequence[Tensor]) -> Tensor:
         for block in self.blocks:
             x = run_block(block, x, self.grad_checkpointing)
         return x
@@ -180,8 +181,10 @@ class MaskedAutoencoder(Autoencoder):
 
     def _predict(self, x: Tensor, masking: Masking) -> Tensor:
         """A vector for every patch, (B, N, L)."""
-        tokens = self.encoder.forward_features(x, keep=masking.keep)  # (B, P + n, E)
-        return self.decoder(tokens, masking.restore, self._grid(x))  # type: ignore[no-any-return]
+        taps = self.decoder.taps
+        tokens, levels = self.encoder._encode(x, masking.keep, taps)  # (B, P + n, E)
+        tokens = self.encoder.norm(tokens)
+        return self.decoder(tokens, masking.restore, self._grid(x), [levels[i] for i in taps])  # type: ignore[no-any-return]
 
     def _loss(self, pred: Tensor, target: Tensor, mask: Tensor, grid: Shape) -> Tensor:
         return patch_mse(pred, target, mask, self.norm_target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -81,7 +81,7 @@ class PrimusDecoder(MaskDecoder):
             "norm_eps": Setting(self._built["norm_eps"], "norm_eps"),
         }
 
-    def _mix(self, x: Tensor, grid: Shape) -> Tensor:
+    def _mix(self, x: Tensor, grid: Shape, levels: Sequence[Tensor]) -> Tensor:
         turns = self._rotary.turns(grid, self.num_prefix_tokens, None, x)
         for block in self.blocks:
             x = run_block(block, x, self.grad_checkpointing, turns)

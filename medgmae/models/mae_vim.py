@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ class VimDecoder(MaskDecoder):
             "off_by_one": Setting(self.off_by_one, "off_by_one"),
         }
 
-    def _mix(self, x: Tensor, grid: Shape) -> Tensor:
+    def _mix(self, x: Tensor, grid: Shape, levels: Sequence[Tensor]) -> Tensor:
         places = None
         if self.num_prefix_tokens:
             count = math.prod(grid)

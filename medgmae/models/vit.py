@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from medgmae.layers.blocks import run_block, vit_block
 from medgmae.layers.patches import Size
 from medgmae.layers.pooling import GlobalPool
-from medgmae.layers.positions import PosEmbed
+from medgmae.layers.positions import PosEmbed, PositionCache
 from medgmae.models.encoder import Encoder
 from medgmae.models.parts import Setting, count_blocks, drop_path_rates, given
 from medgmae.models.registry import build, register_class, register_model
@@ -38,13 +38,15 @@ class ViT(Encoder):
         pos_embed: "sincos", a fixed table, "learned" or "none".
         norm_eps: epsilon of every layer norm.
         pre_norm: a layer norm before the first block, as CLIP's encoders have it.
+        interpolate_offset: of the table of positions on other grids, see :func:`medgmae.resample_pos_embed`: 0.1 in
+            DINOv2's code and in 3DINO's.
         dims: 3 for volumes, 2 for images.
 
     Raises:
         ValueError: sizes that do not fit each other; the message says which.
     """
 
-    FIXED_SIZES = ("embed_dim", "depth", "mlp_dim", "patch_size", "dims")
+    FIXED_SIZES: ClassVar[tuple[str, ...]] = ("embed_dim", "depth", "mlp_dim", "patch_size", "dims")
 
     # One feature is often the largest of every token.
     map_reduction: ClassVar[Literal["pca"]] = "pca"
@@ -68,6 +70,7 @@ class ViT(Encoder):
         pos_embed: PosEmbed = "sincos",
         norm_eps: float = 1e-6,
         pre_norm: bool = False,
+        interpolate_offset: float = 0.0,
         dims: int = 3,
     ) -> None:
         if fc_norm is None:
@@ -83,7 +86,7 @@ class ViT(Encoder):
             global_pool=global_pool,
             pos_embed=pos_embed,
         )
-        self._built = built
+        self._built, self._positions = built, PositionCache(interpolate_offset)
         self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
         rates = drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(vit_block(embed_dim, num_heads, mlp_ratio, rate, norm_eps) for rate in rates)
@@ -95,7 +98,9 @@ class ViT(Encoder):
     def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """The options that an encoder's tensors show; None where they are no ViT's."""
         stem, hidden = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1.weight")
-        if stem is None or hidden is None or stem.dim() not in (4, 5):
+        bias = state.get("patch_embed.proj.bias")
+        by_sequence = bias is not None and bias.dim() != 1  # a stem per sequence: another class's
+        if stem is None or hidden is None or stem.dim() not in (4, 5) or by_sequence:
             return None
         class_token, pooled = "cls_token" in state, state.get("fc_norm.weight")
         pool = "token" if class_token else "avg"
@@ -115,11 +120,8 @@ class ViT(Encoder):
         }
 
     def settings(self) -> dict[str, Setting]:
-        """Heads and epsilon."""
-        return {
-            "num_heads": Setting(self._built["num_heads"], "num_heads"),
-            "norm_eps": Setting(self._built["norm_eps"], "norm_eps"),
-        }
+        """Heads, epsilon and how the table is resampled."""
+        return {name: Setting(self._built[name], name) for name in ("num_heads", "norm_eps", "interpolate_offset")}
 
     def forward_last_block(self, x: Tensor) -> Tensor:
         """The stream after the last block, before the last norm: (B, P + N, E). x: (B, C, D, H, W)."""
@@ -149,7 +151,7 @@ TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
 NANO = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 
 
-def _vit(overrides: dict[str, Any], img_size: Size, patch_size: int, size: dict[str, int], **more: Any) -> ViT:
+def _vit(overrides: dict[str, Any], img_size: Size, patch_size: Size, size: dict[str, int], **more: Any) -> ViT:
     defaults = {"img_size": img_size, "patch_size": patch_size, **size, **more}
     return build(ViT, defaults, overrides)  # type: ignore[no-any-return]
 
@@ -212,6 +214,18 @@ def vit_base_patch16_256(**overrides: Any) -> ViT:
 def vit_large_patch16_256(**overrides: Any) -> ViT:
     """ViT-L/16 on whole scans of 256³: TANGERINE."""
     return _vit(overrides, 256, 16, LARGE)
+
+
+@register_model
+def vit_large_patch16_112(**overrides: Any) -> ViT:
+    """ViT-L/16 on 112³, learned positions: 3DINO."""
+    return _vit(overrides, 112, 16, LARGE, pos_embed="learned", interpolate_offset=0.1)
+
+
+@register_model
+def vit_base_patch4x16x16_32x256x256(**overrides: Any) -> ViT:
+    """ViT-B on 32x256x256 scans in patches of 4x16x16, learned positions: SegVol and M3D-CLIP."""
+    return _vit(overrides, (32, 256, 256), (4, 16, 16), BASE, pos_embed="learned", norm_eps=1e-5)
 
 
 @register_model

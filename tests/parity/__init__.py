@@ -25,6 +25,7 @@ def adapter(kind: str) -> Callable[[Adapter], Adapter]:
 def run(case: Case) -> None:
     """Compare one case; AssertionError says what differs, or that nothing here can compare it."""
     from parity import (  # noqa: F401 - they enter adapters
+        beyond,
         colipri,
         glmae,
         mamba_mae,

@@ -33,6 +33,8 @@ Part = Literal["encoder", "decoder"]
 # Which patch of a volume the n-th position and rotation of a file belong to: the n-th in raster order, or the one whose
 # first two axes are exchanged.
 TokenOrder = Literal["raster", "swapped"]
+# What is assumed of a ViT whose table no file says how to resample: as every code base but DINOv2's does.
+PLAIN_TABLE = {"encoder.interpolate_offset": 0.0}
 
 
 class Target(NamedTuple):

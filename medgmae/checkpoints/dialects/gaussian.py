@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from medgmae.checkpoints.dialects.entries import Converted, File
+from medgmae.checkpoints.dialects.entries import PLAIN_TABLE, Converted, File
 from medgmae.checkpoints.dialects.mae3d import take_encoder_table
 from medgmae.checkpoints.dialects.recognise import register_dialect
 
@@ -61,6 +61,7 @@ def convert_medgmae(file: File) -> Converted:
         "MedGMAE" if kind == "standard" else f"MedGMAE, {kind} decoder",
         grid,
         expects={"decoder.kind": kind, "decoder.density_scale": DENSITY_SCALE, "renderer.support": SUPPORT},
+        assumed=PLAIN_TABLE,
     )
 
 

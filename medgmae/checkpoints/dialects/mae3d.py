@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from medgmae.checkpoints.cards import WeightsError
-from medgmae.checkpoints.dialects.entries import STEM, Converted, File, stem_dims, table_grid, take_decoder_table
+from medgmae.checkpoints.dialects.entries import (
+    PLAIN_TABLE,
+    STEM,
+    Converted,
+    File,
+    stem_dims,
+    table_grid,
+    take_decoder_table,
+)
 from medgmae.checkpoints.dialects.recognise import register_dialect
 from medgmae.checkpoints.dialects.vit import unfold_stem
 from medgmae.layers.patches import Shape
@@ -53,7 +61,7 @@ def _convert(file: File, source: str) -> Converted:
     if flat and file.has("encoder_to_decoder.weight") and not file.has("encoder_to_decoder.bias"):
         file.add("decoder.embed.bias", torch.zeros(file.tensor("encoder_to_decoder.weight").shape[0]))
     file.take_all(_place)
-    return file.finish(source, grid, expects=expects)
+    return file.finish(source, grid, expects, PLAIN_TABLE)
 
 
 def take_encoder_table(file: File) -> tuple[Shape, bool]:

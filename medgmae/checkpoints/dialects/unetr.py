@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 
-import torch
-
 from medgmae.checkpoints.cards import WeightsError
 from medgmae.checkpoints.dialects.entries import Converted, File
+from medgmae.checkpoints.dialects.monai import NORM_EPS, rename_monai
 from medgmae.checkpoints.dialects.recognise import register_dialect
 from medgmae.checkpoints.dialects.vit import convert_vit
 
@@ -36,16 +35,6 @@ _PLACES = (
 )
 _CONVOLUTIONS = {"conv1.conv.": "conv1.", "conv2.conv.": "conv2.", "conv3.conv.": "shortcut."}
 
-_MONAI_VIT = (
-    ("patch_embedding.position_embeddings", "pos_embed"),
-    ("patch_embedding.patch_embeddings.1.", "patch_embed.proj."),  # "perceptron": behind a rearrangement
-    ("patch_embedding.patch_embeddings.", "patch_embed.proj."),
-    (".attn.out_proj.", ".attn.proj."),
-    (".mlp.linear1.", ".mlp.fc1."),
-    (".mlp.linear2.", ".mlp.fc2."),
-)
-_MONAI_UNUSED = re.compile(r"\.(norm_cross_attn|cross_attn)\.|^patch_embedding\.cls_token$")
-
 
 @register_dialect(SOURCE, order=33, matches=lambda file: file.has(_MARK) or file.has(_INSIDE + _MARK))
 def convert_unetr(file: File) -> Converted:
@@ -55,8 +44,9 @@ def convert_unetr(file: File) -> Converted:
     file.strip(prefix)
     expects: dict[str, object] = {} if taps is None else {"decoder.taps": taps}
     if file.has_any("patch_embedding."):
-        _rename_monai(file)
-        expects["encoder.norm_eps"] = 1e-5  # of every norm in MONAI's ViT
+        rename_monai(file)
+        expects["encoder.norm_eps"] = NORM_EPS
+        return convert_vit(file, SOURCE, expects, class_row=False)
     return convert_vit(file, SOURCE, expects)
 
 
@@ -99,18 +89,3 @@ def _place(name: str) -> str | None:
                     rest = own + rest.removeprefix(theirs)
             return ours.format(*numbers) + rest
     return None
-
-
-def _rename_monai(file: File) -> None:
-    """MONAI's names of a ViT as timm's; its projections of queries, keys and values may have no bias."""
-    for name in file.names:
-        if _MONAI_UNUSED.search(name):
-            file.drop(name, "not used by the reference")
-            continue
-        for theirs, ours in _MONAI_VIT:
-            if theirs in name:
-                file.rename(name, name.replace(theirs, ours))
-                break
-    for name in [name for name in file.names if name.endswith(".attn.qkv.weight")]:
-        if not file.has(name.replace("weight", "bias")):
-            file.add(f"encoder.{name.replace('weight', 'bias')}", torch.zeros(len(file.tensor(name))))

@@ -11,7 +11,15 @@ import torch
 
 from medgmae.checkpoints.adapt import wide
 from medgmae.checkpoints.cards import WeightsError
-from medgmae.checkpoints.dialects.entries import STEM, Converted, File, stem_dims, table_grid, take_decoder_table
+from medgmae.checkpoints.dialects.entries import (
+    PLAIN_TABLE,
+    STEM,
+    Converted,
+    File,
+    stem_dims,
+    table_grid,
+    take_decoder_table,
+)
 from medgmae.checkpoints.dialects.recognise import register_dialect
 
 # Parts of related architectures that our encoder does not compute; dropping them in silence would change the features.
@@ -45,8 +53,15 @@ def _name(file: File) -> str:
     return "ViT with timm's names, fine-tuned" if fine_tuned else "ViT with timm's names"
 
 
-def convert_vit(file: File, source: str, expects: Mapping[str, Any] | None = None) -> Converted:
-    """What has not found its place yet, as an encoder with timm's names; ``expects`` of it as in ``Converted``."""
+def convert_vit(
+    file: File, source: str, expects: Mapping[str, Any] | None = None, class_row: bool | None = None
+) -> Converted:
+    """What has not found its place yet, as an encoder with timm's names.
+
+    Args:
+        expects: of the encoder, as in ``Converted``.
+        class_row: whether the table's first row belongs to the class token; None: where its length says so.
+    """
     unknown = [file.full_name(name) for name in file.names if FOREIGN.search(name)]
     if unknown:
         raise WeightsError(
@@ -57,11 +72,13 @@ def convert_vit(file: File, source: str, expects: Mapping[str, Any] | None = Non
     has_decoder = sigmoid or file.has("decoder_pred.weight")
     unfold_stem(file, STEM)
     _fold_layer_scale(file)
+    _add_qkv_bias(file)
     table = file.table("pos_embed")
-    grid, class_row = table_grid(file, table, stem_dims(file, STEM), class_row=file.has("cls_token"))
-    if not class_row and file.has("cls_token"):
+    may_have_row = file.has("cls_token") if class_row is None else class_row
+    grid, has_row = table_grid(file, table, stem_dims(file, STEM), class_row=may_have_row)
+    if may_have_row and not has_row:
         file.notes.append(f"the table of positions has no row for the class token: {table.shape[1]} rows, all patches'")
-    _take_table(file, class_row)
+    _take_table(file, has_row)
     if not file.has("patch_embed.proj.bias") and file.has_any("norm_pre."):  # CLIP's encoders have none
         file.add("encoder.patch_embed.proj.bias", torch.zeros(file.tensor(STEM).shape[0]))
     if has_decoder:
@@ -70,7 +87,7 @@ def convert_vit(file: File, source: str, expects: Mapping[str, Any] | None = Non
     file.drop_all("attn_pool.", "attention pooling")
     file.take_all(_place)
     shown = {"decoder.sigmoid": sigmoid} if has_decoder else {}
-    return file.finish(source, grid, expects={**shown, **(expects or {})})
+    return file.finish(source, grid, {**shown, **(expects or {})}, PLAIN_TABLE)
 
 
 def _place(name: str) -> str:
@@ -110,6 +127,15 @@ def _fold_layer_scale(file: File) -> None:
                 raise WeightsError(f"{file.origin}: {name!r} of shape {tuple(gamma.shape)} does not fit {part!r}")
             file.replace(part, wide(tensor) * wide(factor))
         file.drop(name, f"folded into {linear}")
+
+
+def _add_qkv_bias(file: File) -> None:
+    """Zeros where none of the projections to queries, keys and values has a bias: the same function."""
+    weights = [name for name in file.names if re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", name)]
+    biases = {name: name.removesuffix("weight") + "bias" for name in weights}
+    if not any(map(file.has, biases.values())):
+        for name, bias in biases.items():
+            file.add(f"encoder.{bias}", torch.zeros(len(file.tensor(name))))
 
 
 def _take_table(file: File, class_row: bool) -> None:
