@@ -76,7 +76,9 @@ def test_the_registered_size_runs_without_storage(name: str) -> None:
             ]
             assert model(x).volume.shape == x.shape
         else:
-            pred = model.decoder(tokens, levels=[tokens] * len(model.decoder.taps))
+            pred = model.decoder(
+                tokens, **({"levels": [tokens] * len(model.decoder.taps)} if has_blocks(model.decoder) else {})
+            )
             times = encoder.in_chans if by_sequence(name) else 1  # a patch of every channel by itself
             assert pred.shape == (1, math.prod(encoder.grid_size) * times, patch_length(model) // times)
 

@@ -173,10 +173,10 @@ class SequenceViT(ViT):
 
     def _embed(self, x: Scans, keep: Tensor | None) -> Tensor:
         volume, present = self._select(x)
+        grid = self._grid(x)  # refuses what is no such input
         tokens: Tensor = self.patch_embed(volume, present)
         if self.pos_embed is not None:
-            positions = self._positions(self.pos_embed, self.grid_size, self._grid(x))
-            tokens = tokens + positions.repeat(1, len(present), 1)
+            tokens = tokens + self._positions(self.pos_embed, self.grid_size, grid).repeat(1, len(present), 1)
         if keep is not None and keep.shape[0] != tokens.shape[0]:
             raise ValueError(f"keep is for a batch of {keep.shape[0]}, the input is a batch of {tokens.shape[0]}")
         return tokens if keep is None else take_tokens(tokens, keep)
