@@ -184,8 +184,8 @@ def zscore(
     volume, like = as_volume(volume), None if like is None else as_volume(like)
     if nonzero + together + (of != "all") > 1 or (like is not None and not together):
         raise VolumeError(
-            f"nonzero={nonzero}, together={together}, like={like}, of={of!r}; expected one of nonzero, together and "
-            "of at most, and like only with together"
+            f"nonzero={nonzero}, together={together}, like={like}, of={of!r}; expected at most one of nonzero, "
+            "together and of, and like only with together"
         )
     if together:
         values = (volume if like is None else like).data.double()

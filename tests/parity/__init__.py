@@ -34,6 +34,7 @@ def run(case: Case) -> None:
         medgmae_cases,
         medgmae_gaussians,
         medgmae_render,
+        preparations,
         selfmedmae,
         selfmedmae_2d,
         selfmedmae_data,
