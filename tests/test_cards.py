@@ -135,6 +135,9 @@ def test_unknown_tag(tag: str, architecture: str | None, hint: str) -> None:
         ({"bytes": True}, "'bytes' is True"),
         ({"license": ""}, "'license'"),
         ({"input": "CT"}, "'input'"),
+        ({"redistribute": 1}, "'redistribute'"),
+        ({"trained_on": {"modalities": ["CT"]}}, "'trained_on'"),
+        ({"trained_on": {"modalities": ["CT"], "regions": ["brain"], "scans": None}}, r"some of \[.head"),
     ],
 )
 def test_malformed_fields(fields: dict[str, Any], message: str) -> None:

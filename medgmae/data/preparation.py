@@ -85,6 +85,12 @@ class Preparation:
         """The intensity beyond a scan, as the model takes it."""
         return padding(self.input)
 
+    def grids(self, grid: Grid) -> tuple[Grid, Grid]:
+        """The grid of a scan along the axes of the model's input, as stored and as it is resampled: of the whole field
+        of view, for what else a scan loses depends on its voxels."""
+        oriented = self._oriented(grid)
+        return oriented, self._regridded(oriented) if "resample" in self._steps else oriented
+
     def __call__(self, scan: Scan | Mapping[str, Scan]) -> Volume:
         """(C, D, H, W) float32 of a scan: a file, a DICOM folder, or in memory what :func:`~medgmae.data.as_volume`
         takes; of a case in several contrasts also a mapping from their names to scans, or its folder."""
@@ -145,13 +151,14 @@ class Preparation:
             and before in (["resample"], ["resample", "window"], ["window"], [])
         )
 
-    def _target(self, grid: Grid, resampled: bool) -> Grid:
-        """The grid after reorientation and, where they come first, resampling and the centre crop."""
+    def _oriented(self, grid: Grid) -> Grid:
         if self.input["orientation"] is not None:
             grid = grid.reoriented(self.input["orientation"])
-        if self.input["axes"] == "xyz":
-            grid = grid.reoriented(grid.orientation[::-1])
-        grid = self._regridded(grid) if resampled else grid
+        return grid.reoriented(grid.orientation[::-1]) if self.input["axes"] == "xyz" else grid
+
+    def _target(self, grid: Grid, resampled: bool) -> Grid:
+        """The grid after reorientation and, where they come first, resampling and the centre crop."""
+        grid = self._regridded(self._oriented(grid)) if resampled else self._oriented(grid)
         if self._crop_commutes():
             size = self._fitting(grid.size)
             grid = grid.part(self._start(grid.size, size), size)
