@@ -203,6 +203,25 @@ def test_prepared_scans_and_their_views_are_what_a_transform_gives(block: dict[s
     assert whole.scans[0].foreground == pytest.approx(share, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["center", "resize", "windows"])
+def test_views_of_scans_that_are_taken_whole(kind: Any) -> None:
+    """The view says which part is seen, in place of the whole patches that a card takes."""
+    block = {
+        "size": [8, 8, 8], "multiple": [4, 4, 4], "crop": ["foreground", "multiple"],
+        "resample": {"to": "isotropic", "origin": "edges", "patches": 60},
+    }  # fmt: skip
+    view = View.of(ViewSettings(kind=kind), block, (8, 8, 8), (4, 4, 4))
+    found = create_transform(view.input, whole=kind == "windows")(head())
+    assert found.size == (8, 8, 8) if kind != "windows" else min(found.size) > 8
+    assert "multiple" not in view.prepared["crop"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int16])
+def test_percentiles_of_any_type(dtype: torch.dtype) -> None:
+    scan = Volume(torch.arange(101).reshape(1, 1, 1, 101).to(dtype))
+    assert percentiles(scan, (10, 90)) == (10.0, 90.0)
+
+
 @pytest.mark.parametrize(
     ("block", "words"),
     [

@@ -67,6 +67,11 @@ def ends_normalized(block: Mapping[str, Any]) -> bool:
     return "normalize" not in steps(merged_block(block), whole=False)[:-1]
 
 
+def uncut(block: Mapping[str, Any]) -> list[str]:
+    """What a block crops beside the centre."""
+    return [one for one in block.get("crop") or () if one not in ("center", "multiple")]
+
+
 def padding(block: Mapping[str, Any]) -> float:
     """The intensity beyond a scan, whatever scan it is: of "minimum" the lowest that the window gives."""
     pad = block.get("pad") or 0.0

@@ -129,7 +129,11 @@ def percentiles(volume: ScanLike, bounds: tuple[float, float], of: Counted = "al
     low, high = _pair("percentiles are", bounds)
     if not 0 <= low < high <= 100:
         raise VolumeError(f"percentiles are {low} and {high}; expected 0 <= low < high <= 100")
-    bottom, top = map(float, np.percentile(counted(as_volume(volume).data, of).detach().cpu().numpy(), [low, high]))
+    volume = as_volume(volume)
+    values = counted(volume.data.detach().cpu(), of)
+    if values.dtype == torch.bfloat16:  # numpy has no such type
+        values = values.float()
+    bottom, top = map(float, np.percentile(values.numpy(), [low, high]))
     return (bottom, top) if top > bottom else (bottom, bottom + 1.0)
 
 

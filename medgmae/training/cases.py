@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medgmae.data import Augmentation, PreparedScan, Volume, centred_start, crop_or_pad, draws, zscore
-from medgmae.data.input_block import ends_normalized, padding
+from medgmae.data.input_block import ORDER, ends_normalized, padding, uncut
 from medgmae.data.preparation import Preparation
 from medgmae.training.batches import CaseBatch, Samples, stacked
 from medgmae.training.settings import ViewSettings
@@ -48,11 +48,15 @@ class View:
         whole = len(size) == len(patch) == 3 and all(n > 0 and n % p == 0 for n, p in zip(size, patch, strict=True))
         expect(whole, f"view.size is {list(size)}; expected three multiples of the patch {list(patch)}")
         changed = dict(block)
-        crop = [one for one in block.get("crop") or () if one != "center"]
+        crop = uncut(block)
         resized = (block.get("resample") or {}).get("to") == "size"
         if settings.kind == "resize":
             changed["resample"] = {**(block.get("resample") or {}), "to": "size"}
             changed |= {"size": list(size), "spacing": None, "crop": crop}
+            if "foreground" in crop:  # what is resized is not cut any more
+                order = [step for step in block.get("order") or ORDER if step != "resample"]
+                order.insert(order.index("foreground") + 1, "resample")
+                changed["order"] = order
         elif settings.kind == "center":
             expect(
                 not resized or list(size) == list(block["size"]),
@@ -67,8 +71,7 @@ class View:
     @property
     def prepared(self) -> dict[str, Any]:
         """The block by which scans are prepared; what depends on the part that is seen is done when it is cut."""
-        crop = [one for one in self.input.get("crop") or () if one != "center"]
-        return {**self.input, "crop": crop} | ({"normalize": "none"} if self.cut_first else {})
+        return {**self.input, "crop": uncut(self.input)} | ({"normalize": "none"} if self.cut_first else {})
 
     @property
     def cut_first(self) -> bool:
