@@ -16,6 +16,9 @@ _PUBLIC = {
     "LoadReport": "medgmae.checkpoints.report",
     "WeightCard": "medgmae.checkpoints.cards",
     "WeightsError": "medgmae.checkpoints.cards",
+    "Recommendation": "medgmae.checkpoints.choosing",
+    "choose_weights": "medgmae.checkpoints.choosing",
+    "recommend": "medgmae.factory",
     "list_weights": "medgmae.checkpoints.cards",
     "weight_card": "medgmae.checkpoints.cards",
     "export_model": "medgmae.checkpoints.exporting",
@@ -92,6 +95,8 @@ if TYPE_CHECKING:
     from medgmae.checkpoints.cards import WeightsError as WeightsError
     from medgmae.checkpoints.cards import list_weights as list_weights
     from medgmae.checkpoints.cards import weight_card as weight_card
+    from medgmae.checkpoints.choosing import Recommendation as Recommendation
+    from medgmae.checkpoints.choosing import choose_weights as choose_weights
     from medgmae.checkpoints.exporting import export_model as export_model
     from medgmae.checkpoints.inspection import inspect_checkpoint as inspect_checkpoint
     from medgmae.checkpoints.loading import load_pretrained as load_pretrained
@@ -110,6 +115,7 @@ if TYPE_CHECKING:
     from medgmae.factory import create_model as create_model
     from medgmae.factory import create_transform as create_transform
     from medgmae.factory import list_models as list_models
+    from medgmae.factory import recommend as recommend
     from medgmae.gaussians.fitting import fit_gaussians as fit_gaussians
     from medgmae.gaussians.rendering import GaussianRenderer as GaussianRenderer
     from medgmae.gaussians.rendering import Gaussians as Gaussians

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import torch
 
 from medgmae.checkpoints.adapt import Inflate
 from medgmae.checkpoints.cards import HUB_ORG, WeightCard, WeightsError, list_weights, weight_card
+from medgmae.checkpoints.choosing import Recommendation, ScanFacts, Seen, choose_weights, judged
 from medgmae.checkpoints.configs import described_model, label_names
 from medgmae.checkpoints.dialects.entries import TokenOrder
 from medgmae.checkpoints.loading import load_pretrained, materialize
 from medgmae.checkpoints.opening import OpenSource, Source, open_source
 from medgmae.checkpoints.paths import check_source
+from medgmae.data.contrasts import Scan
 from medgmae.data.geometry import VolumeError
 from medgmae.data.preparation import Preparation
+from medgmae.data.scan_header import read_header
 from medgmae.models.encoder import Encoder, Model
 from medgmae.models.gmae import GaussianMAE
 from medgmae.models.mae import MaskedAutoencoder
@@ -284,3 +287,39 @@ def create_transform(source: Any, *, whole: bool = False) -> Preparation:
         VolumeError: the source has no ``input`` block, or the block is not valid.
     """
     return Preparation(card_input(source), whole=whole)
+
+
+def recommend(
+    scan: Scan | Mapping[str, Scan],
+    *,
+    modality: str | None = None,
+    region: str | None = None,
+    licence: str | None = None,
+) -> list[Recommendation]:
+    """Published encoders for a scan, the best first, with what speaks for and against each: whether they were trained
+    on its modality and region, take its channels, and what spacing and field of view leave of it.
+
+    Only headers are read, and only cards are compared: nothing is learned, and nothing is known of what you want to do.
+
+    Args:
+        scan: a file, a DICOM folder, an image in memory, or a case of several contrasts as a mapping or a folder.
+        modality: of the scan, "CT", "MR", ...; by default what its header says, which only DICOM does.
+        region: of the scan: head, neck, chest, abdomen, pelvis or limbs; by default what its header says.
+        licence: see :func:`~medgmae.choose_weights`.
+
+    Raises:
+        VolumeError: the header cannot be read.
+        WeightsError: another region.
+    """
+    header = read_header(scan)
+    facts = ScanFacts(
+        header.channels, header.grid.spacing, header.grid.size, modality or header.modality, region or header.region
+    )
+    found = []
+    for tag in choose_weights(licence=licence):
+        card = weight_card(tag)
+        if card.availability == "none" or card.input is None or card.architecture not in get_args(EncoderName):
+            continue
+        stored, prepared = Preparation(card.input).grids(header.grid)
+        found.append(judged(card, facts, Seen(stored.spacing, prepared.spacing, prepared.size)))
+    return sorted(found, key=lambda one: one.rank)

@@ -137,6 +137,8 @@ def test_unknown_tag(tag: str, architecture: str | None, hint: str) -> None:
         ({"license": ""}, "'license'"),
         ({"input": "CT"}, "'input'"),
         ({"redistribute": "no"}, "'redistribute' is 'no', expected null, true or false"),
+        ({"trained_on": {"modalities": ["CT"]}}, "'trained_on'"),
+        ({"trained_on": {"modalities": ["CT"], "regions": ["brain"], "scans": None}}, r"some of \[.head"),
     ],
 )
 def test_malformed_fields(fields: dict[str, Any], message: str) -> None:

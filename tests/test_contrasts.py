@@ -197,7 +197,7 @@ def test_zscore_of_all_channels_together() -> None:
     like = Volume(data[:1])
     assert abs(float(zscore(Volume(data), together=True, like=like).data[0].mean())) < 1e-6
     for wrong in ({"nonzero": True, "together": True}, {"like": like}):
-        with pytest.raises(VolumeError, match="together goes without nonzero"):
+        with pytest.raises(VolumeError, match="expected at most one of nonzero, together and of"):
             zscore(Volume(data), **wrong)  # type: ignore[arg-type]
 
 

@@ -65,6 +65,11 @@ PARTS = [
     "selfmedmae/metrics_brats",
     "selfmedmae/metrics_btcv",
     "selfmedmae/sliding_window",
+    "colipri/preprocess_int16",
+    "voxelfm/preprocess_crop_budget",
+    "beyond/dino3d_preprocess",
+    "beyond/m3d_preprocess",
+    "beyond/segvol_preprocess",
 ]
 
 # Wrappings that training code puts around weights: entry of the container ("" for none) and prefix of the names.

@@ -31,6 +31,7 @@ from medgmae.data import (
     write_volume,
     zscore,
 )
+from medgmae.data.geometry import axis_maps
 from medgmae.factory import create_transform
 
 ROOT = Path(__file__).parent.parent
@@ -94,10 +95,27 @@ def test_resample_is_simpleitks(
     volume = tilted()
     ours = resample(volume, **target, interpolation=interpolation, origin=origin, outside=-5.0)
     theirs = by_simpleitk(volume, ours, interpolator, -5.0)
-    if interpolation == "nearest":  # ties may go either way
-        assert (ours.data[0].numpy() == theirs).mean() > 0.98
+    if interpolation == "nearest":  # half way between two voxels, SimpleITK goes by the last digit
+        maps = axis_maps(volume.grid, ours.grid)
+        assert maps is not None
+        clear = [np.flatnonzero(np.abs(each.positions % 1 - 0.5) > 1e-3) for each in maps]
+        assert min(map(len, clear)) >= 4
+        np.testing.assert_array_equal(ours.data[0].numpy()[np.ix_(*clear)], theirs[np.ix_(*clear)])
     else:
         np.testing.assert_allclose(ours.data[0].numpy(), theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.3])
+@pytest.mark.parametrize(("old", "new"), [(512, 256), (96, 32), (37, 32), (20, 8), (8, 20)])
+def test_nearest_is_torchs_nearest_exact(old: int, new: int, tilt: float) -> None:
+    """Halving an axis puts every voxel half way between two."""
+    direction = np.array(sitk.VersorTransform((0.1, -0.2, 0.3), tilt).GetMatrix()).reshape(3, 3)
+    volume = Volume(
+        torch.arange(old).reshape(1, 1, 1, old), Grid((1, 1, old), (3.0, 1.1, 0.7), (-211, 17, 903), direction)
+    )
+    ours = resample(volume, size=(1, 1, new), interpolation="nearest")
+    theirs = torch.nn.functional.interpolate(volume.data.float()[:, 0], new, mode="nearest-exact")
+    assert torch.equal(ours.data[0, 0].float(), theirs[0])
 
 
 def test_resample_keeps_what_it_says_it_keeps() -> None:

@@ -27,7 +27,9 @@ HUB_ORG = "medgmae"
 _log = logging.getLogger("medgmae")
 _TAG = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+")
 _HUB_FIELDS = {"repo", "revision", "file"}
-_OPTIONAL = {"page_file", "redistribute", "token_order"}
+_OPTIONAL = {"page_file", "redistribute", "token_order", "trained_on"}
+REGIONS = ("head", "neck", "chest", "abdomen", "pelvis", "limbs")
+"""Parts of the body, in the words of a card's ``trained_on``."""
 
 
 class WeightsError(RuntimeError):
@@ -61,7 +63,9 @@ class WeightCard:
         license: licence of the weights as the hub spells it (``cc-by-nc-4.0``); ``unknown`` when none is stated.
         redistribute: whether the licence allows to pass on the weights, converted or not; ``None`` when not known. With
             ``False`` ``push_to_hub`` refuses a public repository.
-        training_data: what the weights were trained on.
+        training_data: what the weights were trained on, in words.
+        trained_on: the same for choosing: ``{"modalities", "regions", "scans"}``, as in ``{"modalities": ["CT"],
+            "regions": ["chest"], "scans": 98000}``; ``scans`` is ``None`` when not known, regions are of ``REGIONS``.
         citation: how to cite the weights.
         input: modality, channels and their contrasts, size, spacing, orientation and intensity rule of the input: the
             keys of :class:`~medgmae.data.preparation.Preparation`.
@@ -85,6 +89,7 @@ class WeightCard:
     license: str | None = None
     redistribute: bool | None = None
     training_data: str | None = None
+    trained_on: Mapping[str, Any] | None = field(default=None, hash=False)
     citation: str | None = None
     input: Mapping[str, Any] | None = field(default=None, hash=False)
     notes: str | None = None
@@ -115,6 +120,11 @@ class WeightCard:
         for name in ("license", "training_data", "citation", "notes"):
             value = getattr(self, name)
             self._expect(name, value is None or _is_text(value), "null or text")
+        self._expect(
+            "trained_on",
+            self.trained_on is None or _is_domain(self.trained_on),
+            f"null or {{modalities: ['CT', ...], regions: some of {list(REGIONS)}, scans: a number or null}}",
+        )
         self._expect("input", self.input is None or _is_object(self.input), "null or an object")
         self._expect("token_order", self.token_order in (None, "raster", "swapped"), "null, 'raster' or 'swapped'")
         if self.url is not None and not any(self.url_hashes()):
@@ -275,6 +285,17 @@ def _is_match(pattern: re.Pattern[str], value: object) -> bool:
 
 def _is_object(value: object) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def _is_domain(value: object) -> bool:
+    if not isinstance(value, Mapping) or set(value) != {"modalities", "regions", "scans"}:
+        return False
+    lists = [value["modalities"], value["regions"]]
+    if not all(isinstance(one, (list, tuple)) and all(map(_is_text, one)) for one in lists) or not lists[0]:
+        return False
+    scans = value["scans"]
+    counted = scans is None or (type(scans) is int and scans > 0)
+    return counted and set(lists[1]) <= set(REGIONS) and all(one == one.upper() for one in lists[0])
 
 
 def _plain(value: Any) -> Any:

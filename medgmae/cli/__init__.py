@@ -1,6 +1,6 @@
-"""The command line: ``medgmae list``, ``info``, ``features``, ``probe``, ``segment``, ``score``, ``slices``,
-``reconstruct``, ``latent-map``, ``saliency``, ``fit``, ``convert``, ``export``, ``verify``, ``data``, ``pretrain``,
-``finetune``, ``predict``, ``runs``.
+"""The command line: ``medgmae list``, ``info``, ``recommend``, ``features``, ``probe``, ``segment``, ``score``,
+``slices``, ``reconstruct``, ``latent-map``, ``saliency``, ``fit``, ``convert``, ``export``, ``verify``, ``data``,
+``pretrain``, ``finetune``, ``predict``, ``runs``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -20,7 +20,7 @@ from medgmae.cli.features import features_command
 from medgmae.cli.finetune import finetune_command
 from medgmae.cli.fit import fit_command
 from medgmae.cli.latent_map import latent_map_command
-from medgmae.cli.models import info_command, list_command
+from medgmae.cli.models import info_command, list_command, recommend_command
 from medgmae.cli.predict import predict_command
 from medgmae.cli.pretrain import pretrain_command, runs_command
 from medgmae.cli.probe import probe_command
@@ -46,6 +46,7 @@ def main(debug: bool) -> None:
 
 main.add_command(list_command)
 main.add_command(info_command)
+main.add_command(recommend_command)
 main.add_command(features_command)
 main.add_command(probe_command)
 main.add_command(segment_command)

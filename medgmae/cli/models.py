@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -30,21 +31,34 @@ AVAILABILITY = {"package": "shipped", "hub": "hub", "url": "download", "page": "
 @click.option(
     "--pretrained", is_flag=True, help="Only weights that are shipped or downloaded without a visit to a web page."
 )
+@click.option("--licence", metavar="NAME", help="Only weights of this licence, or 'permissive'.")
+@click.option("--modality", metavar="NAME", help="Only weights that were trained on it: CT, MR, PET.")
+@click.option(
+    "--region", metavar="NAME", help="Only weights that were trained on it: head, neck, chest, abdomen, pelvis, limbs."
+)
 @json_option
 @reports_errors
-def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
+def list_command(
+    pattern: str, pretrained: bool, licence: str | None, modality: str | None, region: str | None, as_json: bool
+) -> None:
     """List architectures and known weights whose name matches PATTERN.
 
     PATTERN is shell-style ('vit_*_256*'); without a wildcard it may stand anywhere in the name ('tangerine').
+    'permissive' are licences that allow any use and ask for no more than a mention, such as Apache-2.0 and CC BY 4.0.
     """
     tags = medgmae.list_models(pattern, pretrained=True) if pretrained else medgmae.list_weights(pattern)
-    names = sorted([*tags, *([] if pretrained else medgmae.list_models(pattern))])
+    narrowed = bool(licence or modality or region)
+    if narrowed:
+        tags = medgmae.choose_weights(tags, licence=licence, modality=modality, region=region) if tags else []
+    names = sorted([*tags, *([] if pretrained or narrowed else medgmae.list_models(pattern))])
     rows = [_row(name) for name in names]
     if as_json:
         echo_json(rows)
         return
     if not rows:
-        raise NotRecognisedError(f"no model or weights match {pattern!r}; `medgmae list` shows all names")
+        options = {"--licence": licence, "--modality": modality, "--region": region}
+        asked = "".join(f" {name} {value}" for name, value in options.items() if value)
+        raise NotRecognisedError(f"no model or weights match {pattern!r}{asked}; `medgmae list` shows all names")
     table = [("NAME", "PARAMETERS", "INPUT", "PATCH", "WEIGHTS", "LICENCE", "SIZE")]
     for row in rows:
         card = row["weights"] or {}
@@ -60,6 +74,37 @@ def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
             )
         )
     echo_table(table)
+
+
+@click.command("recommend")
+@click.argument("scan", type=click.Path(exists=True, path_type=Path))
+@click.option("--modality", metavar="NAME", help="Of the scan: CT, MR, PET. By default what its header says.")
+@click.option(
+    "--region",
+    metavar="NAME",
+    help="Of the scan: head, neck, chest, abdomen, pelvis, limbs. By default what its header says.",
+)
+@click.option("--licence", metavar="NAME", help="Only weights of this licence, or 'permissive'.")
+@json_option
+@reports_errors
+def recommend_command(scan: Path, modality: str | None, region: str | None, licence: str | None, as_json: bool) -> None:
+    """Say which published encoders were trained on scans like SCAN, with reasons for and against.
+
+    SCAN is a file, a DICOM folder, or a folder with the contrasts of a case. Only its header is read. Modality and
+    region stand in DICOM headers alone: give them for other formats.
+    """
+    found = medgmae.recommend(scan, modality=modality, region=region, licence=licence)
+    if as_json:
+        echo_json([dataclasses.asdict(one) for one in found])
+        return
+    if not found:
+        raise NotRecognisedError(f"no published encoder has the licence {licence!r}; `medgmae list` shows all names")
+    signs = {"yes": "suits", "perhaps": "perhaps", "no": "does not suit"}
+    for one in found:
+        click.echo(f"{one.tag}: {signs[one.suits]} ({AVAILABILITY[one.availability]}, {one.licence or 'no licence'})")
+        for sign, reasons in (("+", one.reasons_for), ("-", one.reasons_against), ("?", one.unknown)):
+            for reason in reasons:
+                click.echo(f"  {sign} {reason}")
 
 
 @click.command("info")

@@ -119,7 +119,7 @@ def saliency_command(
         "output": _output(model, output),
         "window": window,
         "overlap": overlap,
-        "outside": prepare.input["pad"],
+        "outside": prepare.pad,
         "upsampling": upsampling,
     }
 

@@ -28,6 +28,7 @@ from medgmae.data.transforms import (
     reorient,
     resample,
     resample_like,
+    standardize,
     window,
     zscore,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "shown",
     "slices",
     "stack_channels",
+    "standardize",
     "unique_names",
     "window",
     "write_dicom_seg",

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
-Origin = Literal["centered", "first_voxel"]
+Origin = Literal["centered", "first_voxel", "edges"]
+Rounding = Literal["round", "floor"]
+Centering = Literal["middle", "floor", "ceil"]
 
 _SIDES = ("RL", "AP", "IS")  # per world axis (x, y, z) in LPS: the side of the negative and of the positive direction
 _PERTURBATION = np.eye(3) + 1e-5 * np.array([[0, -3, 2], [3, 0, -1], [-2, 1, 0]])
@@ -42,13 +44,18 @@ def sizes(size: int | Sequence[int]) -> tuple[int, int, int]:
     return d, h, w
 
 
-def centred_start(size: Sequence[int], wanted: Sequence[int]) -> list[int]:
+def centred_start(size: Sequence[int], wanted: Sequence[int], rule: Centering = "middle") -> list[int]:
     """First voxel of ``wanted`` voxels in the middle of ``size``, per axis; negative where it takes padding.
 
-    The one rule of the library: voxel ``n // 2`` becomes voxel ``wanted // 2``, so that a crop undoes a pad whatever
-    is odd or even.
+    The rule of the library is ``"middle"``: voxel ``n // 2`` becomes voxel ``wanted // 2``, so that a crop undoes a pad
+    whatever is odd or even. The others are those of other programs: what is cut, or added, in front is half the
+    difference, rounded down (``"floor"``) or up (``"ceil"``, TorchIO).
     """
-    return [n // 2 - m // 2 for n, m in zip(size, wanted, strict=True)]
+    pairs = list(zip(size, wanted, strict=True))
+    if rule == "middle":
+        return [n // 2 - m // 2 for n, m in pairs]
+    up = int(rule == "ceil")
+    return [(1 if n > m else -1) * ((abs(n - m) + up) // 2) for n, m in pairs]
 
 
 def spacings(spacing: float | Sequence[float]) -> tuple[float, float, float]:
@@ -209,36 +216,42 @@ class Grid:
             self.direction[:, order] * np.array(signs),
         )
 
-    def with_spacing(self, spacing: float | Sequence[float], origin: Origin = "centered") -> Grid:
+    def with_spacing(
+        self, spacing: float | Sequence[float], origin: Origin = "centered", rounding: Rounding = "round"
+    ) -> Grid:
         """A grid of another spacing (d, h, w) in millimetres, or one number for all axes, over the same field of view.
 
-        ``"centered"`` keeps the centre: ``round(n * old / new)`` voxels. ``"first_voxel"`` keeps the first voxel's
+        ``"centered"`` keeps the centre: ``round(n * old / new)`` voxels. ``"edges"`` has as many and keeps the outer
+        edges, so that the spacing is only near the one that is asked for. ``"first_voxel"`` keeps the first voxel's
         centre and stays within half a new voxel of the last one: ``round((n - 1) * old / new + 1)`` voxels, as
         MONAI's ``Spacing`` does.
+
+        ``rounding="floor"`` is TorchIO's: down to whole voxels, and an axis of one voxel keeps it.
         """
         new = spacings(spacing)
-        ratios = [old / step for old, step in zip(self.spacing, new, strict=True)]
-        if origin == "first_voxel":
-            counts = [round((n - 1) * ratio + 1) for n, ratio in zip(self.size, ratios, strict=True)]
+        apart = 1 if origin == "first_voxel" else 0
+        counts = [(n - apart) * old / step + apart for n, old, step in zip(self.size, self.spacing, new, strict=True)]
+        if rounding == "floor":
+            whole = [1 if n == 1 else max(1, math.floor(count)) for n, count in zip(self.size, counts, strict=True)]
         else:
-            counts = [max(1, round(n * ratio)) for n, ratio in zip(self.size, ratios, strict=True)]
-        return self._regular(counts, new, origin)
+            whole = [max(1, round(count)) for count in counts]
+        return self.with_size(whole) if origin == "edges" else self._regular(whole, new, origin)
 
     def with_size(self, size: int | Sequence[int], origin: Origin = "centered") -> Grid:
         """A grid of ``size`` voxels (d, h, w), or one number for all axes, of spacing ``n * old / size``, that keeps
-        the centre or the first voxel's centre."""
+        the centre, and so the edges, or the first voxel's centre."""
         counts = sizes(size)
         spacing = [n * old / new for n, old, new in zip(self.size, self.spacing, counts, strict=True)]
         return self._regular(counts, spacing, origin)
 
     def _regular(self, size: Sequence[int], spacing: Sequence[float], origin: Origin) -> Grid:
         first = np.zeros(3)
-        if origin == "centered":
+        if origin in ("centered", "edges"):
             old_extent = (np.array(self.size) - 1) * np.array(self.spacing)
             new_extent = (np.array(size) - 1) * np.array(spacing)
             first = (old_extent - new_extent) / 2 / np.array(self.spacing)
         elif origin != "first_voxel":
-            raise VolumeError(f"origin is {origin!r}; expected 'centered' or 'first_voxel'")
+            raise VolumeError(f"origin is {origin!r}; expected 'centered', 'edges' or 'first_voxel'")
         return Grid(size, spacing, tuple(self.world(first)), self.direction)
 
 

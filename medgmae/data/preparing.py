@@ -21,6 +21,7 @@ import torch
 
 from medgmae.data.formats.itk import simpleitk
 from medgmae.data.geometry import VolumeError, sizes
+from medgmae.data.input_block import padding
 from medgmae.data.preparation import Preparation
 from medgmae.data.scan_task import ListedScan, Task, described, prepare, state_of, task_of
 from medgmae.data.store import (
@@ -274,6 +275,6 @@ def _warn(prepared: PreparedFolder) -> None:
             "%d of %d prepared volumes have no voxel above pad=%g, %s for one: crops of them are drawn evenly",
             len(bare),
             len(prepared.scans),
-            prepared.input["pad"],
+            padding(prepared.input),
             bare[0],
         )

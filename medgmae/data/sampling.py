@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from medgmae.data.volume import Volume
 
 Voxels = NDArray[Any]
 Interpolation = Literal["nearest", "linear", "bspline"]
+KeepDtype: TypeAlias = Literal["truncate"] | bool
 
 _SLAB = 1 << 18  # voxels: about 1 MB of float32
+_HALF = 1e-6  # voxels: half way between two voxels is the higher one, whatever the last digit of a position
 
 
 def _inside(positions: Floats, voxels: int) -> tuple[int, int]:
@@ -41,7 +43,7 @@ def _along(data: Voxels, axis: int, positions: Floats, interpolation: Interpolat
     last = data.shape[axis] - 1
     positions = positions.clip(0, last)
     if interpolation == "nearest":
-        return _pick(data, axis, np.floor(positions + 0.5).clip(0, last))
+        return _pick(data, axis, np.floor(positions + 0.5 + _HALF).clip(0, last))
     below = np.floor(positions)
     if (below == positions).all():
         return _pick(data, axis, positions)
@@ -141,14 +143,17 @@ def sample(volume: Volume, target: Grid, interpolation: Interpolation, outside: 
     return Volume(_itk(volume, target, interpolation, outside), target, volume.source)
 
 
-def onto(volume: Volume, target: Grid, interpolation: Interpolation, outside: float | None, keep_dtype: bool) -> Volume:
+def onto(
+    volume: Volume, target: Grid, interpolation: Interpolation, outside: float | None, keep_dtype: KeepDtype
+) -> Volume:
     """``sample``; with ``keep_dtype`` integers come back rounded, B-splines as SimpleITK gives them when it is handed
-    integers."""
+    integers; with ``"truncate"`` cut towards zero, as where SimpleITK interpolates integers linearly."""
+    stored = volume.data.dtype
+    if keep_dtype and stored.is_floating_point:
+        return sample(volume, target, interpolation, outside).to(stored)
+    if keep_dtype == "truncate":  # in double precision: what is a whole number must not fall below it
+        return sample(volume.to(torch.float64), target, interpolation, outside).to(stored)
     if keep_dtype and interpolation == "bspline":
         return Volume(_itk(volume, target, "bspline", outside), target, volume.source)
     result = sample(volume, target, interpolation, outside)
-    if keep_dtype and result.data.dtype != volume.data.dtype:
-        result = result.with_data(
-            (result.data if volume.data.is_floating_point() else result.data.round()).to(volume.data.dtype)
-        )
-    return result
+    return result.with_data(result.data.round().to(stored)) if keep_dtype and result.dtype != stored else result

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from medgmae.data.foreground import ForegroundTable
 from medgmae.data.formats.beside import files_of
 from medgmae.data.geometry import VolumeError
+from medgmae.data.input_block import ends_normalized, padding
 from medgmae.data.io import read_volume
 from medgmae.data.preparation import Preparation
 from medgmae.data.store import SUFFIX, PreparedScan, digest_of, read_facts, write_prepared
-from medgmae.data.transforms import crop_or_pad
+from medgmae.data.transforms import crop_or_pad, resample_like
 from medgmae.data.volume import Volume
 
 _PIECE = 1 << 22
@@ -161,21 +162,32 @@ def prepare(task: Task) -> PreparedScan:
 
 
 def _volume_and_foreground(task: Task) -> tuple[Volume, NDArray[np.bool_]]:
-    """The prepared volume, and where any channel is above ``pad`` before it is normalised: that is where the padding
-    of a recipe is background whatever the statistics."""
+    """The prepared volume, and where any channel is above its padding before it is normalised: that is where the
+    padding of a recipe is background whatever the statistics."""
     block = task.input
     given: Any = task.source
     if task.series is not None:
         given = read_volume(task.path, series=task.series, files=task.files, channels=block["channels"])
-    volume = Preparation({**block, "normalize": "none"}, whole=True)(given)
-    mask = volume.with_data((volume.data > block["pad"]).any(dim=0, keepdim=True))
+    plain = {**block, "normalize": "none"}
+    if not ends_normalized(block):  # what follows the normalisation goes by its numbers
+        nearest = block["resample"] and {**block["resample"], "interpolation": "nearest"}
+        volume = Preparation(block, whole=True)(given)
+        mask = _foreground(Preparation({**plain, "resample": nearest}, whole=True)(given), block)
+        mask = resample_like(mask, volume, interpolation="nearest")
+        return volume, mask.data[0].numpy().astype(bool)
+    volume = Preparation(plain, whole=True)(given)
+    mask = _foreground(volume, block)
     if block["normalize"] != "none":
-        rest = {key: block[key] for key in ("channels", "normalize", "size", "pad")}
+        rest = {key: block[key] for key in ("channels", "normalize", "size", "pad", "centering")}
         centre = [step for step in block["crop"] if step == "center"]
         volume = Preparation({**rest, "crop": centre}, whole=True)(volume)
         if volume.size != mask.size:  # "zscore_all" pads short axes
             mask = crop_or_pad(mask, volume.size)
     return volume, mask.data[0].numpy().astype(bool)
+
+
+def _foreground(volume: Volume, block: dict[str, Any]) -> Volume:
+    return volume.with_data((volume.data > padding(block)).any(dim=0, keepdim=True))
 
 
 def _slug(name: str) -> str:

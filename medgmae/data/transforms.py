@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from medgmae.data.geometry import Grid, Origin, VolumeError, centred_start, sizes
-from medgmae.data.sampling import Interpolation, onto, sample
+from medgmae.data.geometry import Grid, Origin, Rounding, VolumeError, centred_start, sizes
+from medgmae.data.intensities import Counted, bounding_box, counted, mostly_true
+from medgmae.data.sampling import Interpolation, KeepDtype, onto, sample
 from medgmae.data.volume import ScanLike, Volume, as_volume
 
 
@@ -42,7 +43,8 @@ def resample(
     interpolation: Interpolation = "linear",
     origin: Origin = "centered",
     outside: float | None = None,
-    keep_dtype: bool = False,
+    keep_dtype: KeepDtype = False,
+    rounding: Rounding = "round",
 ) -> Volume:
     """The same field of view on another spacing or another number of voxels.
 
@@ -51,17 +53,20 @@ def resample(
         spacing: millimetres (d, h, w), or one number for all axes; give this or ``size``.
         size: voxels (d, h, w), or one number for all axes.
         interpolation: ``"linear"``, ``"nearest"`` (labels) or ``"bspline"`` (order 3, SimpleITK's).
-        origin: what stays in place: the centre of the volume, or the centre of its first voxel (SimpleITK recipes and
-            MONAI do this; the grid can then reach up to half a new voxel beyond the far side).
+        origin: what stays in place: the centre of the volume; its outer edges, with a spacing near the one that is
+            asked for; or the centre of its first voxel (SimpleITK recipes and MONAI do this; the grid can then reach
+            up to half a new voxel beyond the far side).
         outside: value beyond the volume's edge; ``None`` repeats the outermost voxels.
-        keep_dtype: whether integers come back as integers of the stored type, rounded.
+        keep_dtype: whether integers come back as integers of the stored type: rounded, or with ``"truncate"`` cut
+            towards zero, as TorchIO gives them.
+        rounding: how a spacing's number of voxels becomes whole, ``"round"`` or ``"floor"``, TorchIO's.
 
     Raises:
         VolumeError: both or neither of ``spacing`` and ``size``, or numbers that are not positive.
     """
     volume = as_volume(volume)
     if spacing is not None and size is None:
-        target = volume.grid.with_spacing(spacing, origin)
+        target = volume.grid.with_spacing(spacing, origin, rounding)
     elif size is not None and spacing is None:
         target = volume.grid.with_size(size, origin)
     else:
@@ -108,34 +113,46 @@ def feature_map(data: torch.Tensor, of: ScanLike) -> Volume:
     )
 
 
-def percentiles(volume: ScanLike, bounds: tuple[float, float]) -> tuple[float, float]:
-    """Intensities at two percentiles ``(low, high)``, 0 to 100, of all voxels, for ``window``. A constant volume gives
-    a window of width 1.
+def percentiles(volume: ScanLike, bounds: tuple[float, float], of: Counted = "all") -> tuple[float, float]:
+    """Intensities at two percentiles ``(low, high)``, 0 to 100, for ``window``. A constant volume gives a window of
+    width 1.
+
+    Args:
+        volume: (C, D, H, W).
+        bounds: the percentiles.
+        of: the voxels that count: ``"all"``, ``"nonzero"``, or those ``"above_mean"`` of the volume, as a coarse
+            foreground; all where none is of that kind.
 
     Raises:
-        VolumeError: not a pair 0 <= low < high <= 100.
+        VolumeError: not a pair 0 <= low < high <= 100, or another kind of voxels.
     """
     low, high = _pair("percentiles are", bounds)
     if not 0 <= low < high <= 100:
         raise VolumeError(f"percentiles are {low} and {high}; expected 0 <= low < high <= 100")
-    bottom, top = map(float, np.percentile(np.asarray(as_volume(volume)), [low, high]))
+    volume = as_volume(volume)
+    values = counted(volume.data.detach().cpu(), of)
+    if values.dtype == torch.bfloat16:  # numpy has no such type
+        values = values.float()
+    bottom, top = map(float, np.percentile(values.numpy(), [low, high]))
     return (bottom, top) if top > bottom else (bottom, bottom + 1.0)
 
 
-def window(volume: ScanLike, bounds: tuple[float, float], out: tuple[float, float] = (0.0, 1.0)) -> Volume:
+def window(volume: ScanLike, bounds: tuple[float, float], out: tuple[float, float] | None = (0.0, 1.0)) -> Volume:
     """Intensities clipped to ``bounds`` and mapped linearly to ``out``; float32.
 
     Args:
         volume: (C, D, H, W).
         bounds: the lowest and the highest intensity that is kept, such as ``(-1000, 400)`` of a CT in HU, or
             ``percentiles(volume, (0.5, 99.5))``.
-        out: what they become.
+        out: what they become; None only clips.
 
     Raises:
         VolumeError: not a pair low < high.
     """
     volume, (low, high) = as_volume(volume), _pair("the window is", bounds)
     data = volume.data.to(torch.float32, copy=True).clamp_(low, high)
+    if out is None:
+        return volume.with_data(data)
     return volume.with_data(data.sub_(low).mul_((out[1] - out[0]) / (high - low)).add_(out[0]))
 
 
@@ -147,7 +164,14 @@ def _pair(what: str, bounds: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def zscore(volume: ScanLike, *, nonzero: bool = False, together: bool = False, like: ScanLike | None = None) -> Volume:
+def zscore(
+    volume: ScanLike,
+    *,
+    nonzero: bool = False,
+    together: bool = False,
+    like: ScanLike | None = None,
+    of: Counted = "all",
+) -> Volume:
     """Zero mean and unit variance; float32. A constant channel becomes zero.
 
     Args:
@@ -156,27 +180,41 @@ def zscore(volume: ScanLike, *, nonzero: bool = False, together: bool = False, l
         together: one mean and one unbiased deviation of all channels and voxels, which keeps the contrast between
             channels (the recipe of 3D Mamba MAE), instead of each channel's own mean and population deviation.
         like: with ``together``, the volume that the statistics are taken of; ``volume`` itself by default.
+        of: the voxels that each channel's statistics are of, see ``percentiles``; all voxels change.
 
     Raises:
-        VolumeError: ``nonzero`` with ``together``, or ``like`` without it.
+        VolumeError: more than one of ``nonzero``, ``together`` and ``of``, or ``like`` without ``together``.
     """
     volume, like = as_volume(volume), None if like is None else as_volume(like)
-    if (nonzero and together) or (like is not None and not together):
+    if nonzero + together + (of != "all") > 1 or (like is not None and not together):
         raise VolumeError(
-            f"nonzero={nonzero}, together={together}, like={like}; together goes without nonzero, and like needs it"
+            f"nonzero={nonzero}, together={together}, like={like}, of={of!r}; expected at most one of nonzero, "
+            "together and of, and like only with together"
         )
-    data = volume.data.to(torch.float32, copy=True)
     if together:
         values = (volume if like is None else like).data.double()
         std, mean = torch.std_mean(values, correction=min(1, values.numel() - 1))
-        return volume.with_data(((data - mean) / (std if std > 0 else 1.0)).float())
+        return standardize(volume, float(mean), float(std))
+    data = volume.data.to(torch.float32, copy=True)
     for channel in data:
         mask = channel != 0 if nonzero else torch.ones_like(channel, dtype=torch.bool)
-        values = channel[mask]
-        if values.numel():
-            std, mean = torch.std_mean(values.double(), correction=0)
-            channel[mask] = ((values - mean) / (std if std > 0 else 1.0)).float()
+        if mask.any():
+            std, mean = torch.std_mean(counted(channel, "nonzero" if nonzero else of).double(), correction=0)
+            channel[mask] = ((channel[mask] - mean) / (std if std > 0 else 1.0)).float()
     return volume.with_data(data)
+
+
+def standardize(volume: ScanLike, mean: float, std: float) -> Volume:
+    """``(volume - mean) / std``, with the mean and deviation of a training set, say; float32. A deviation of 0 counts
+    as 1.
+
+    Raises:
+        VolumeError: a negative deviation.
+    """
+    if not std >= 0:
+        raise VolumeError(f"the standard deviation is {std}; expected a positive number")
+    volume = as_volume(volume)
+    return volume.with_data(volume.data.to(torch.float32, copy=True).sub_(mean).div_(std or 1.0))
 
 
 def crop_or_pad(
@@ -199,22 +237,32 @@ def crop_or_pad(
     return sample(volume, target, "nearest", value)
 
 
-def crop_foreground(volume: ScanLike, threshold: float = 0.0, margin: int = 0) -> Volume:
+def crop_foreground(
+    volume: ScanLike, threshold: float = 0.0, margin: int = 0, *, nonzero: bool = False, within: int = 1
+) -> Volume:
     """The smallest box that holds every voxel above ``threshold`` in any channel, widened by ``margin`` voxels within
     the volume.
 
+    Args:
+        volume: (C, D, H, W).
+        threshold: intensity.
+        margin: voxels.
+        nonzero: every voxel that is not 0 counts instead.
+        within: an odd number of voxels: a voxel counts where more than half of the cube of this edge around it do, what
+            lies beyond the volume being background. That leaves out the table and noise in the air.
+
     Raises:
-        VolumeError: no voxel is above the threshold.
+        VolumeError: no voxel counts, or an even ``within``.
     """
     volume = as_volume(volume)
-    mask = (volume.data > threshold).any(dim=0)
-    start, size = [], []
-    for axis, others in enumerate(((1, 2), (0, 2), (0, 1))):
-        used = torch.nonzero(mask.any(dim=others[1]).any(dim=others[0])).flatten().tolist()
-        if not used:
-            raise VolumeError(
-                f"{volume.source}: no voxel above {threshold:g}; the largest is {volume.data.max().item():g}"
-            )
-        start.append(max(0, used[0] - margin))
-        size.append(min(volume.size[axis] - 1, used[-1] + margin) - start[-1] + 1)
+    if within < 1 or within % 2 == 0 or within > 39:
+        raise VolumeError(f"within is {within}; expected an odd number of voxels, 1 to 39")
+    mask = ((volume.data != 0) if nonzero else (volume.data > threshold)).any(dim=0).cpu().numpy()
+    box = bounding_box(mostly_true(mask, within))
+    if box is None:
+        kind = "voxel other than 0" if nonzero else f"voxel above {threshold:g}"
+        among = f" with most of the {within} x {within} x {within} voxels around it" if within > 1 else ""
+        raise VolumeError(f"{volume.source}: no {kind}{among}; the largest is {volume.data.max().item():g}")
+    start = [max(0, first - margin) for first, _ in box]
+    size = [min(n, end + margin) - s for n, (_, end), s in zip(volume.size, box, start, strict=True)]
     return crop_or_pad(volume, size, start=start)

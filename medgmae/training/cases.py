@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medgmae.data import Augmentation, PreparedScan, Volume, centred_start, crop_or_pad, draws, zscore
+from medgmae.data.input_block import ORDER, ends_normalized, padding, uncut
+from medgmae.data.preparation import Preparation
 from medgmae.training.batches import CaseBatch, Samples, stacked
 from medgmae.training.settings import ViewSettings
 from medgmae.training.tables import expect
@@ -46,11 +48,15 @@ class View:
         whole = len(size) == len(patch) == 3 and all(n > 0 and n % p == 0 for n, p in zip(size, patch, strict=True))
         expect(whole, f"view.size is {list(size)}; expected three multiples of the patch {list(patch)}")
         changed = dict(block)
-        crop = [one for one in block.get("crop") or () if one != "center"]
+        crop = uncut(block)
         resized = (block.get("resample") or {}).get("to") == "size"
         if settings.kind == "resize":
             changed["resample"] = {**(block.get("resample") or {}), "to": "size"}
             changed |= {"size": list(size), "spacing": None, "crop": crop}
+            if "foreground" in crop:  # what is resized is not cut any more
+                order = [step for step in block.get("order") or ORDER if step != "resample"]
+                order.insert(order.index("foreground") + 1, "resample")
+                changed["order"] = order
         elif settings.kind == "center":
             expect(
                 not resized or list(size) == list(block["size"]),
@@ -65,34 +71,37 @@ class View:
     @property
     def prepared(self) -> dict[str, Any]:
         """The block by which scans are prepared; what depends on the part that is seen is done when it is cut."""
-        if not self.cut_first:
-            return {**self.input, "crop": [one for one in self.input.get("crop") or () if one != "center"]}
-        crop = [one for one in self.input.get("crop") or () if one != "center"]
-        return {**self.input, "crop": crop, "normalize": "none"}
+        return {**self.input, "crop": uncut(self.input)} | ({"normalize": "none"} if self.cut_first else {})
 
     @property
     def cut_first(self) -> bool:
         """Whether a scan is cut before it is normalised."""
+        return self._cut and ends_normalized(self.input)
+
+    @property
+    def _cut(self) -> bool:
         return "center" in (self.input.get("crop") or ())
 
     @property
     def pad(self) -> float:
         """Intensity beyond a scan."""
-        return float(self.input.get("pad") or 0.0)
+        return padding(self.input)
 
     def whole(self, scan: PreparedScan) -> Volume:
         """All that is seen of a scan without a choice of windows, as ``create_transform`` gives it."""
-        if not self.cut_first:
+        if not self._cut:
             return scan.volume()
-        start = [max(0, at) for at in centred_start(scan.size, self.size)]
         size = [min(n, m) for n, m in zip(scan.size, self.size, strict=True)]
-        volume = Volume(scan.read(start, size), scan.grid.part(start, size))
-        rule = self.input.get("normalize") or "none"
-        if rule == "zscore_all":  # padding is a part of what it standardises
-            return zscore(crop_or_pad(volume, self.size, self.pad), together=True)
-        if rule != "none":
-            volume = zscore(volume, nonzero=rule == "zscore_nonzero")
-        return crop_or_pad(volume, self.size, self.pad)
+        start = centred_start(scan.size, self.size, self.input.get("centering") or "middle")
+        first, beyond = [max(0, at) for at in start], [min(0, at) for at in start]
+        volume = Volume(scan.read(first, size), scan.grid.part(first, size))
+        normalize = self.input.get("normalize") or "none"
+        if not self.cut_first or normalize == "none":
+            return crop_or_pad(volume, self.size, self.pad, start=beyond)
+        if normalize == "zscore_all":  # padding is a part of what it standardises
+            return zscore(crop_or_pad(volume, self.size, self.pad, start=beyond), together=True)
+        volume = Preparation({"channels": volume.channels, "normalize": normalize})(volume)
+        return crop_or_pad(volume, self.size, self.pad, start=beyond)
 
     def sample(self, scan: PreparedScan, rng: np.random.Generator) -> Tensor:
         """(K, C, *size) of a scan for a step of training; windows are drawn."""

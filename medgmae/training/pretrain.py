@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from medgmae.checkpoints.saving import save_pretrained
 from medgmae.data import Augmentation, Crops, PreparedScan, is_prepared
+from medgmae.data.input_block import padding
 from medgmae.factory import create_model
 from medgmae.training.batches import MaskedBatch, MaskedCrops
 from medgmae.training.corpus import Corpus, corpus_of, split
@@ -164,7 +165,7 @@ class Pretraining(Job):
             size,
             per_scan=settings.crops.per_scan,
             foreground=settings.crops.foreground,
-            pad=float(self.corpus.input.get("pad") or 0.0),
+            pad=padding(self.corpus.input),
             normalize=settings.crops.normalize,
             augmentation=Augmentation.of(settings.augmentation) if augment else None,
             seed=settings.training.seed,

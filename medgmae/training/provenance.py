@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from medgmae.checkpoints.cards import WeightCard
+from medgmae.data.input_block import ORDER, uncut
 from medgmae.training.corpus import Corpus
 from medgmae.training.engine import Plan
 from medgmae.training.settings import Settings
@@ -27,8 +28,9 @@ def card_of(
     block = dict(corpus.input)
     volume = list(size) if len(size) == 3 else [1, *size]
     if settings.crops.normalize != "none":
-        block["normalize"] = settings.crops.normalize  # of the crop, which the centre crop stands for
-    crop = [one for one in block.get("crop") or () if one != "center"]
+        block["normalize"] = settings.crops.normalize  # of the crop, which the centre crop stands for: after it
+        block["order"] = [*(step for step in block.get("order") or ORDER if step != "normalize"), "normalize"]
+    crop = uncut(block)
     block |= {"size": volume, "crop": crop if (block.get("resample") or {}).get("to") == "size" else [*crop, "center"]}
     training, held_out = numbers
     names = [scan.name for scan in corpus.scans]

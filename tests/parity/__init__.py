@@ -36,6 +36,7 @@ def run(case: Case) -> None:
         medgmae_cases,
         medgmae_gaussians,
         medgmae_render,
+        preparations,
         primus,
         selfmedmae,
         selfmedmae_2d,

@@ -118,7 +118,7 @@ class Extractor:
             window=None if self.how.window == "whole" else self.how.window,
             overlap=self.how.overlap,
             resize=self.how.resize,
-            outside=self.prepare.preprocessing.input["pad"],
+            outside=self.prepare.preprocessing.pad,
             want_map=bool(self.how.want_map),
             batch_size=self.how.batch_size,
             autocast=torch.bfloat16 if self.how.bf16 else None,
