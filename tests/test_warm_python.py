@@ -76,3 +76,12 @@ def test_commands_of_a_shell() -> None:
         )
     assert done.stdout.split() == ["TEXT", "2", "137"]
     assert "unknown model 'nothing'" in done.stderr
+
+
+def test_a_program_on_standard_input() -> None:
+    path = f"{warm_python.commands()}:{os.environ['PATH']}"
+    script = "python - one <<'EOF'\nimport sys\nsys.stdout.write(str(sys.argv))\nEOF"
+    done = subprocess.run(
+        ["bash", "-ec", script], env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "['-', 'one']"), done.stderr

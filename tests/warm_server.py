@@ -120,7 +120,7 @@ def become(connection: socket.socket) -> NoReturn:
 
 
 def python(arguments: list[str]) -> int:
-    """Options -W, then -c CODE, -m MODULE or a script."""
+    """Options -W, then -c CODE, -m MODULE, - for a program on standard input, or a script."""
     sys.path[:1] = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     while arguments[0] == "-W":
@@ -130,10 +130,11 @@ def python(arguments: list[str]) -> int:
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    elif arguments[0] == "-c":
-        sys.argv = ["-c", *arguments[2:]]
+    elif arguments[0] in ("-c", "-"):
+        program = sys.stdin.read() if arguments[0] == "-" else arguments[1]
+        sys.argv = arguments if arguments[0] == "-" else ["-c", *arguments[2:]]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(arguments[1], "<string>", "exec"), main.__dict__)
+        exec(compile(program, "<string>", "exec"), main.__dict__)
     else:
         sys.argv, sys.path[0] = arguments, os.path.dirname(arguments[0])
         runpy.run_path(arguments[0], run_name="__main__")
