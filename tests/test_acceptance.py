@@ -1,10 +1,9 @@
-"""Weights on scans: the order of their tokens, their orientation, their features; small files in the official layouts."""
+"""Weights on scans: order of tokens, orientation, features; on small files in the official layouts."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,9 +53,9 @@ def trained() -> Any:
 
 
 @pytest.fixture(params=["swapped", "raster"])
-def nnssl(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+def nnssl(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
     """A container of nnssl's whose file does not say in which order its tokens are."""
-    yield request.param, write(tmp_path / "checkpoint_final.pth", to_nnssl(trained(), request.param), None)
+    return request.param, write(tmp_path / "checkpoint_final.pth", to_nnssl(trained(), request.param), None)
 
 
 def test_the_right_order_of_tokens_wins(nnssl: tuple[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""What ``medgmae verify`` runs on scans: names and shapes cannot show a wrong order of tokens or a scan that is turned."""
+"""What ``medgmae verify`` runs on scans: names and shapes cannot show a wrong order of tokens or axes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Check:
 
 def example_scans(card: medgmae.WeightCard) -> list[Path]:
     """The example scans of a checkout, that of the card's modality first; none where the package is installed alone."""
-    folder = Path(medgmae.__file__).parent.parent / "examples/data"
+    folder = Path(__file__).parents[2] / "examples/data"
     modalities = list((card.trained_on or {}).get("modalities", []))
     names = sorted(EXAMPLES, key=lambda name: modalities.index(name) if name in modalities else len(modalities))
     return [folder / EXAMPLES[name] for name in names if (folder / EXAMPLES[name]).is_file()]
