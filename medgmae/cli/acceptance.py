@@ -146,7 +146,7 @@ def _orientation(check: Check, found: medgmae.Verification, scan: Path) -> None:
     for orientation in (own, spec["other"]):
         volume = medgmae.create_transform({**(card.input or {}), "orientation": orientation})(scan)
         head: Any = "projected" if "projection_dim" in spec["model_args"] else None
-        vectors[orientation] = medgmae.extract_features(model, volume, overlap=0.0, head=head, progress=False).pooled
+        vectors[orientation] = medgmae.extract_features(model, volume, overlap=0.0, head=head).pooled
     first, second = vectors.values()
     cosine = float(torch.cosine_similarity(first, second, dim=0))
     check.numbers = {"cosine": cosine, "vectors": {name: vector.tolist() for name, vector in vectors.items()}}
@@ -157,7 +157,7 @@ def _orientation(check: Check, found: medgmae.Verification, scan: Path) -> None:
 def _features(check: Check, card: medgmae.WeightCard, model: Any, scan: Path) -> None:
     """A few numbers of the features of what the card's input cuts out of a scan, and those of the card."""
     volume = medgmae.create_transform(card.input)(_with_channels(card, scan))
-    features = medgmae.extract_features(model, volume, overlap=0.0, progress=False)
+    features = medgmae.extract_features(model, volume, overlap=0.0)
     # Of a patch off all diagonals of the grid, so that axes that are exchanged or turned show.
     d, h, w = (round(share * (n - 1)) for share, n in zip((0.25, 0.5, 0.75), features.map.data.shape[1:], strict=True))
     check.numbers = {"pooled": _some(features.pooled), "patch": _some(features.map.data[:, d, h, w])}
