@@ -74,6 +74,7 @@ _PUBLIC = {
     "latent_map_figure": "medgmae.visualize",
     "fit_figure": "medgmae.visualize",
     "segmentation_figure": "medgmae.visualize",
+    "gallery_figure": "medgmae.visualize",
     "fit_gaussians": "medgmae.gaussians.fitting",
     "Gaussians": "medgmae.gaussians.rendering",
     "GaussianRenderer": "medgmae.gaussians.rendering",
@@ -156,6 +157,7 @@ if TYPE_CHECKING:
     from medgmae.models.vim import Vim as Vim
     from medgmae.models.vit import ViT as ViT
     from medgmae.visualize import fit_figure as fit_figure
+    from medgmae.visualize import gallery_figure as gallery_figure
     from medgmae.visualize import latent_map_figure as latent_map_figure
     from medgmae.visualize import reconstruction_figure as reconstruction_figure
     from medgmae.visualize import segmentation_figure as segmentation_figure

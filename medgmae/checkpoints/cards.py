@@ -27,7 +27,8 @@ HUB_ORG = "medgmae"
 _log = logging.getLogger("medgmae")
 _TAG = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+")
 _HUB_FIELDS = {"repo", "revision", "file"}
-_OPTIONAL = {"page_file", "redistribute", "token_order", "trained_on"}
+_OPTIONAL = {"acceptance", "features", "page_file", "redistribute", "token_order", "trained_on"}
+_CHECKS = {"reconstruction": {"check", "model"}, "orientation": {"check", "model_args", "other", "decides"}}
 REGIONS = ("head", "neck", "chest", "abdomen", "pelvis", "limbs")
 """Parts of the body, in the words of a card's ``trained_on``."""
 
@@ -71,6 +72,10 @@ class WeightCard:
             keys of :class:`~medgmae.data.preparation.Preparation`.
         notes: anything else a user should know before use.
         token_order: "raster" or "swapped", of weights of a Primus, see :func:`~medgmae.load_pretrained`.
+        acceptance: what ``medgmae verify`` runs on a scan, beside comparing names and shapes; weights/README.md has the
+            kinds.
+        features: a few numbers of the features of the example scans, as ``medgmae verify`` finds them, ``{"tolerance":
+            0.001, "scans": {"ct_thorax.nii.gz": {...}}}``.
 
     Raises:
         WeightsError: a field has the wrong form.
@@ -94,6 +99,8 @@ class WeightCard:
     input: Mapping[str, Any] | None = field(default=None, hash=False)
     notes: str | None = None
     token_order: Literal["raster", "swapped"] | None = None
+    acceptance: Mapping[str, Any] | None = field(default=None, hash=False)
+    features: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         self._expect("tag", _is_match(_TAG, self.tag), "'<architecture>.<name>' in a-z, 0-9 and _")
@@ -127,6 +134,11 @@ class WeightCard:
         )
         self._expect("input", self.input is None or _is_object(self.input), "null or an object")
         self._expect("token_order", self.token_order in (None, "raster", "swapped"), "null, 'raster' or 'swapped'")
+        for name, valid, form in (
+            ("acceptance", _is_check(self.acceptance), f"null or the fields of one of {sorted(_CHECKS)}"),
+            ("features", _is_digest(self.features), "null or {tolerance: a number, scans: {file: {name: numbers}}}"),
+        ):
+            self._expect(name, valid, form)
         if self.url is not None and not any(self.url_hashes()):
             raise WeightsError(f"weight card {self.tag!r}: a 'url' needs the hash of its file: add 'md5' (or 'sha256')")
 
@@ -296,6 +308,20 @@ def _is_domain(value: object) -> bool:
     scans = value["scans"]
     counted = scans is None or (type(scans) is int and scans > 0)
     return counted and set(lists[1]) <= set(REGIONS) and all(one == one.upper() for one in lists[0])
+
+
+def _is_check(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, Mapping) and set(value) == _CHECKS.get(str(value.get("check")), {})
+
+
+def _is_digest(value: object) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, Mapping) or set(value) != {"tolerance", "scans"} or not _is_object(value["scans"]):
+        return False
+    return isinstance(value["tolerance"], float) and all(map(_is_object, value["scans"].values()))
 
 
 def _plain(value: Any) -> Any:

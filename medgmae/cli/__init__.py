@@ -1,6 +1,6 @@
 """The command line: ``medgmae list``, ``info``, ``recommend``, ``features``, ``probe``, ``segment``, ``score``,
-``slices``, ``reconstruct``, ``latent-map``, ``saliency``, ``fit``, ``convert``, ``export``, ``verify``, ``data``,
-``pretrain``, ``finetune``, ``predict``, ``runs``.
+``slices``, ``reconstruct``, ``latent-map``, ``saliency``, ``gallery``, ``fit``, ``convert``, ``export``, ``verify``,
+``data``, ``pretrain``, ``finetune``, ``predict``, ``runs``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -19,6 +19,7 @@ from medgmae.cli.export import export_command
 from medgmae.cli.features import features_command
 from medgmae.cli.finetune import finetune_command
 from medgmae.cli.fit import fit_command
+from medgmae.cli.gallery import gallery_command
 from medgmae.cli.latent_map import latent_map_command
 from medgmae.cli.models import info_command, list_command, recommend_command
 from medgmae.cli.predict import predict_command
@@ -54,6 +55,7 @@ main.add_command(score_command)
 main.add_command(reconstruct_command)
 main.add_command(latent_map_command)
 main.add_command(saliency_command)
+main.add_command(gallery_command)
 main.add_command(fit_command)
 main.add_command(slices_command)
 main.add_command(convert_command)

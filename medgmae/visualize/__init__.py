@@ -5,6 +5,7 @@ from medgmae.inference.latents import latent_to_spatial
 from medgmae.visualize.curves import runs_figure
 from medgmae.visualize.datasets import check_figure
 from medgmae.visualize.figures import fit_figure, latent_map_figure, reconstruction_figure, segmentation_figure
+from medgmae.visualize.gallery import gallery_figure
 from medgmae.visualize.images import images_figure
 from medgmae.visualize.predictions import classification_figure, regression_figure
 
@@ -12,6 +13,7 @@ __all__ = [
     "check_figure",
     "classification_figure",
     "fit_figure",
+    "gallery_figure",
     "images_figure",
     "latent_map_figure",
     "latent_to_spatial",

@@ -209,7 +209,7 @@ def planes_figure(
             axes.set_xticks([])
             axes.set_yticks([])
         row[0].set_ylabel(name, fontsize=11)
-        _name_sides(row[0], sides)
+        name_sides(row[0], sides)
     for axes, column in zip(rows[0], columns, strict=True):
         axes.set_title(column.heading, fontsize=11)
     figure.suptitle(title, fontsize=12)
@@ -234,7 +234,7 @@ def body(scan: Volume) -> Tensor:
     return data > data.min() + 0.1 * (data.max() - data.min())
 
 
-def _name_sides(axes: Axes, sides: str) -> None:
+def name_sides(axes: Axes, sides: str) -> None:
     """The side of the body at each edge of a picture: left, right, top, bottom."""
     for letter, (x, y) in zip(sides, ((0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04)), strict=True):
         text = axes.text(x, y, letter, transform=axes.transAxes, ha="center", va="center", fontsize=8, color="white")
