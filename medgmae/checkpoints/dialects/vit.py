@@ -71,8 +71,8 @@ def convert_vit(
     sigmoid = file.has("decoder_pred.0.weight")
     has_decoder = sigmoid or file.has("decoder_pred.weight")
     unfold_stem(file, STEM)
-    _fold_layer_scale(file)
-    _add_qkv_bias(file)
+    fold_layer_scale(file)
+    add_qkv_bias(file)
     table = file.table("pos_embed")
     may_have_row = file.has("cls_token") if class_row is None else class_row
     grid, has_row = table_grid(file, table, stem_dims(file, STEM), class_row=may_have_row)
@@ -115,7 +115,7 @@ def unfold_stem(file: File, name: str) -> None:
     file.replace(name, weight.reshape(weight.shape[0], *patch, channels).movedim(-1, 1).contiguous())
 
 
-def _fold_layer_scale(file: File) -> None:
+def fold_layer_scale(file: File) -> None:
     """Multiply DINOv2's per-channel scale of a branch into the branch's last linear layer: the same function."""
     for name in [n for n in file.names if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", n)]:
         block, branch = name.rsplit(".", 2)[:2]
@@ -129,7 +129,7 @@ def _fold_layer_scale(file: File) -> None:
         file.drop(name, f"folded into {linear}")
 
 
-def _add_qkv_bias(file: File) -> None:
+def add_qkv_bias(file: File) -> None:
     """Zeros where none of the projections to queries, keys and values has a bias: the same function."""
     weights = [name for name in file.names if re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", name)]
     biases = {name: name.removesuffix("weight") + "bias" for name in weights}
