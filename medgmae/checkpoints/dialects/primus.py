@@ -46,7 +46,8 @@ _PROJECTION = {
 
 
 def _is_own(file: File) -> bool:
-    return any(file.has(prefix + STEM) and file.has(prefix + _QUERY) for prefix in ("", "encoder."))
+    own = [prefix for prefix in ("", "encoder.") if file.has(prefix + STEM) and file.has(prefix + _QUERY)]
+    return bool(own) and file.tensor(own[0] + STEM).dim() == 5
 
 
 @register_dialect("Primus with medgmae's names", order=37, matches=_is_own)

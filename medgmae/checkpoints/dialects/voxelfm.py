@@ -13,7 +13,7 @@ import torch
 from medgmae.checkpoints.cards import WeightsError
 from medgmae.checkpoints.dialects.entries import STEM, Converted, File
 from medgmae.checkpoints.dialects.recognise import register_dialect
-from medgmae.checkpoints.dialects.vit import add_qkv_bias, fold_layer_scale
+from medgmae.checkpoints.dialects.vit import add_qkv_bias, fold_layer_scale, join_registers, split_gates
 from medgmae.checkpoints.tensors import listed
 
 SOURCE = "VoxelFM"
@@ -47,10 +47,10 @@ def convert_voxelfm(file: File) -> Converted:
     width = len(file.tensor(STEM))
     if width % (6 * bands):
         raise WeightsError(f"{file.origin}: {_PERIODS!r} has {bands} periods, which {width} channels cannot have")
-    _join_tokens(file)
+    join_registers(file, "register_tokens")
     fold_layer_scale(file)
     add_qkv_bias(file)
-    _split_gates(file)
+    split_gates(file)
     file.take_all(lambda name: f"encoder.{name}")
     grid = file.source_grid or (file.target.grid if file.target else _GRID)
     settings = {"num_heads": width // (6 * bands), "norm_eps": NORM_EPS, "rope": "unit", "rope_base": base}
@@ -87,27 +87,3 @@ def _read_periods(file: File) -> tuple[int, float]:
 def _agree(periods: torch.Tensor, base: float, room: float) -> bool:
     expected = base ** (torch.arange(len(periods), dtype=torch.float64) / len(periods))
     return bool(torch.isfinite(periods).all()) and torch.allclose(periods, expected, rtol=room, atol=0)
-
-
-def _join_tokens(file: File) -> None:
-    """The class token, and the registers behind it."""
-    if file.has("register_tokens"):
-        token, registers = file.table("cls_token"), file.table("register_tokens")
-        if token.shape[2] != registers.shape[2]:
-            raise WeightsError(
-                f"{file.origin}: 'cls_token' is {token.shape[2]} wide, 'register_tokens' {registers.shape[2]}; the two "
-                "are not of one model"
-            )
-        file.take("cls_token", "encoder.cls_token", torch.cat([token, registers], dim=1))
-        file.take_beside("register_tokens", "encoder.cls_token")
-
-
-def _split_gates(file: File) -> None:
-    """A gated MLP's first layer in two: the half under the SiLU, and the one that it gates."""
-    for name in [n for n in file.names if re.fullmatch(r"blocks\.\d+\.mlp\.w12\.(weight|bias)", n)]:
-        gate, gated = file.numbers(name).chunk(2)
-        place = f"encoder.{name}"
-        file.take(name, place.replace("w12", "fc1_g"), gate)
-        file.add(place.replace("w12", "fc1_x"), gated)
-    for name in [n for n in file.names if ".mlp.w3." in n]:
-        file.rename(name, name.replace(".w3.", ".fc2."))
