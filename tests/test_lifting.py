@@ -72,8 +72,12 @@ def of_timm(name: str, **more: Any) -> tuple[Any, OpenSource]:
     """A model of timm with random weights, and what opening it by its name gives."""
     make, options, _ = MODELS[name]
     model: Any = randomize(make(**{**IMAGE, **options, **more})).eval()
-    origin = f"timm/{name}"
-    return model, OpenSource(origin, Checkpoint(dict(model.state_dict()), "", None), None, timm_settings(model, origin))
+    return model, opened(f"timm/{name}", model)
+
+
+def opened(name: str, model: Any) -> OpenSource:
+    """What opening a model of timm by its name gives."""
+    return OpenSource(name, Checkpoint(dict(model.state_dict()), "", None), None, timm_settings(model, name))
 
 
 def lifted(name: str, source: Any, axis: int | None = 0, size: tuple[int, ...] = (24, 32, 32), **more: Any) -> Any:
@@ -153,9 +157,7 @@ def test_class_tokens_that_count_once_are_not_exact_and_said_so() -> None:
 
 def test_without_class_tokens_nothing_has_to_be_said() -> None:
     reference = randomize(VisionTransformer(**IMAGE, class_token=False, global_pool="avg")).eval()
-    state = Checkpoint(dict(reference.state_dict()), "", None)
-    source = OpenSource("timm/x", state, None, timm_settings(reference, "timm/x"))
-    model = lifted("mae", source, None, class_token=False, global_pool="avg")
+    model = lifted("mae", opened("timm/x", reference), None, class_token=False, global_pool="avg")
     assert off(model, reference) < 2e-5
     assert any("has the image's features" in note for note in model.load_report.notes)
 
@@ -218,13 +220,49 @@ def test_a_lifted_model_is_saved_and_explained(tmp_path: Any) -> None:
     assert medgmae.saliency_map(again, scan, method="rollout").shape == (1, 24, 32, 32)
 
 
-def test_the_published_names_are_built_of_these_options() -> None:
-    """Sizes of timm's own models, without weights, agree with what the tests above set."""
+GATED = {"mlp_ratio": 8 / 3, "mlp": "swiglu"}
+DINO_ROPE = {"rope": "unit", "registers": 4, "pos_embed": "none", "norm_eps": 1e-5}
+EVA_ROPE = {"rope": "scaled", "rope_base": 10000.0, "global_pool": "avg", "mlp_ratio": 8 / 3}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "vit_base_patch16_224": {},
+    "vit_base_patch14_dinov2": {},
+    "vit_base_patch14_reg4_dinov2": {"registers": 4},
+    "vit_giant_patch14_reg4_dinov2": {"registers": 4, **GATED},
+    "vit_base_patch16_clip_224": {"pre_norm": True, "norm_eps": 1e-5},
+    "vit_base_patch16_dinov3": DINO_ROPE,
+    "vit_small_plus_patch16_dinov3": {**DINO_ROPE, "mlp": "swiglu"},
+    "eva02_small_patch14_224": {**EVA_ROPE, "mlp": "swiglu"},
+    "eva02_base_patch14_224": {**EVA_ROPE, "mlp": "swiglu_norm"},
+    "eva02_base_patch14_448": {**EVA_ROPE, "mlp": "swiglu_norm"},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_fill_ours(name: str) -> None:
+    """Every tensor of timm's own model finds a place, with the options that docs/models.md gives."""
     with torch.device("meta"):
-        dino, eva = (timm.create_model(n) for n in ("vit_small_patch16_dinov3", "eva02_base_patch14_224"))
-    assert timm_settings(dino, "timm/dino") == {
-        **{"encoder.num_heads": 6, "encoder.norm_eps": 1e-5, "encoder.rope": "unit", "encoder.rope_base": 100.0}
-    }
-    assert timm_settings(eva, "timm/eva") == {
-        **{"encoder.num_heads": 12, "encoder.norm_eps": 1e-6, "encoder.rope": "scaled", "encoder.rope_base": 10000.0}
-    }
+        theirs: Any = timm.create_model(name, num_classes=0)
+        side, grid, width = theirs.patch_embed.patch_size[0], theirs.patch_embed.grid_size, theirs.embed_dim
+        sizes = {"embed_dim": width, "depth": len(theirs.blocks), "num_heads": theirs.blocks[0].attn.num_heads}
+        options = {**VOLUME, **sizes, "img_size": (32, *(n * side for n in grid)), "patch_size": (16, side, side)}
+        model: Any = medgmae.create_model("vit_base_patch16_96", lifted_axis=0, **{**options, **PUBLISHED[name]})
+    report = medgmae.load_pretrained(model, opened(name, theirs))
+    assert report.missing == []
+    assert not [unused for unused in report.unused if not unused.endswith((".gamma", "gamma_1", "gamma_2"))]
+    assert report.notes[-1] == "weights of images: a slice repeated along axis 0 has the image's features"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("eva02_base_patch16_clip_224", "blocks.0.attn.norm.weight"),
+        ("eva02_enormous_patch14_clip_224", "norms stand behind the branches"),
+        ("vit_base_patch16_clip_quickgelu_224", "its activation is QuickGELU"),
+    ],
+)
+def test_published_models_that_are_refused(name: str, message: str) -> None:
+    with torch.device("meta"):
+        theirs: Any = timm.create_model(name, num_classes=0)
+        model = medgmae.create_model("vit_base_patch16_96", lifted_axis=0, in_chans=3)
+    with pytest.raises(medgmae.WeightsError, match=message):
+        medgmae.load_pretrained(model, opened(name, theirs))
