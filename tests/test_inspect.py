@@ -186,7 +186,7 @@ def test_what_the_file_leaves_open_is_called_unknown(tmp_path: Path) -> None:
     torch.save(medgmae.create_model("vit_nano_patch8_32").state_dict(), tmp_path / "vit.pth")
     facts = medgmae.inspect_checkpoint(tmp_path / "vit.pth")
     assert facts["sizes"]["num_heads"] == "unknown"
-    assert not {"d_state", "rope", "decoder_depth"} & set(facts["sizes"])
+    assert not {"d_state", "inner_dim", "decoder_depth"} & set(facts["sizes"])
 
 
 def test_a_saved_models_settings_are_known(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import medgmae
-from medgmae.layers.blocks import Attention, Block, DropPath, Mlp, initialize, make_head
+from medgmae.layers.blocks import Attention, DropPath, Mlp, initialize, make_head, vit_block
 from medgmae.layers.patches import PatchEmbed, take_tokens, to_tuple
 from medgmae.layers.pooling import AttentionPool
 from medgmae.layers.positions import PositionCache, resample_pos_embed, sincos_pos_embed
@@ -152,7 +152,7 @@ def test_the_block_equals_timms(ratio: float) -> None:
     theirs = TimmBlock(24, 3, mlp_ratio=ratio, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.3)
-    ours = Block(24, 3, ratio)
+    ours = vit_block(24, 3, ratio)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 11, 24)
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=0)

@@ -137,7 +137,7 @@ def test_intermediates_in_timms_words(name: str) -> None:
     torch.testing.assert_close(list(raw), maps)
     if model.num_prefix_tokens:
         ((_, token),) = model.get_intermediate_layers(x, return_class_token=True)
-        torch.testing.assert_close(token, tokens[:, : model.num_prefix_tokens].mean(1))
+        torch.testing.assert_close(token, tokens[:, : model.num_class_tokens].mean(1))
     else:
         with pytest.raises(ValueError, match="no class token"):
             model.get_intermediate_layers(x, return_class_token=True)

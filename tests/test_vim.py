@@ -152,7 +152,7 @@ def test_pools() -> None:
         ({"global_pool": "mean"}, "global_pool must be one of 'token', 'avg', .*got 'mean'"),
         ({"class_token": True}, "class_token must be None, 'front', 'middle' or 'double', got True"),
         ({"scan_order": "random"}, "'raster' or 'given', got 'random'"),
-        ({"pos_embed": "sin"}, "'sincos' or 'learned', got 'sin'"),
+        ({"pos_embed": "sin"}, "'sincos', 'learned' or 'none', got 'sin'"),
         ({"rope": "axis"}, "rope must be"),
         ({"embed_dim": 13}, "even, got 13"),
         ({"img_size": (8, 8)}, "img_size must be"),

@@ -16,6 +16,7 @@ from medgmae.checkpoints.reading import SET_MARK, Checkpoint, find_state
 from medgmae.checkpoints.settings import saved_settings
 from medgmae.checkpoints.sharded import read_weights
 from medgmae.checkpoints.sources import resolve
+from medgmae.layers.rope import REFERENCE
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,44 @@ def timm_settings(model: Any, origin: str) -> dict[str, Any]:
     """The settings of one of timm's ViTs that its weights need.
 
     Raises:
-        WeightsError: not a plain ViT, or one with another activation than GELU, which our blocks do not compute.
+        WeightsError: not a plain ViT, or one that computes something which our blocks do not: another activation, norms
+            behind the branches, another kind of rotary positions.
     """
     block = model.blocks[0] if len(getattr(model, "blocks", ())) else None
     if block is None or not hasattr(block, "attn") or not hasattr(block, "mlp"):
         raise WeightsError(f"{origin}: {type(model).__name__} is not a plain ViT; choose a vit_* model of timm")
-    if type(block.mlp.act).__name__ != "GELU":
-        raise WeightsError(f"{origin}: its activation is {type(block.mlp.act).__name__}, supported is GELU")
-    return {"encoder.num_heads": block.attn.num_heads, "encoder.norm_eps": block.norm1.eps}
+    if "Post" in type(block).__name__:
+        raise WeightsError(f"{origin}: its norms stand behind the branches of a block; supported are those before them")
+    act, gated = type(block.mlp.act).__name__, not getattr(block.mlp, "gate_last", not hasattr(block.mlp, "fc1_g"))
+    if act != ("SiLU" if gated else "GELU"):
+        raise WeightsError(f"{origin}: its activation is {act}, supported is GELU, and SiLU as a gate")
+    settings = {"encoder.num_heads": block.attn.num_heads, "encoder.norm_eps": block.norm1.eps}
+    rope = getattr(model, "rope", None)
+    return settings if rope is None else settings | _timm_rope(rope, origin)
+
+
+def _timm_rope(rope: Any, origin: str) -> dict[str, Any]:
+    """The rotary positions of one of timm's models, in our words.
+
+    Raises:
+        WeightsError: they are others than DINOv3's and EVA-02's.
+    """
+    names = ("rotate_half", "grid_offset", "grid_indexing", "normalize_coords", "in_pixels", "ref_feat_shape")
+    found = {name: getattr(rope, name, None) for name in names}
+    usual = not found["grid_offset"] and found["grid_indexing"] in (None, "ij")
+    shape = found["ref_feat_shape"]
+    if type(rope).__name__ == "RotaryEmbeddingDinoV3":
+        usual &= bool(found["rotate_half"]) and found["normalize_coords"] == "separate" and bool(rope.temperature)
+        usual &= rope.min_period is None and rope.max_period is None
+        kind = "unit"
+    else:
+        usual &= type(rope).__name__ == "RotaryEmbeddingCat" and not found["in_pixels"] and not found["rotate_half"]
+        usual &= shape is not None and tuple(shape) == (REFERENCE, REFERENCE)
+        kind = "scaled"
+    if not usual:
+        shown = ", ".join(f"{name}={value}" for name, value in found.items() if value is not None)
+        raise WeightsError(
+            f"{origin}: its rotary positions ({type(rope).__name__}, {shown}) are not supported; those of DINOv3 and "
+            f"of EVA-02 (ref_feat_shape {REFERENCE}x{REFERENCE}) are"
+        )
+    return {"encoder.rope": kind, "encoder.rope_base": float(rope.temperature)}

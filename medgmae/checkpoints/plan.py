@@ -101,6 +101,7 @@ def make_plan(
     plan.errors += [f"{name}: in the file, but the model has no such part" for name in converted.unknown]
     plan.extend(plan_settings(model, expects, encoder, decoder, strict))
     plan.extend(plan_part(encoder, rules._replace(offset=offset.value) if offset else rules))
+    plan.notes += _lifting_notes(model, converted, rules)
     plan.extend(plan_part(decoder, rules))
     if decoder.is_new():
         plan.notes.append(
@@ -113,15 +114,40 @@ def make_plan(
 def _depth_axis(model: nn.Module, stem: Tensor | None) -> int:
     """The axis (0 to 2) of the model's volumes that the images of a 2D file do not have.
 
-    The one of which the model predicts a slice; else the one without which its patch is the file's, if there is one
-    such axis alone; else the first.
+    The one of which the model predicts a slice, or that it knows to be lifted; else the one without which its patch is
+    the file's, if there is one such axis alone; else the first.
     """
     stated: Any = getattr(model, "slice_axis", None)
+    stated = getattr(encoder_of(model), "lifted_axis", None) if stated is None else stated
     if stated is not None:
         return int(stated)
     patch = tuple(encoder_of(model).patch_size)
     fitting = [] if stem is None else [a for a in range(3) if patch[:a] + patch[a + 1 :] == tuple(stem.shape[2:])]
     return fitting[0] if len(fitting) == 1 else 0
+
+
+def _lifting_notes(model: nn.Module, converted: Converted, rules: Rules) -> list[str]:
+    """Of weights of images in a model of volumes: whether a volume of one slice repeated has that slice's features."""
+    stem, encoder = converted.encoder.get(STEM), encoder_of(model)
+    if stem is None or stem.dim() != 4 or len(rules.grid) != 3:
+        return []
+    axis = rules.depth_axis
+    flat, patch = (tuple(size[:axis]) + tuple(size[axis + 1 :]) for size in (rules.grid, tuple(encoder.patch_size)))
+    reasons = []
+    if encoder.num_prefix_tokens and getattr(encoder, "lifted_axis", None) is None:
+        reasons.append(
+            f"attention counts class tokens once among all copies of a patch, as lifted_axis={axis} would not"
+        )
+    if patch != tuple(stem.shape[2:]):
+        reasons.append(f"patches of {tuple(stem.shape[2:])} were resized to {patch}")
+    if TABLE in converted.encoder and flat != tuple(rules.source_grid):
+        reasons.append(f"the table of positions was resampled from {tuple(rules.source_grid)} to {flat}")
+    if reasons:
+        return [
+            f"weights of images: features of a slice repeated along axis {axis} are near the image's, not the same: "
+            f"{'; '.join(reasons)}"
+        ]
+    return [f"weights of images: a slice repeated along axis {axis} has the image's features"]
 
 
 def model_parts(model: nn.Module, converted: Converted) -> tuple[EncoderPart, DecoderPart]:

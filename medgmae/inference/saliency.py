@@ -152,31 +152,35 @@ def attention_rollout(encoder: Encoder, x: Tensor) -> Tensor:
             hook.remove()
     rows = _pooled_rows(encoder, given[0][0])
     for attention, arguments in zip(reversed(attentions), reversed(given), strict=True):
-        queries, keys, _ = attention.heads(*arguments)
-        rows = (rows + _attended(queries.float(), keys.float(), rows)) / 2
+        queries, keys, _ = attention.heads(*arguments[:2])
+        bias = arguments[2] if len(arguments) == 3 else None
+        rows = (rows + _attended(queries.float(), keys.float(), rows, bias)) / 2
     return rows
 
 
 def _pooled_rows(encoder: Encoder, tokens: Tensor) -> Tensor:
     """How much each token (B, P + N, E) counts for the pooled vector, (B, P + N)."""
-    batch, count, prefix = *tokens.shape[:2], encoder.num_prefix_tokens
+    batch, count, prefix, read = *tokens.shape[:2], encoder.num_prefix_tokens, encoder.num_class_tokens
     row = torch.zeros(count, device=tokens.device)
     if encoder.global_pool == "last":
         row[-1] = 1
     else:
         share = {"token": 1.0, "token_avg": 0.5}.get(encoder.global_pool, 0.0)  # of the class tokens
-        row[:prefix] = share / max(prefix, 1)
+        row[:read] = share / max(read, 1)
         row[prefix:] = (1 - share) / (count - prefix)
     return row.expand(batch, -1)
 
 
-def _attended(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
-    """Rows (B, N) times the attention of tokens to each other, the mean of the heads; both are (B, heads, N, d)."""
+def _attended(queries: Tensor, keys: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """Rows (B, N) times the attention of tokens to each other, the mean of the heads; both are (B, heads, N, d).
+
+    bias: added to the scores of every key, (N).
+    """
     queries, keys = queries * queries.shape[-1] ** -0.5, keys.mT
-    found = torch.zeros_like(rows)
+    found, more = torch.zeros_like(rows), 0.0 if bias is None else bias.float()
     parts = zip(torch.split(queries, _QUERIES, dim=2), torch.split(rows, _QUERIES, dim=1), strict=True)
     for part, weight in parts:
-        found += ((part @ keys).softmax(-1) * weight[:, None, :, None]).sum(2).mean(1)
+        found += ((part @ keys + more).softmax(-1) * weight[:, None, :, None]).sum(2).mean(1)
     return found
 
 

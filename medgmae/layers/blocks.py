@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from medgmae.layers.rope import rotate
 from medgmae.ops.precision import full_precision
+
+# Of a block: two layers with a GELU, or gated ones, with a norm inside or without.
+MlpKind = Literal["gelu", "swiglu", "swiglu_norm"]
 
 
 class Attention(nn.Module):
@@ -23,14 +27,25 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of tokens (B, N, E), each (B, heads, N, d)."""
+    def heads(self, x: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens (B, N, E), each (B, heads, N, d); see :meth:`forward` for ``turns``."""
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return queries, keys, values
+        if turns is None:
+            return queries, keys, values
+        return rotate(queries, turns).to(values.dtype), rotate(keys, turns).to(values.dtype), values
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, E) to (B, N, E)."""
-        x = F.scaled_dot_product_attention(*self.heads(x))
+    def forward(self, x: Tensor, turns: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """(B, N, E) to (B, N, E).
+
+        Args:
+            x: tokens.
+            turns: rotations of queries and keys, (N, d / 2, 2) or (B, 1, N, d / 2, 2), see
+                :meth:`medgmae.layers.rope.Rotary.turns`.
+            bias: added to the scores of every key, (N).
+        """
+        queries, keys, values = self.heads(x, turns)
+        mask = None if bias is None else bias.to(queries.dtype).expand(1, 1, 1, -1)
+        x = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return self.proj(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -89,14 +104,17 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A linear layer gated by the SiLU of another, a layer norm, and a linear layer (Shazeer 2020; EVA-02)."""
+    """A linear layer gated by the SiLU of another, a layer norm, and a linear layer (Shazeer 2020; EVA-02).
 
-    def __init__(self, dim: int, hidden: int, norm_eps: float = 1e-5, out_scale: float = 1.0) -> None:
+    Without a norm where ``norm_eps`` is None, as in DINOv2.
+    """
+
+    def __init__(self, dim: int, hidden: int, norm_eps: float | None = 1e-5, out_scale: float = 1.0) -> None:
         super().__init__()
         self.out_scale = out_scale
         self.fc1_g = nn.Linear(dim, hidden)
         self.fc1_x = nn.Linear(dim, hidden)
-        self.norm = nn.LayerNorm(hidden, eps=norm_eps)
+        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(hidden, eps=norm_eps)
         self.fc2 = nn.Linear(hidden, dim)
 
     def reset_parameters(self) -> None:
@@ -170,7 +188,7 @@ class Block(nn.Module):
             nn.init.constant_(self.gamma_1, self.layer_scale)
             nn.init.constant_(self.gamma_2, self.layer_scale)
 
-    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *more: Tensor | None) -> Tensor:
         """(B, N, E) to (B, N, E); ``more`` is for the attention."""
         x = x + self.drop_path(_scaled(self.attn(self.norm1(x), *more), self.gamma_1))
         return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma_2))  # type: ignore[no-any-return]
@@ -181,11 +199,17 @@ def _scaled(x: Tensor, factors: Tensor | None) -> Tensor:
 
 
 def vit_block(
-    dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, norm_eps: float = 1e-6
+    dim: int,
+    num_heads: int,
+    mlp_ratio: float = 4.0,
+    drop_path: float = 0.0,
+    norm_eps: float = 1e-6,
+    mlp: MlpKind = "gelu",
 ) -> Block:
-    """The block of a plain ViT (Dosovitskiy et al. 2021)."""
-    parts = Attention(dim, num_heads), Mlp(dim, int(dim * mlp_ratio))
-    return Block(dim, *parts, drop_path=drop_path, norm_eps=norm_eps)
+    """The block of a plain ViT (Dosovitskiy et al. 2021); takes rotations too."""
+    hidden = int(dim * mlp_ratio)
+    inner = Mlp(dim, hidden) if mlp == "gelu" else SwiGLU(dim, hidden, norm_eps if mlp == "swiglu_norm" else None)
+    return Block(dim, Attention(dim, num_heads), inner, drop_path=drop_path, norm_eps=norm_eps)
 
 
 def eva_block(
@@ -219,7 +243,7 @@ def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         return F.linear(x.to(weight.dtype), weight, bias)
 
 
-def run_block(block: Callable[..., Tensor], x: Tensor, recompute: bool, *more: Tensor) -> Tensor:
+def run_block(block: Callable[..., Tensor], x: Tensor, recompute: bool, *more: Tensor | None) -> Tensor:
     """``block(x, *more)``, which is run again in the backward pass, instead of keeping its activations, if asked."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, x, *more, use_reentrant=False)

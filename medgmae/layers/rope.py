@@ -18,7 +18,10 @@ from medgmae.layers.patches import Shape
 from medgmae.layers.positions import axis_widths
 
 Rope = Literal["sequence", "axial", "axial_published"]
+Coordinates = Literal["integer", "unit", "scaled"]
 
+# Patches along an axis in EVA-02's pre-training, whose places other grids are given.
+REFERENCE = 16
 
 # The axial rotations of a volume, whatever its grid, run from 0 to this angle (in the fastest pair of channels).
 EXTENT = 14.0
@@ -33,41 +36,47 @@ def widened(x: Tensor) -> Tensor:
 class HeadRope:
     """How the channels of an attention head are turned by a patch's place in a volume, whatever its grid.
 
-    A head of d channels has m = d / 6 bands for each of three axes. Band k of an axis turns by the coordinate times
-    base^(-exponent k / m). The pair of channels (2 p, 2 p + 1) has band p % m of axis p // m. Checkpoints with another
-    order of channels are converted by a permutation of the rows of their layers for queries and keys.
+    A head of d channels has m = d / 2a bands for each of a axes, three by default. Band k of an axis turns by the
+    coordinate times base^(-exponent k / m). The pair of channels (2 p, 2 p + 1) has band p % m of axis p // m.
+    Checkpoints with another order of channels are converted by a permutation of the rows of their layers for queries
+    and keys.
 
     Attributes:
         coordinates: "integer" counts patches, 0 to n - 1; "unit" is 2 pi (2 (i + 1/2) / n - 1), the same extent on
-            every grid.
+            every grid; "scaled" is 16 i / n, EVA-02's.
         base: of the bands.
         exponent: of the bands, 1 where they reach 1 / base.
         dtype: in which coordinates, bands and angles are computed: weights learn the rounding too.
+        axes: of the grid, those that turn channels.
     """
 
-    coordinates: Literal["integer", "unit"] = "integer"
+    coordinates: Coordinates = "integer"
     base: float = 10000.0
     exponent: float = 1.0
     dtype: torch.dtype = torch.float32
+    axes: tuple[int, ...] = (0, 1, 2)
 
-    def check(self, dim: int, axes: int = 3) -> None:
+    def check(self, dim: int) -> None:
         """Raise ValueError unless a head of ``dim`` channels has as many bands for every axis."""
-        if dim % (2 * axes):
+        if dim % (2 * len(self.axes)):
             raise ValueError(
-                f"rotary positions turn pairs of channels for {axes} axes: embed_dim / num_heads must be a multiple of "
-                f"{2 * axes}, got {dim}"
+                f"rotary positions turn pairs of channels for {len(self.axes)} axes: embed_dim / num_heads must be a "
+                f"multiple of {2 * len(self.axes)}, got {dim}"
             )
 
     def angles(self, grid: Shape, dim: int, device: torch.device | None = None) -> Tensor:
         """Angles (prod(grid), dim / 2) of patches in raster order, in ``dtype``; dim: channels of a head."""
-        bands = dim // (2 * len(grid))
+        bands = dim // (2 * len(self.axes))
         steps = torch.arange(bands, dtype=self.dtype, device=device)
         frequencies = 1.0 / self.base ** (self.exponent * steps / max(bands, 1))
         columns = []
-        for axis, count in enumerate(grid):
+        for axis in self.axes:
+            count = grid[axis]
             t = torch.arange(count, dtype=self.dtype, device=device)
             if self.coordinates == "unit":
                 t = 2 * math.pi * (2 * (t + 0.5) / count - 1)
+            elif self.coordinates == "scaled":
+                t = t / count * REFERENCE
             columns.append(_over_grid(torch.outer(t, frequencies), axis, grid))
         return torch.cat(columns, dim=1)
 

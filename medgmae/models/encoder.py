@@ -23,8 +23,8 @@ from medgmae.models.parts import Setting as Setting
 class Model(Part):
     """Every model of this library: an encoder, alone or as a part of a masked autoencoder.
 
-    ``create_model`` adds what it knows: ``config`` (architecture, model_args), ``pretrained_cfg`` (the
-    weight card as a dictionary, empty without one) and, where weights were loaded, ``load_report``.
+    ``create_model`` adds ``config`` (architecture, model_args), ``pretrained_cfg`` (the weight card as a dictionary,
+    empty without one) and, where weights were loaded, ``load_report``.
     """
 
     encoder: Encoder
@@ -60,8 +60,12 @@ class Model(Part):
     @property
     def num_prefix_tokens(self) -> int:
         """Class tokens P in front of the patch tokens."""
-        token = self.encoder.cls_token
-        return 0 if token is None else token.shape[1]
+        return 0 if self.encoder.cls_token is None else self.encoder.cls_token.shape[1]
+
+    @property
+    def num_class_tokens(self) -> int:
+        """How many of the class tokens are read, from the first: all but a ViT's registers."""
+        return self.num_prefix_tokens
 
     @property
     def num_features(self) -> int:
@@ -89,8 +93,8 @@ class Model(Part):
 class Encoder(Model, Readable):
     """A stack of blocks over the patches of a volume: stem, positions, class tokens, pooling and head.
 
-    A family builds its blocks and says in :meth:`_encode` how tokens go through them. Any input whose axes are
-    multiples of the patch is accepted; the table of positions is resampled for its grid.
+    A family builds its blocks and says in :meth:`_encode` how tokens go through them. Any multiple of the patch is a
+    size; the table of positions is resampled for it.
 
     Args:
         global_pool: see :mod:`medgmae.layers.pooling`; the other arguments are those of the families.
@@ -175,11 +179,11 @@ class Encoder(Model, Readable):
     def forward_last_block(self, x: Tensor) -> Tensor:
         """What the last block itself returns for every token, (B, P + N, E), class tokens first. x: (B, C, D, H, W)."""
 
+    __call__: Callable[..., Tensor]
+
     def prefix_first(self, sequence: Tensor) -> Tensor:
         """What the blocks take, (B, P + n, E), with the class tokens in front."""
         return sequence
-
-    __call__: Callable[..., Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, D, H, W). Logits (B, num_classes), or the pooled vector (B, F) without a head."""
@@ -190,10 +194,10 @@ class Encoder(Model, Readable):
 
         Args:
             x: (B, C, D, H, W), every axis a multiple of the patch.
-            keep: (B, n) long, the patches to encode; they come back in this order.
+            keep: (B, n) long, the patches to encode, in this order.
 
         Raises:
-            ValueError: an input of another rank, channel count or of a size that is not a multiple of the patch.
+            ValueError: an input of another rank or channel count, or a size that is not a multiple of the patch.
             TypeError: an input that is not a tensor.
         """
         return self._read(self._encode(x, keep)[0])
@@ -303,7 +307,8 @@ class Encoder(Model, Readable):
         layers = self.forward_intermediates(
             x, n, return_prefix_tokens=True, norm=norm, stop_early=True, output_fmt=fmt, intermediates_only=True
         )
-        return tuple((image, prefix.mean(1)) if return_class_token else image for image, prefix in layers)
+        read = slice(self.num_class_tokens)
+        return tuple((image, prefix[:, read].mean(1)) if return_class_token else image for image, prefix in layers)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, P + N, E) and classify them; ``pre_logits`` leaves out the classifier.
@@ -311,6 +316,7 @@ class Encoder(Model, Readable):
         Returns: (B, num_classes) or (B, F); with ``global_pool="none"`` one such row per patch, (B, N, ...).
         """
         prefix, patches = self._split(tokens)
+        prefix = prefix[:, : self.num_class_tokens]
         if self.global_pool == "max_logit":
             patches = self.fc_norm(patches)
             return (patches if pre_logits else self.head(patches)).amax(1)  # type: ignore[no-any-return]
@@ -346,17 +352,14 @@ class Encoder(Model, Readable):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
-        """Replace the head by a new one with a random start, and, if given, the pooling before it.
-
-        Norms stay where they are: a model that normalises its tokens keeps doing so, as one that normalises the pooled
-        vector does.
+        """Replace the head by a new, random one and, if given, the pooling before it; norms stay where they are.
 
         Raises:
-            ValueError: an unknown pooling, one that does not fit the encoder's tokens or norm, or no number of classes.
+            ValueError: no number of classes, or a pooling that does not exist or does not fit the tokens or norm.
         """
         check_classes(num_classes)
         pool = self.global_pool if global_pool is None else global_pool
-        check_pool(pool, self.num_prefix_tokens)
+        check_pool(pool, self.num_class_tokens)
         normed = not isinstance(self.fc_norm, nn.Identity)
         if normed and (pool == "token_avg") != (self.global_pool == "token_avg"):
             raise ValueError(
@@ -373,14 +376,10 @@ class Encoder(Model, Readable):
     def set_input_size(self, img_size: Size) -> None:
         """Make the table of positions for another size, resampled from the present one.
 
-        Not needed to run another size: any input whose axes are multiples of the patch is accepted. It changes the size
-        that windows have by default, and that a saved model is built with.
+        Not needed to run another size; it changes the default of windows, and that of a saved model.
 
         Args:
-            img_size: voxels per axis (d, h, w), or one number for a cube.
-
-        Raises:
-            ValueError: a size that is not a multiple of the patch.
+            img_size: voxels per axis (d, h, w), multiples of the patch (else a ValueError); one number for a cube.
         """
         size = to_tuple(img_size, len(self.patch_size), "img_size")
         self.pos_embed = self._positions.resized(self.pos_embed, self.grid_size, grid_of(size, self.patch_size))

@@ -30,6 +30,8 @@ EncoderName = Literal[
     "vim_tiny_patch16_160",
     "vim_tiny_patch8_64",
     "vit2d_base_patch16_224",
+    "vit_base_patch14_112",
+    "vit_base_patch14_112.voxelfm",
     "vit_base_patch16_128",
     "vit_base_patch16_256",
     "vit_base_patch16_96",

@@ -101,7 +101,7 @@ class Primus(Encoder):
     def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """The options that an encoder's tensors show; None where they are no Primus'."""
         stem, hidden = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1_g.weight")
-        if stem is None or hidden is None or stem.dim() != 5:
+        if stem is None or hidden is None or stem.dim() != 5 or "blocks.0.attn.q_proj.weight" not in state:
             return None
         token = state.get("cls_token")
         usual = int(len(stem) * MLP_RATIO) == len(hidden)

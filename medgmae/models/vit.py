@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from medgmae.layers.blocks import run_block, vit_block
-from medgmae.layers.patches import Size
+from medgmae.layers.blocks import MlpKind, run_block, vit_block
+from medgmae.layers.patches import Size, input_grid
 from medgmae.layers.pooling import GlobalPool
 from medgmae.layers.positions import PosEmbed, PositionCache
+from medgmae.layers.rope import Coordinates, HeadRope, Rotary
 from medgmae.models.encoder import Encoder
-from medgmae.models.parts import Setting, count_blocks, drop_path_rates, given
+from medgmae.models.parts import Setting, check_choice, count_blocks, drop_path_rates, given
 from medgmae.models.registry import build, register_class, register_model
 
 
@@ -29,7 +31,9 @@ class ViT(Encoder):
         depth: number of blocks.
         num_heads: attention heads per block.
         mlp_ratio: hidden width of a block's MLP over E.
+        mlp: "gelu", or gated by a SiLU: "swiglu" (DINOv2), "swiglu_norm" with a norm inside (EVA-02).
         class_token: put a learned token in front of the patches.
+        registers: further learned tokens behind it, which no pooling reads (Darcet et al. 2024).
         global_pool: from tokens to one vector, see :mod:`medgmae.layers.pooling`.
         fc_norm: normalise the pooled vector instead of the tokens. None: as in timm, for "avg", "max", "token_avg".
         num_classes: width of the head; 0 for none.
@@ -40,6 +44,12 @@ class ViT(Encoder):
         pre_norm: a layer norm before the first block, as CLIP's encoders have it.
         interpolate_offset: of the table of positions on other grids, see :func:`medgmae.resample_pos_embed`: 0.1 in
             DINOv2's code and in 3DINO's.
+        rope: rotary positions of queries and keys, by their coordinates, see :class:`~medgmae.layers.rope.HeadRope`:
+            "unit" (DINOv3, VoxelFM), "scaled" (EVA-02) or "integer"; None for none.
+        rope_base: of the rotary positions' bands.
+        lifted_axis: of a model of images that reads volumes, the axis that images do not have. Rotary positions do not
+            turn along it, and attention counts class tokens once for every patch along it: a volume that is constant
+            along this axis has the features of its slice.
         dims: 3 for volumes, 2 for images.
 
     Raises:
@@ -61,7 +71,9 @@ class ViT(Encoder):
         num_heads: int = 12,
         *,
         mlp_ratio: float = 4.0,
+        mlp: MlpKind = "gelu",
         class_token: bool = True,
+        registers: int = 0,
         global_pool: GlobalPool = "token",
         fc_norm: bool | None = None,
         num_classes: int = 0,
@@ -71,8 +83,17 @@ class ViT(Encoder):
         norm_eps: float = 1e-6,
         pre_norm: bool = False,
         interpolate_offset: float = 0.0,
+        rope: Coordinates | None = None,
+        rope_base: float = 100.0,
+        lifted_axis: int | None = None,
         dims: int = 3,
     ) -> None:
+        check_choice("mlp", mlp, get_args(MlpKind))
+        check_choice("rope", rope, (None, *get_args(Coordinates)))
+        if lifted_axis is not None and (dims != 3 or lifted_axis not in (0, 1, 2)):
+            raise ValueError(f"lifted_axis must be 0, 1 or 2, of a model with dims=3, got {lifted_axis!r}, dims={dims}")
+        if registers and not class_token:
+            raise ValueError(f"registers={registers} stand behind a class token: they need class_token=True")
         if fc_norm is None:
             fc_norm = global_pool in ("avg", "max", "token_avg")
         built = given(locals())
@@ -82,14 +103,17 @@ class ViT(Encoder):
             in_chans,
             embed_dim,
             dims=dims,
-            class_tokens=int(class_token),
+            class_tokens=int(class_token) + registers,
             global_pool=global_pool,
             pos_embed=pos_embed,
         )
-        self._built, self._positions = built, PositionCache(interpolate_offset)
+        self._built, self._positions, self.lifted_axis = built, PositionCache(interpolate_offset), lifted_axis
         self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
         rates = drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.ModuleList(vit_block(embed_dim, num_heads, mlp_ratio, rate, norm_eps) for rate in rates)
+        self.blocks = nn.ModuleList(vit_block(embed_dim, num_heads, mlp_ratio, rate, norm_eps, mlp) for rate in rates)
+        turning = tuple(axis for axis in range(dims) if axis != lifted_axis)
+        convention = HeadRope(rope, rope_base, axes=turning) if rope else None
+        self._rotary = Rotary(convention, embed_dim // num_heads) if convention else None
         self.norm = nn.Identity() if fc_norm else nn.LayerNorm(embed_dim, eps=norm_eps)
         self.fc_norm = nn.LayerNorm(self.num_features, eps=norm_eps) if fc_norm else nn.Identity()
         self._add_head(num_classes, head_hidden)
@@ -97,12 +121,16 @@ class ViT(Encoder):
     @classmethod
     def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """The options that an encoder's tensors show; None where they are no ViT's."""
-        stem, hidden = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1.weight")
+        stem, gated = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1_g.weight")
+        hidden = state.get("blocks.0.mlp.fc1.weight", gated)
         bias = state.get("patch_embed.proj.bias")
         by_sequence = bias is not None and bias.dim() != 1  # a stem per sequence: another class's
-        if stem is None or hidden is None or stem.dim() not in (4, 5) or by_sequence:
+        fused = "blocks.0.attn.qkv.weight" in state
+        if stem is None or hidden is None or stem.dim() not in (4, 5) or by_sequence or not fused:
             return None
-        class_token, pooled = "cls_token" in state, state.get("fc_norm.weight")
+        token, pooled = state.get("cls_token"), state.get("fc_norm.weight")
+        class_token, registers = token is not None, 0 if token is None else token.shape[1] - 1
+        normed = "blocks.0.mlp.norm.weight" in state
         pool = "token" if class_token else "avg"
         if pooled is not None:
             pool = "token_avg" if len(pooled) == 2 * len(stem) else "avg"
@@ -117,11 +145,20 @@ class ViT(Encoder):
             "fc_norm": False if pool == "avg" and pooled is None else None,
             "pre_norm": "norm_pre.weight" in state,
             "dims": stem.dim() - 2,
+            **({"registers": registers} if registers > 0 else {}),
+            **({} if gated is None else {"mlp": "swiglu_norm" if normed else "swiglu"}),
+            **({} if "pos_embed" in state else {"pos_embed": "none"}),
         }
 
     def settings(self) -> dict[str, Setting]:
-        """Heads, epsilon and how the table is resampled."""
-        return {name: Setting(self._built[name], name) for name in ("num_heads", "norm_eps", "interpolate_offset")}
+        """Heads, epsilon, how the table is resampled, and what rotary positions are."""
+        names = ("num_heads", "norm_eps", "interpolate_offset", "rope", "rope_base", "lifted_axis")
+        return {name: Setting(self._built[name], name) for name in names}
+
+    @property
+    def num_class_tokens(self) -> int:
+        """1, or 0 without a class token: registers are not read."""
+        return min(self.num_prefix_tokens, 1)
 
     def forward_last_block(self, x: Tensor) -> Tensor:
         """The stream after the last block, before the last norm: (B, P + N, E). x: (B, C, D, H, W)."""
@@ -132,15 +169,32 @@ class ViT(Encoder):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         tokens = self._embed(x, keep)
         prefix = self._class_tokens(tokens)
+        more = self._for_attention(x, keep, tokens)
         tokens = self.norm_pre(tokens if prefix is None else torch.cat([prefix, tokens], dim=1))
         tapped: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
             if i == depth:
                 break
-            tokens = run_block(block, tokens, self.grad_checkpointing)
+            tokens = run_block(block, tokens, self.grad_checkpointing, *more)
             if i in taps:
                 tapped[i] = tokens
         return tokens, tapped
+
+    def _for_attention(self, x: Tensor, keep: Tensor | None, tokens: Tensor) -> tuple[Tensor | None, ...]:
+        """What attention takes beside the tokens: rotations, and what is added to the scores of every key.
+
+        Among d copies of each patch of an image a class token counts as in the image if its score is higher by log d.
+        """
+        if self._rotary is None and self.lifted_axis is None:
+            return ()
+        grid = input_grid(x, self.in_chans, self.patch_size)
+        prefix, axis = self.num_prefix_tokens, self.lifted_axis
+        turns = None if self._rotary is None else self._rotary.turns(grid, prefix, keep, tokens)
+        if axis is None or not prefix:
+            return () if turns is None else (turns,)
+        bias = tokens.new_zeros(prefix + tokens.shape[1])
+        bias[:prefix] = math.log(grid[axis])
+        return turns, bias
 
 
 BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
@@ -214,6 +268,13 @@ def vit_base_patch16_256(**overrides: Any) -> ViT:
 def vit_large_patch16_256(**overrides: Any) -> ViT:
     """ViT-L/16 on whole scans of 256³: TANGERINE."""
     return _vit(overrides, 256, 16, LARGE)
+
+
+@register_model
+def vit_base_patch14_112(**overrides: Any) -> ViT:
+    """ViT-B/14, 864 wide, on 112³ of CT, rotary positions, four registers: VoxelFM."""
+    more: dict[str, Any] = {"norm_eps": 1e-5, "registers": 4, "pos_embed": "none", "rope": "unit"}
+    return _vit(overrides, 112, 14, {**BASE, "embed_dim": 864}, **more)
 
 
 @register_model

@@ -39,6 +39,22 @@ def convert_saved(file: File) -> Converted:
     return _take(file, tuple(grid))
 
 
+def _has_no_table(file: File) -> bool:
+    """Whether a file may have our names of an encoder with rotary positions alone."""
+    return file.has(STEM) and file.has("blocks.0.attn.qkv.weight") and not file.has("pos_embed")
+
+
+@register_dialect("encoders without a table of positions with medgmae's names", order=59, matches=_has_no_table)
+def convert_tableless(file: File) -> Converted:
+    """Our own names without a config; nothing in the file depends on a grid."""
+    grid = file.source_grid or (file.target.grid if file.target else None)
+    if grid is None:
+        raise WeightsError(
+            f"{file.origin}: has no table of positions, so its patch grid is unknown; pass source_grid=(d, h, w)"
+        )
+    return _take(file, tuple(grid))
+
+
 @register_dialect("encoders and decoders with medgmae's names", order=40, matches=is_own_pair)
 @register_dialect("encoders with medgmae's names", order=90, matches=is_own_encoder)
 def convert_own(file: File) -> Converted:

@@ -46,7 +46,8 @@ _PROJECTION = {
 
 
 def _is_own(file: File) -> bool:
-    return any(file.has(prefix + STEM) and file.has(prefix + _QUERY) for prefix in ("", "encoder."))
+    own = [prefix for prefix in ("", "encoder.") if file.has(prefix + STEM) and file.has(prefix + _QUERY)]
+    return bool(own) and file.tensor(own[0] + STEM).dim() == 5
 
 
 @register_dialect("Primus with medgmae's names", order=37, matches=_is_own)
@@ -61,7 +62,7 @@ def convert_own_primus(file: File) -> Converted:
     return file.finish("medgmae", grid)
 
 
-@register_dialect(COLIPRI, order=31, matches=lambda file: file.has(_TOWER + _EVA))
+@register_dialect(COLIPRI, order=28, matches=lambda file: file.has(_TOWER + _EVA))
 def convert_colipri(file: File) -> Converted:
     """The whole model with its text encoder, or the vision tower alone."""
     _refuse_swapped(file)
@@ -81,7 +82,7 @@ def convert_colipri(file: File) -> Converted:
     return file.finish(COLIPRI, tuple(grid), _expected(width, decoder=False))
 
 
-@register_dialect(NNSSL, order=32, matches=lambda file: any(_ends(name) for name in file.names))
+@register_dialect(NNSSL, order=29, matches=lambda file: any(_ends(name) for name in file.names))
 def convert_nnssl(file: File) -> Converted:
     """An encoder, and the decoder of MAE or of dense networks where there is one."""
     prefix = _prefix(file)

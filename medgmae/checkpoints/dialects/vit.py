@@ -23,7 +23,7 @@ from medgmae.checkpoints.dialects.entries import (
 from medgmae.checkpoints.dialects.recognise import register_dialect
 
 # Parts of related architectures that our encoder does not compute; dropping them in silence would change the features.
-FOREIGN = re.compile(r"(reg_token|dist_token|q_norm|k_norm|rope|w12|q_bias|gamma_1|relative_position)")
+FOREIGN = re.compile(r"(dist_token|q_norm|k_norm|rope|w12|q_bias|gamma_1|relative_position)")
 
 _DECODER_NAMES = (
     (r"^decoder_embed\.", "decoder.embed."),
@@ -71,14 +71,16 @@ def convert_vit(
     sigmoid = file.has("decoder_pred.0.weight")
     has_decoder = sigmoid or file.has("decoder_pred.weight")
     unfold_stem(file, STEM)
-    _fold_layer_scale(file)
-    _add_qkv_bias(file)
+    fold_layer_scale(file)
+    add_qkv_bias(file)
+    split_gates(file)
     table = file.table("pos_embed")
     may_have_row = file.has("cls_token") if class_row is None else class_row
     grid, has_row = table_grid(file, table, stem_dims(file, STEM), class_row=may_have_row)
     if may_have_row and not has_row:
         file.notes.append(f"the table of positions has no row for the class token: {table.shape[1]} rows, all patches'")
     _take_table(file, has_row)
+    join_registers(file, "reg_token")
     if not file.has("patch_embed.proj.bias") and file.has_any("norm_pre."):  # CLIP's encoders have none
         file.add("encoder.patch_embed.proj.bias", torch.zeros(file.tensor(STEM).shape[0]))
     if has_decoder:
@@ -86,7 +88,9 @@ def convert_vit(
         take_decoder_table(file, rows - math.prod(grid))
     file.drop_all("attn_pool.", "attention pooling")
     file.take_all(_place)
-    shown = {"decoder.sigmoid": sigmoid} if has_decoder else {}
+    shown: dict[str, Any] = {"decoder.sigmoid": sigmoid} if has_decoder else {}
+    if file.target is not None and file.target.settings.get("rope"):  # such weights mean something else in it
+        shown["encoder.rope"] = None
     return file.finish(source, grid, {**shown, **(expects or {})}, PLAIN_TABLE)
 
 
@@ -115,7 +119,7 @@ def unfold_stem(file: File, name: str) -> None:
     file.replace(name, weight.reshape(weight.shape[0], *patch, channels).movedim(-1, 1).contiguous())
 
 
-def _fold_layer_scale(file: File) -> None:
+def fold_layer_scale(file: File) -> None:
     """Multiply DINOv2's per-channel scale of a branch into the branch's last linear layer: the same function."""
     for name in [n for n in file.names if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", n)]:
         block, branch = name.rsplit(".", 2)[:2]
@@ -129,13 +133,44 @@ def _fold_layer_scale(file: File) -> None:
         file.drop(name, f"folded into {linear}")
 
 
-def _add_qkv_bias(file: File) -> None:
+def add_qkv_bias(file: File) -> None:
     """Zeros where none of the projections to queries, keys and values has a bias: the same function."""
     weights = [name for name in file.names if re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", name)]
     biases = {name: name.removesuffix("weight") + "bias" for name in weights}
     if not any(map(file.has, biases.values())):
         for name, bias in biases.items():
             file.add(f"encoder.{bias}", torch.zeros(len(file.tensor(name))))
+
+
+def split_gates(file: File) -> None:
+    """A gated MLP's first layer in two: the half under the SiLU, and the one that it gates.
+
+    Its names are those of timm (``fc1`` with twice as many rows as ``fc2`` has columns) or of DINOv2 (``w12``, ``w3``).
+    """
+    for name in [n for n in file.names if ".mlp.w3." in n]:
+        file.rename(name, name.replace(".w3.", ".fc2."))
+    for name in [n for n in file.names if re.fullmatch(r"blocks\.\d+\.mlp\.(fc1|w12)\.(weight|bias)", n)]:
+        block, _, part = name.rpartition(".mlp.")
+        last = f"{block}.mlp.fc2.weight"
+        if file.has(last) and len(file.tensor(name)) == 2 * file.tensor(last).shape[-1]:
+            gate, gated = file.numbers(name).chunk(2)
+            place = f"encoder.{block}.mlp."
+            file.take(name, place + re.sub(r"^\w+", "fc1_g", part), gate)
+            file.add(place + re.sub(r"^\w+", "fc1_x", part), gated)
+
+
+def join_registers(file: File, registers: str) -> None:
+    """The class token, as it stands in the file, and the registers behind it."""
+    if not file.has(registers):
+        return
+    tokens = [file.table("cls_token"), file.table(registers)]
+    if tokens[0].shape[2] != tokens[1].shape[2]:
+        raise WeightsError(
+            f"{file.origin}: 'cls_token' is {tokens[0].shape[2]} wide, {registers!r} {tokens[1].shape[2]}; the two are "
+            "not of one model"
+        )
+    file.take("cls_token", "encoder.cls_token", torch.cat(tokens, dim=1))
+    file.take_beside(registers, "encoder.cls_token")
 
 
 def _take_table(file: File, class_row: bool) -> None:
@@ -145,6 +180,9 @@ def _take_table(file: File, class_row: bool) -> None:
         token = file.table("cls_token")
         if token.shape != table[:, :1].shape:
             raise WeightsError(f"{file.origin}: 'cls_token' is {tuple(token.shape)}, not as wide as the table")
-        file.take("cls_token", "encoder.cls_token", wide(token) + wide(table[:, :1]))
+        if file.has("reg_token"):
+            file.replace("cls_token", wide(token) + wide(table[:, :1]))
+        else:
+            file.take("cls_token", "encoder.cls_token", wide(token) + wide(table[:, :1]))
         table = table[:, 1:]
     file.take("pos_embed", "encoder.pos_embed", table)
