@@ -29,6 +29,8 @@ from medgmae.checkpoints.verification import manifest_of
 MANIFESTS = sorted(path.stem for path in (weights_folder() / "manifests").glob("*.json"))
 DOWNLOADED = [tag for tag in medgmae.list_weights() if medgmae.weight_card(tag).availability in ("hub", "url")]
 
+PERIODS = 100 ** (torch.arange(12) / 12)  # of VoxelFM's rotary positions
+
 State = dict[str, Tensor]
 
 
@@ -75,6 +77,7 @@ def test_a_manifest_fills_the_model_of_its_card(tag: str) -> None:
     card, shapes = medgmae.weight_card(tag), manifest_of(tag)
     assert shapes is not None
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    state |= {name: PERIODS for name in shapes if name.endswith("rope_embed.periods")}  # whose values are looked at
     with torch.device("meta"):
         model = medgmae.create_model(tag, pretrained=False)
     report = medgmae.load_pretrained(model, state, token_order=card.token_order)
@@ -178,7 +181,9 @@ def test_a_file_of_the_full_size_comes_through_the_hub(tag: str, hub: HubServer,
         tensor = pool[: math.prod(shape)].view(shape)
         return tensor if plain else tensor.clone()  # safetensors know no shared memory
 
-    content = serialized(tag, {name: part(shape) for name, shape in tensors.items()})
+    state = {name: part(shape) for name, shape in tensors.items()}
+    state |= {name: PERIODS for name in tensors if name.endswith("rope_embed.periods")}
+    content = serialized(tag, state)
     card = served(hub, tag, content)
     found = medgmae.verify_weights(card, cache_dir=tmp_path, progress=False)
     assert found.passed, str(found)
