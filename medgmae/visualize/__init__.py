@@ -7,6 +7,7 @@ from medgmae.visualize.datasets import check_figure
 from medgmae.visualize.figures import fit_figure, latent_map_figure, reconstruction_figure, segmentation_figure
 from medgmae.visualize.images import images_figure
 from medgmae.visualize.predictions import classification_figure, regression_figure
+from medgmae.visualize.views import views_figure
 
 __all__ = [
     "check_figure",
@@ -19,4 +20,5 @@ __all__ = [
     "regression_figure",
     "runs_figure",
     "segmentation_figure",
+    "views_figure",
 ]
