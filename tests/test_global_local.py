@@ -13,7 +13,7 @@ import torch
 from training_runs import MACHINE, numbers, outcome, run_of, scans, settings_of
 
 import medgmae
-from medgmae.training import Run, Settings, Stopped, TrainingError, pretrain, read_settings
+from medgmae.training import Run, Settings, Stopped, TrainingError, pretrain, read_settings, write_glmae
 from medgmae.training.states import read_state
 
 VIEWS = {"local_size": [16, 8, 8], "local_views": 3, "local_mask_ratio": 0.5, "projector": [32, 16, 64]}
@@ -168,3 +168,26 @@ def test_views_that_cannot_be_had_are_refused(
 ) -> None:
     with pytest.raises(TrainingError, match=message):
         run_of(views_settings(**changes), data, tmp_path / "run")
+
+
+def test_a_run_in_the_layout_of_the_authors_file(undisturbed: Path, tmp_path: Path) -> None:
+    path = write_glmae(undisturbed, tmp_path / "glmae.pth")
+    content = torch.load(path, weights_only=True)
+    assert set(content) == {"student", "teacher"}
+    assert content["student"]["module.backbone.pos_embed"].shape == (1, 9, 48)
+    assert not content["teacher"]["backbone.pos_embed"][:, 0].any()
+    for name, folder in (("", undisturbed / "student"), ("::teacher", undisturbed)):
+        model = medgmae.create_model("vit_nano_patch8_32", pretrained=f"{path}{name}", img_size=16)
+        expected: Any = medgmae.create_model(f"local-dir:{folder}")
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, expected.encoder.state_dict()[key]), key
+        assert ("the layout of GL-MAE's student" in model.load_report.source) == (name == "")
+    with pytest.raises(TrainingError, match="no student and teacher"):
+        write_glmae(tmp_path, path)
+
+
+def test_a_vim_has_no_place_in_the_authors_file(data: Path, tmp_path: Path) -> None:
+    settings = views_settings("mae_vim_nano_patch8_32", **{"training.steps": 2, "training.warmup_steps": 0})
+    run = run_of(settings, data, tmp_path / "run")
+    with pytest.raises(TrainingError, match="is a Vim; GL-MAE's files hold a ViT with a class token"):
+        write_glmae(run, tmp_path / "glmae.pth")
