@@ -54,7 +54,8 @@ from medgmae.training.batches import MaskedBatch, load
 from medgmae.training.corpus import corpus_of
 from medgmae.training.engine import memory
 from medgmae.training.machine import accelerator_for
-from medgmae.training.pretrain import Pretraining, crop_size, start_model
+from medgmae.training.pretrain import start_model
+from medgmae.training.pretraining import Pretraining, crop_size
 from medgmae.training.session import Session
 from medgmae.training.stopping import StopRequest
 

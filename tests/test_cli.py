@@ -207,7 +207,7 @@ def test_info_tells_what_is_left_out(tmp_path: Path) -> None:
     state |= {"module.head.mlp.0.weight": torch.zeros(2, 2), "module.head.mlp.0.bias": torch.zeros(2)}
     torch.save({"student": state}, tmp_path / "student.pth")
     text = run("info", tmp_path / "student.pth").stdout
-    assert "ViT with timm's names" in text
+    assert "the layout of GL-MAE's student" in text
     assert "module.backbone.* -> encoder.*" in text
     assert "beside 'backbone.'" in text
     assert "module.head.mlp.0.weight, module.head.mlp.0.bias" in " ".join(text.split())

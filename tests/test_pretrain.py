@@ -113,9 +113,10 @@ def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
     monkeypatch.setattr(Engine, "update", update)
 
 
-def test_kills_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["pretrain", "views"])
+def test_kills_change_nothing(task: str, tmp_path: Path) -> None:
     script = Path(__file__).parent / "fuzz" / "kill_runs.py"
-    done = warm_python.run(script, "--kills", "3", "--folder", tmp_path)
+    done = warm_python.run(script, "--kills", "3", "--task", task, "--folder", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 findings" in done.stdout
 

@@ -20,6 +20,7 @@ from training_runs import numbers, scans, settings_of
 
 import medgmae
 from medgmae.training import read_metrics
+from medgmae.training.states import read_state
 
 
 def options_of(data: Path, out: Path, **changes: Any) -> list[str]:
@@ -166,3 +167,23 @@ def test_numbers_go_to_trackers(data: Path, tmp_path: Path, tracker: str) -> Non
     else:
         assert list(out.rglob("run-*.wandb"))
         assert not (tmp_path / "wandb").exists()
+
+
+@pytest.mark.parametrize("how", [[], pytest.param(["--sharded"], marks=pytest.mark.slow)])
+def test_processes_share_the_views_the_centre_and_the_teacher(data: Path, tmp_path: Path, how: list[str]) -> None:
+    """Two processes with two scans each do what one with four does; one goes on with their state."""
+    views = {"local_size": [16, 8, 8], "local_views": 2, "local_mask_ratio": 0.5, "projector": [32, 16, 64]}
+    options = {"model_options": {"img_size": 16, "mask_ratio": 0.5}, "training.lr": 1e-4}
+    changes: dict[str, Any] = {"model": "glmae_vit_nano_patch8_32", "global_local": views, **options}
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    result = run(*options_of(data, alone, **changes))
+    assert result.exit_code == 0, result.stderr
+    process = launched(2, *options_of(data, shared, **changes), *how)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    for ours, theirs in zip(numbers(shared), numbers(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3)
+    states = [read_state(sorted((out / "checkpoints").glob("step_*"))[-1]).model for out in (shared, alone)]
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=0, atol=2e-4)
+    assert states[0]["center"].any()

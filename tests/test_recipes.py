@@ -26,6 +26,18 @@ from medgmae.training.engine import Plan
 DATA = Path(__file__).parent.parent / "examples" / "data"
 # What of each recipe is made small: the model, and what goes with its size. Everything else is the recipe's.
 SMALL: dict[str, dict[str, Any]] = {
+    "glmae": {
+        "model": "glmae_vit_nano_patch8_32",
+        "crops.size": [32, 32, 32],
+        "global_local.local_size": [16, 16, 16],
+        "global_local.projector": [64, 16, 64],
+    },
+    "glmae_quick": {
+        "model": "glmae_vit_nano_patch8_32",
+        "crops.size": [32, 32, 32],
+        "global_local.local_size": [16, 16, 16],
+        "global_local.projector": [64, 16, 64],
+    },
     "quick": {"model": "mae_vit_nano_patch8_32"},
     "medgmae": {"model": "gmae_vit_nano_patch8_32", "model_options.num_gaussians": 32},
     "tangerine": {

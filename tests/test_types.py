@@ -84,6 +84,7 @@ def test_names_of_models_have_types() -> None:
         "mae_primus_*",
         "simmim_primus_*",
         "gmae_vit_*",
+        "glmae_*",
     ]  # others work without their names there
     every = {*medgmae.list_models(families), *medgmae.list_weights(families)}
     listed = {
@@ -94,7 +95,11 @@ def test_names_of_models_have_types() -> None:
     assert {n for group in listed.values() for n in group} == every
     for kind, group in listed.items():
         for name in group:
-            starts = {"Encoder": ("vi", "primus_"), "MaskedAutoencoder": ("mae", "simmim_"), "GaussianMAE": ("gmae_",)}
+            starts = {
+                "Encoder": ("vi", "primus_"),
+                "MaskedAutoencoder": ("mae", "simmim_", "glmae_"),
+                "GaussianMAE": ("gmae_",),
+            }
             assert name.startswith(starts[kind])
 
 

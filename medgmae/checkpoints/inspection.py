@@ -224,7 +224,10 @@ def _read_part(owners: set[type[Any]], state: Mapping[str, Tensor]) -> tuple[typ
 
 
 def _choose(reading: Reading, converted: Converted, settings: Mapping[str, Any]) -> Choice | None:
-    """The registered architecture that is nearest to what a file shows, and the options that make it equal."""
+    """The registered architecture that is nearest to what a file shows, and the options that make it equal.
+
+    Of two that are one model under names of their own, the one with the shorter name: mae_vit_*, not glmae_vit_*.
+    """
     choices: list[tuple[int, int, str, dict[str, Any]]] = []
     for known in _architectures():
         if known.reading.classes == reading.classes and known.reading.fixed == reading.fixed:
@@ -233,7 +236,7 @@ def _choose(reading: Reading, converted: Converted, settings: Mapping[str, Any])
             choices.append((len(options), distance, known.name, options))
     if not choices:
         return None
-    _, _, name, options = min(choices, key=lambda choice: choice[:3])
+    _, _, name, options = min(choices, key=lambda choice: (*choice[:2], len(choice[2]), choice[2]))
     return Choice(name, options)
 
 

@@ -16,6 +16,8 @@ from medgmae.cli.training import Changes, Place, change_options, changed, place_
 # Recipe of a model without one: by the beginning of its name, the first that fits.
 _RECIPES = {
     "gmae_": "medgmae",
+    "glmae_vit_base_": "glmae",
+    "glmae_": "glmae_quick",
     "mae_vim_": "mamba_mae",
     "mae2d_": "selfmedmae_2d",
     "mae_vit_large_patch16_256": "tangerine",

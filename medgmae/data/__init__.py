@@ -32,6 +32,7 @@ from medgmae.data.transforms import (
     window,
     zscore,
 )
+from medgmae.data.views import View, ViewSampler
 from medgmae.data.volume import Volume, as_volume, stack_channels
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "PreparedFolder",
     "PreparedScan",
     "Scan",
+    "View",
+    "ViewSampler",
     "Volume",
     "VolumeError",
     "VolumeFacts",

@@ -93,10 +93,10 @@ class Crops(Dataset[dict[str, Any]]):
         if position < 0:
             raise IndexError(f"position {position}; expected 0 or more")
         epoch, index = divmod(position, len(self))
-        place = int(_order(self.seed, epoch, len(self))[index]) // self.per_scan
+        place = int(epoch_order(self.seed, epoch, len(self))[index]) // self.per_scan
         scan, rng = self.scans[place], draws(self.seed, epoch, index)
         x, start = self._crop(scan, rng)
-        x = self.augmentation(self._normalized(x), rng)
+        x = self.augmentation(normalized(x, self.normalize), rng)
         return {"x": x, "position": position, "scan": place, "start": start}
 
     def _crop(self, scan: PreparedScan, rng: np.random.Generator) -> tuple[Tensor, tuple[int, ...]]:
@@ -137,15 +137,17 @@ class Crops(Dataset[dict[str, Any]]):
                 starts.append(min(max(centre[axis] - m // 2, 0), n - m))
         return tuple(starts)
 
-    def _normalized(self, x: Tensor) -> Tensor:
-        if self.normalize == "none":
-            return x
-        volume = Volume(x if x.ndim == 4 else x[:, None])
-        nonzero, together = self.normalize == "zscore_nonzero", self.normalize == "zscore_all"
-        return zscore(volume, nonzero=nonzero, together=together).data.view(x.shape)
+
+def normalized(x: Tensor, how: str) -> Tensor:
+    """A crop (C, D, H, W) or (C, H, W), normalised by itself; ``how`` is one of ``NORMALIZE``."""
+    if how == "none":
+        return x
+    volume = Volume(x if x.ndim == 4 else x[:, None])
+    nonzero, together = how == "zscore_nonzero", how == "zscore_all"
+    return zscore(volume, nonzero=nonzero, together=together).data.view(x.shape)
 
 
 @functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """The order of an epoch."""
     return draws(seed, epoch).permutation(count)

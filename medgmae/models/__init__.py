@@ -4,6 +4,7 @@ from medgmae.models.autoencoder import Autoencoder
 from medgmae.models.decoder import MaskDecoder
 from medgmae.models.encoder import Encoder, Model
 from medgmae.models.gaussian_decoder import GaussianDecoder
+from medgmae.models.glmae import GlobalLocalMAE, GlobalLocalOutput, Views
 from medgmae.models.gmae import GaussianMAE, GaussianMAEOutput
 from medgmae.models.mae import MAEOutput, MaskedAutoencoder, ViTDecoder
 from medgmae.models.mae_vim import VimDecoder
@@ -20,6 +21,8 @@ __all__ = [
     "GaussianDecoder",
     "GaussianMAE",
     "GaussianMAEOutput",
+    "GlobalLocalMAE",
+    "GlobalLocalOutput",
     "MAEOutput",
     "MaskDecoder",
     "MaskedAutoencoder",
@@ -28,6 +31,7 @@ __all__ = [
     "UNETRDecoder",
     "ViT",
     "ViTDecoder",
+    "Views",
     "Vim",
     "VimDecoder",
 ]

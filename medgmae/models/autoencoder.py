@@ -54,6 +54,16 @@ class Autoencoder(Model):
             mask_ratio: share of hidden patches of a random masking; the model's own when None.
         """
 
+    @abstractmethod
+    def forward_with_tokens(self, x: Tensor, masking: Masking, step: int | Tensor = 0) -> tuple[Tensor, Any]:
+        """The encoder's tokens of what is visible, (B, P + n, E) after the last norm, and what ``forward`` gives.
+
+        Args:
+            x: (B, C, D, H, W), every axis a multiple of the patch.
+            masking: which patches are visible.
+            step: training steps so far.
+        """
+
     def forward_features(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """Tokens (B, P + N, E) of the encoder after the last norm; see :meth:`Encoder.forward_features`."""
         return self.encoder.forward_features(x, keep)

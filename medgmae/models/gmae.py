@@ -131,8 +131,14 @@ class GaussianMAE(Autoencoder):
         Raises:
             ValueError: an input that does not fit the encoder, a masking for another input, or one beside a ratio.
         """
-        masking = self._masking(x, masking, mask_ratio)
-        gaussians = self.gaussians(x, masking)
+        return self.forward_with_tokens(x, self._masking(x, masking, mask_ratio), step)[1]
+
+    def forward_with_tokens(
+        self, x: Tensor, masking: Masking, step: int | Tensor = 0
+    ) -> tuple[Tensor, GaussianMAEOutput]:
+        """See :class:`Autoencoder`."""
+        tokens = self.encoder.forward_features(x, keep=masking.keep)
+        gaussians = self.decoder(tokens)
         counted = _masked_patches(masking)
         if counted.shape[1] == 0:
             counted = masking.keep
@@ -144,7 +150,7 @@ class GaussianMAE(Autoencoder):
         target = self._place(take_tokens(patchify(x, patch), counted), counted, x).to(volume.dtype)
         terms = self._terms(volume, target, gaussians, counted)
         loss = torch.stack([self._weight(name, step) * value for name, value in terms.items()]).sum()
-        return GaussianMAEOutput(loss, volume, gaussians, masking.mask, terms)
+        return tokens, GaussianMAEOutput(loss, volume, gaussians, masking.mask, terms)
 
     def gaussians(self, x: Tensor, masking: Masking | None = None, *, mask_ratio: float | None = None) -> Gaussians:
         """The Gaussians that the decoder makes of what is visible of ``x`` (B, 1, D, H, W); see :meth:`forward`."""

@@ -172,19 +172,22 @@ class MaskedAutoencoder(Autoencoder):
         Raises:
             ValueError: an input that does not fit the encoder, a masking for another input, or both of the last two.
         """
-        masking = self._masking(x, masking, mask_ratio)
+        return self.forward_with_tokens(x, self._masking(x, masking, mask_ratio))[1]
+
+    def forward_with_tokens(self, x: Tensor, masking: Masking, step: int | Tensor = 0) -> tuple[Tensor, MAEOutput]:
+        """See :class:`Autoencoder`; the loss is the same at every step."""
         target = patchify(x, self.patch_size)  # (B, N, L)
         if self.fourier_frequencies:
             target = fourier_code(target, self.fourier_frequencies, self.fourier_temperature).flatten(-2)
-        pred = self._predict(x, masking)  # (B, N, L)
-        return MAEOutput(self._loss(pred, target, masking.mask, self._grid(x)), pred, masking.mask)
+        tokens, pred = self._predict(x, masking)  # (B, P + n, E), (B, N, L)
+        return tokens, MAEOutput(self._loss(pred, target, masking.mask, self._grid(x)), pred, masking.mask)
 
-    def _predict(self, x: Tensor, masking: Masking) -> Tensor:
-        """A vector for every patch, (B, N, L)."""
+    def _predict(self, x: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
+        """The encoder's tokens (B, P + n, E) after the last norm, and a vector for every patch, (B, N, L)."""
         taps = self.decoder.taps
-        tokens, levels = self.encoder._encode(x, masking.keep, taps)  # (B, P + n, E)
+        tokens, levels = self.encoder._encode(x, masking.keep, taps)
         tokens = self.encoder.norm(tokens)
-        return self.decoder(tokens, masking.restore, self._grid(x), [levels[i] for i in taps])  # type: ignore[no-any-return]
+        return tokens, self.decoder(tokens, masking.restore, self._grid(x), [levels[i] for i in taps])
 
     def _loss(self, pred: Tensor, target: Tensor, mask: Tensor, grid: Shape) -> Tensor:
         return patch_mse(pred, target, mask, self.norm_target)

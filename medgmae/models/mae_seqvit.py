@@ -109,7 +109,10 @@ class SequenceAutoencoder(Autoencoder):
         Raises:
             ValueError: an input that does not fit the encoder, a masking for another input, or both of the last two.
         """
-        masking = self._masking(x, masking, mask_ratio)
+        return self.forward_with_tokens(x, self._masking(x, masking, mask_ratio))[1]
+
+    def forward_with_tokens(self, x: Tensor, masking: Masking, step: int | Tensor = 0) -> tuple[Tensor, MAEOutput]:
+        """See :class:`Autoencoder`; the loss is the same at every step."""
         whole = self._whole(masking, x)
         tokens = self.encoder.sequence_tokens(x, whole.keep)
         pred = self.decoder(tokens, whole.restore, self._grid(x))  # (B, M N, L)
@@ -118,7 +121,7 @@ class SequenceAutoencoder(Autoencoder):
         error = (pred - target).square().mean(2).reshape(shape)
         mask = whole.mask.to(error.dtype).reshape(shape)
         loss = ((error * mask).sum((0, 2)) / mask.sum((0, 2)).clamp_min(1)).sum()
-        return MAEOutput(loss, self._channels_last(pred), masking.mask)
+        return tokens, MAEOutput(loss, self._channels_last(pred), masking.mask)
 
     @torch.no_grad()
     def reconstruct(

@@ -62,6 +62,10 @@ EncoderName = Literal[
 """Encoders."""
 
 VoxelName = Literal[
+    "glmae_vim_tiny_patch8_64",
+    "glmae_vit_base_patch16_96",
+    "glmae_vit_nano_patch8_32",
+    "glmae_vit_tiny_patch8_64",
     "mae2d_vit_base_patch16_224",
     "mae2d_vit_nano_patch8_32",
     "mae_primus_m_patch8_160",

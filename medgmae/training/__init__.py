@@ -1,6 +1,7 @@
 """Pre-training, fine-tuning, and training aids on timm's optimisation tools."""
 
 from medgmae.training.finetune import finetune
+from medgmae.training.glmae_file import write_glmae
 from medgmae.training.machine import Machine
 from medgmae.training.optim import cosine_schedule, param_groups, poly_schedule, scale_lr
 from medgmae.training.predict import Predictor
@@ -55,4 +56,5 @@ __all__ = [
     "rehearse",
     "scale_lr",
     "summary_of",
+    "write_glmae",
 ]

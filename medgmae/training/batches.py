@@ -16,7 +16,7 @@ from medgmae.data import Crops, draws
 from medgmae.layers.masking import Masking, random_masking
 from medgmae.training.tables import expect
 
-_MASK = 1  # of the counters of a draw; crops have others
+MASK = 1  # of the counters of a draw; crops have others
 
 
 class Batch(Protocol):
@@ -105,7 +105,7 @@ class MaskedCrops(Samples[MaskedBatch]):
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, str]:
         """Position counts on over the epochs: (x, noise, what it is)."""
         sample = self.crops[position]
-        noise = draws(self.seed, *divmod(position, len(self)), _MASK).random(self.patches, dtype="float32")
+        noise = draws(self.seed, *divmod(position, len(self)), MASK).random(self.patches, dtype="float32")
         scan = self.crops.scans[sample["scan"]]
         return sample["x"], torch.from_numpy(noise), f"{scan.source} at {list(map(int, sample['start']))}"
 

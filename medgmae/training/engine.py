@@ -236,12 +236,13 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     expect(accelerator.num_processes > 1, "sharded needs several processes: torchrun --nproc-per-node N -m medgmae ...")
     mesh = init_device_mesh(device.type, (accelerator.num_processes,))
     model.to(device)
-    for part in (model.encoder, getattr(model, "decoder", None)):
+    for part in list(model.modules()):
         for block in getattr(part, "blocks", ()):
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    if hasattr(model, "reconstruct"):
-        register_fsdp_forward_method(model, "reconstruct")
+    for name in ("reconstruct", "teach"):
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
     return model
 
 

@@ -13,7 +13,7 @@ from medgmae.training.settings import Settings
 
 
 def card_of(
-    settings: Settings, size: Sequence[int], corpus: Corpus, numbers: Sequence[int], plan: Plan, step: int
+    settings: Settings, size: Sequence[int], corpus: Corpus, numbers: Sequence[int], plan: Plan, step: int, part: str
 ) -> dict[str, Any]:
     """The weight card of a run's model: its preprocessing and provenance.
 
@@ -24,6 +24,7 @@ def card_of(
         numbers: how many scans were trained on, and how many held out.
         plan: of the run.
         step: updates so far.
+        part: "pretrained", or of a run with two networks "teacher" or "student".
     """
     block = dict(corpus.input)
     volume = list(size) if len(size) == 3 else [1, *size]
@@ -38,7 +39,7 @@ def card_of(
     done = "" if step == plan.steps else f" of {plan.steps}, interrupted or still running"
     optimiser = settings.training
     return WeightCard(
-        tag=f"{settings.model.split('.')[0]}.pretrained",
+        tag=f"{settings.model.split('.')[0]}.{part}",
         training_data=f"{training} scans, {held_out} more held out: {listed}.",
         input=block,
         notes=(

@@ -65,6 +65,10 @@ class Job(ABC):
         """What the model makes of a sample, as a PNG file; by default nothing."""
         return
 
+    def updated(self, engine: Engine, step: int) -> None:
+        """After update number ``step``, counted from 0: what follows the weights; by default nothing."""
+        return
+
     def enough(self, progress: Progress) -> bool:
         """Whether the run may end before its time."""
         return False
@@ -138,6 +142,7 @@ class Session:
                 f"{'; '.join(reason.of)}. Look at these scans; a lower training.lr, training.clip=1.0 or "
                 "training.precision=fp32 may help"
             ) from None
+        self.job.updated(self.engine, step)
         progress.add(values, time.perf_counter() - begin)
         done = progress.step
         if done % self.machine.log_every == 0 or done == self.plan.steps:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, overload
 
 from medgmae.factory import card_input
+from medgmae.training.global_local_settings import GlobalLocalSettings
 from medgmae.training.tables import Table, TrainingError, expect, load_table, read_table
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -160,9 +161,10 @@ class RunSettings(Table):
 
 @dataclass(frozen=True)
 class Settings(RunSettings):
-    """A run of pre-training: what every run has, and its ``crops``."""
+    """A run of pre-training: what every run has, its ``crops``, and with ``global_local`` views and a teacher."""
 
     crops: CropSettings = field(default_factory=CropSettings)
+    global_local: GlobalLocalSettings | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

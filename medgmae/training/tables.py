@@ -100,6 +100,9 @@ def expect(holds: bool, message: str) -> None:
 def _read(kind: Any, value: Any, where: str) -> Any:
     """``value`` as ``kind``: a dataclass of a table, lists of them, numbers and text as they are."""
     options = get_args(kind) or (kind,)
+    table = next((one for one in options if is_dataclass(one)), None)
+    if table is not None and isinstance(value, Mapping):
+        kind = table  # of a table or nothing
     if is_dataclass(kind):
         expect(isinstance(value, Mapping), f"{where} is {value!r}; expected a table")
         hints = get_type_hints(kind)

@@ -8,6 +8,7 @@ from medgmae.visualize.figures import fit_figure, latent_map_figure, reconstruct
 from medgmae.visualize.gallery import gallery_figure
 from medgmae.visualize.images import images_figure
 from medgmae.visualize.predictions import classification_figure, regression_figure
+from medgmae.visualize.views import views_figure
 
 __all__ = [
     "check_figure",
@@ -21,4 +22,5 @@ __all__ = [
     "regression_figure",
     "runs_figure",
     "segmentation_figure",
+    "views_figure",
 ]

@@ -15,6 +15,13 @@ SOURCE = "medgmae"
 _MARKS = ("decoder.mask_token", "decoder.query_tokens", "decoder.stem.conv1.weight")
 
 
+# What a report says of the two networks of one run, by the end of the tag of their card.
+_NETWORKS = {
+    ".teacher": "the weights are the teacher's; those of its student are in the folder 'student' beside them",
+    ".student": "the weights are the student's; those of its teacher are in the folder above",
+}
+
+
 def is_own_pair(file: File) -> bool:
     """Whether a file has our names of an encoder and a decoder."""
     return file.has("encoder.pos_embed") and any(map(file.has, _MARKS))
@@ -36,6 +43,9 @@ def convert_saved(file: File) -> Converted:
         rows = file.table(f"{prefix}pos_embed").shape[1]
         if math.prod(grid) != rows:
             raise WeightsError(f"{file.origin}: the config's grid is {grid!r}, the table of positions has {rows} rows")
+    card = (file.config or {}).get("weight_card")
+    tag = card.get("tag") if isinstance(card, dict) else None
+    file.notes += [note for end, note in _NETWORKS.items() if isinstance(tag, str) and tag.endswith(end)]
     return _take(file, tuple(grid))
 
 

@@ -45,6 +45,8 @@ def convert_timm(file: File) -> Converted:
 
 
 def _name(file: File) -> str:
+    if file.full_name(STEM) == f"module.backbone.{STEM}" and file.tensor(STEM).dim() == 5:
+        return "the layout of GL-MAE's student"
     if file.has("decoder_pred.0.weight"):
         return "TANGERINE pre-training"
     if file.has("decoder_pred.weight"):

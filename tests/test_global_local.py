@@ -1,0 +1,193 @@
+"""Pre-training with views and a teacher: it goes on exactly, is shared by processes, and says when it has collapsed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_runs import MACHINE, numbers, outcome, run_of, scans, settings_of
+
+import medgmae
+from medgmae.training import Run, Settings, Stopped, TrainingError, pretrain, read_settings, write_glmae
+from medgmae.training.states import read_state
+
+VIEWS = {"local_size": [16, 8, 8], "local_views": 3, "local_mask_ratio": 0.5, "projector": [32, 16, 64]}
+
+
+def views_settings(model: str = "glmae_vit_nano_patch8_32", **changes: Any) -> Settings:
+    """A run of nine updates on global views of 16 voxels and local ones of two patches."""
+    options = {
+        "model_options": {"img_size": 16, "mask_ratio": 0.5},
+        "augmentation": {"flip": 0.5, "scale": [1.0, [-0.1, 0.1]]},
+    }
+    return settings_of(model, **{"global_local": {**VIEWS}, **options, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scans(tmp_path_factory.mktemp("data") / "scans")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return run_of(views_settings(), data, out, replace(MACHINE, picture_every=6))
+
+
+def last_state(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run's last state: student, projectors, teacher, centre."""
+    (*_, path) = sorted((run / "checkpoints").glob("step_*"))
+    return read_state(path).model
+
+
+def test_a_run_leaves_a_teacher_a_student_and_numbers(undisturbed: Path) -> None:
+    lines = numbers(undisturbed)
+    losses = [line for line in lines if "loss" in line]
+    terms = {"global_reconstruction", "local_reconstruction", "global_consistency", "local_consistency"}
+    assert all({*terms, "teacher_entropy", "agreement"} <= set(line) for line in losses)
+    assert all(line["loss"] == pytest.approx(sum(line[term] for term in terms), rel=1e-5) for line in losses)
+    measured = [line for line in lines if "effective_rank" in line]
+    assert [line["step"] for line in measured] == [3, 6, 9]
+    assert all(1 < line["effective_rank"] < 24 and line["feature_variance"] > 0 for line in measured)
+    assert len(list((undisturbed / "pictures").iterdir())) == 2
+    state = last_state(undisturbed)
+    teacher = medgmae.create_model("vit_nano_patch8_32", pretrained=undisturbed, img_size=16)
+    student = medgmae.create_model("vit_nano_patch8_32", pretrained=undisturbed / "student", img_size=16)
+    for name in ("blocks.0.attn.qkv.weight", "cls_token"):
+        assert torch.equal(teacher.state_dict()[name], state[f"teacher.encoder.{name}"])
+        assert torch.equal(student.state_dict()[name], state[f"student.encoder.{name}"])
+        assert not torch.equal(teacher.state_dict()[name], student.state_dict()[name])
+    whole: Any = medgmae.create_model(f"local-dir:{undisturbed / 'student'}")
+    assert isinstance(whole, medgmae.MaskedAutoencoder)
+    assert "the weights are the teacher's" in str(teacher.load_report)
+    assert "the weights are the student's" in str(student.load_report)
+    assert whole.pretrained_cfg["tag"] == "glmae_vit_nano_patch8_32.student"
+    assert {"center", "teacher.projector.prototypes", "projector.mlp.0.weight"} <= set(state)
+    assert state["center"].any()
+
+
+def test_the_settings_that_are_written_are_read(undisturbed: Path) -> None:
+    settings = Run(undisturbed).settings(Settings)
+    assert settings == views_settings()
+    with pytest.raises(TrainingError, match=r"global_local\.momentum is 2\.0; expected 0 to 1"):
+        settings.changed({"global_local.momentum": 2.0})
+    with pytest.raises(TrainingError, match=r"global_local\.moment is not a setting"):
+        read_settings({"model": "m", "global_local": {"moment": 1}})
+
+
+def test_a_stopped_run_goes_on_exactly(
+    undisturbed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medgmae.training.engine import Engine
+
+    real = Engine.update
+
+    def update(self: Engine, number: int, batches: Any) -> Any:
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, number, batches)
+
+    monkeypatch.setattr(Engine, "update", update)
+    with pytest.raises(Stopped):
+        run_of(views_settings(), data, tmp_path / "run")
+    monkeypatch.undo()
+    pretrain(Run(tmp_path / "run").settings(Settings), [], tmp_path / "run", resume=True, machine=MACHINE)
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
+    expected = last_state(undisturbed)
+    for name, value in last_state(tmp_path / "run").items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "machine"),
+    [({"training.micro_batch": 1}, {}), ({}, {"workers": 2}), ({"training.checkpointing": True}, {})],
+)
+def test_what_does_not_decide_the_outcome(
+    undisturbed: Path, data: Path, tmp_path: Path, options: dict[str, Any], machine: dict[str, Any]
+) -> None:
+    run = run_of(views_settings(**options), data, tmp_path / "run", replace(MACHINE, **machine))
+    expected = last_state(undisturbed)
+    for name, value in last_state(run).items():
+        if "training.micro_batch" in options:  # sums in another order
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-3)
+        else:
+            assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("model", ["mae_vim_nano_patch8_32", "gmae_vit_nano_patch8_32"])
+def test_any_masked_autoencoder_learns_with_a_teacher(model: str, data: Path, tmp_path: Path) -> None:
+    """Of one scan, seen again and again, both reconstructions fall."""
+    options = {"training.steps": 40, "training.lr": 3e-3, "augmentation": {}, "held_out": 0.0, "training.batch_size": 2}
+    run = run_of(views_settings(model, **options), data, tmp_path / "run", replace(MACHINE, checkpoint_every=40))
+    losses = [line for line in numbers(run) if "loss" in line]
+    for term in ("global_reconstruction", "local_reconstruction"):
+        assert losses[-1][term] < 0.8 * losses[0][term]
+
+
+def test_a_run_without_centring_collapses_and_is_stopped(data: Path, tmp_path: Path) -> None:
+    options = {"training.steps": 100, "held_out": 0.0, "global_local.momentum": 0.95}
+    machine = replace(MACHINE, checkpoint_every=20)
+    with pytest.raises(
+        TrainingError, match=r"collapsed: .* global_local\.center_momentum is 1, no centring: give 0\.9"
+    ):
+        run_of(views_settings(**{**options, "global_local.center_momentum": 1.0}), data, tmp_path / "off", machine)
+    lines = [line for line in numbers(tmp_path / "off") if "teacher_information" in line]
+    assert lines[-1]["teacher_information"] < 1e-5
+    assert list((tmp_path / "off" / "checkpoints").glob(f"step_*{lines[-1]['step']}.safetensors"))
+    run_of(views_settings(**options), data, tmp_path / "on", machine)
+    lines = [line for line in numbers(tmp_path / "on") if "teacher_information" in line]
+    assert len(lines) == 5
+    assert min(line["prototypes_used"] for line in lines) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_local.local_size": [12, 8, 8]}, "made of whole patches"),
+        ({"global_local.local_mask_ratio": 0.9}, "of 2 patches leaves none visible"),
+        ({"global_local.local_size": [64, 64, 64]}, "too small"),
+        ({"augmentation": {"rotate90": 0.5}}, "rotate90 moves voxels"),
+        ({"model": "mae2d_vit_nano_patch8_32"}, "expected views of volumes"),
+    ],
+)
+def test_views_that_cannot_be_had_are_refused(
+    data: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        run_of(views_settings(**changes), data, tmp_path / "run")
+
+
+def test_a_run_in_the_layout_of_the_authors_file(undisturbed: Path, tmp_path: Path) -> None:
+    path = write_glmae(undisturbed, tmp_path / "glmae.pth")
+    content = torch.load(path, weights_only=True)
+    assert set(content) == {"student", "teacher"}
+    assert content["student"]["module.backbone.pos_embed"].shape == (1, 9, 48)
+    assert not content["teacher"]["backbone.pos_embed"][:, 0].any()
+    for name, folder in (("", undisturbed / "student"), ("::teacher", undisturbed)):
+        model = medgmae.create_model("vit_nano_patch8_32", pretrained=f"{path}{name}", img_size=16)
+        expected: Any = medgmae.create_model(f"local-dir:{folder}")
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, expected.encoder.state_dict()[key]), key
+        assert ("the layout of GL-MAE's student" in model.load_report.source) == (name == "")
+    with pytest.raises(TrainingError, match="no student and teacher"):
+        write_glmae(tmp_path, path)
+
+
+def test_a_vim_has_no_place_in_the_authors_file(data: Path, tmp_path: Path) -> None:
+    settings = views_settings("mae_vim_nano_patch8_32", **{"training.steps": 2, "training.warmup_steps": 0})
+    run = run_of(settings, data, tmp_path / "run")
+    with pytest.raises(TrainingError, match="is a Vim; GL-MAE's files hold a ViT with a class token"):
+        write_glmae(run, tmp_path / "glmae.pth")
