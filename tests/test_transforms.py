@@ -386,5 +386,8 @@ def test_every_shipped_card_prepares_a_scan() -> None:
         channels = dict(block).get("channels", 1)
         small = {**block, "size": [16, 16, 16]}
         ready = create_transform(small)(scan.with_data(scan.data.repeat(channels, 1, 1, 1)))
-        assert ready.data.shape == (channels, 16, 16, 16), tag
+        if "multiple" in dict(block).get("crop", ()):  # the whole scan, in whole patches
+            assert all(n % m == 0 for n, m in zip(ready.data.shape[1:], dict(block)["multiple"], strict=True)), tag
+        else:
+            assert ready.data.shape == (channels, 16, 16, 16), tag
         assert create_transform(tag).input["size"] == block.get("size"), tag

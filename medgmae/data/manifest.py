@@ -125,7 +125,7 @@ def _check_unique(file: Path, scans: list[Scan]) -> None:
     seen: dict[object, str] = {}
     for scan in scans:
         place = (scan.path, scan.series, *(scan.contrasts or {}).values())
-        for key in {scan.name, place} - {""}:
+        for key in (scan.name, place) if scan.name else (place,):
             if key in seen:
                 what = f"the id {scan.name!r}" if key == scan.name else f"the scan {shown(scan.path)}"
                 raise VolumeError(f"{shown(file)} has {what} twice; expected each once")
