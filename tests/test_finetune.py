@@ -260,7 +260,6 @@ def test_a_frozen_encoder_stays_as_it_was(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["vit_nano_patch8_32", "vim_nano_patch8_32", "primus_nano_patch8_32"])
 def test_low_rank_changes_are_added_to_the_weights(data: Path, tmp_path: Path, model: str) -> None:
-    pytest.importorskip("peft")
     changes = {"model": model, "tuning.encoder": "lora", "tuning.lora_rank": 2, "training.steps": 4}
     settings = tune_settings(**changes, **{"training.layer_decay": None})
     run = tune(settings, data, tmp_path / "run")

@@ -95,7 +95,6 @@ def test_windows_of_a_scan_are_read_and_segmented() -> None:
 
 
 def test_exported_for_another_runtime(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
     model: Any = randomize(medgmae.create_model("primus_nano_patch8_32", num_classes=2, img_size=16))
     found = medgmae.export_model(model, tmp_path / "model.onnx")
     assert found.difference < 1e-4 * found.size

@@ -28,14 +28,13 @@ from medgmae.training.division import Part
 from medgmae.training.engine import Engine, Plan
 from medgmae.training.masks import Masks, mean_and_interval
 from medgmae.training.optim import param_groups
-from medgmae.training.progress import Progress
 from medgmae.training.results import METRICS, plain
 from medgmae.training.runs import Run
-from medgmae.training.session import Job
 from medgmae.training.settings import TrainingSettings, TuneSettings
-from medgmae.training.states import Checkpoints, State
+from medgmae.training.states import State
 from medgmae.training.tables import TrainingError, expect
 from medgmae.training.tuned import segmenter
+from medgmae.training.tuning_job import TuningJob
 
 CASES = "cases.csv"
 _CROP = 2  # of the counters of a draw
@@ -124,7 +123,7 @@ class Segment:
         return {"loss": dice_ce_loss(logits, batch.targets)}
 
 
-class SegmentTuning(Job):
+class SegmentTuning(TuningJob):
     """A UNETR learns label maps.
 
     Args:
@@ -163,14 +162,7 @@ class SegmentTuning(Job):
         maps = [masks.maps[case] for case in self.training]
         augmentation = Augmentation.of(settings.augmentation)
         self.samples = LabelledCrops(chosen, maps, masks, view, augmentation, settings.training.seed)
-        self.about = {
-            "data": [str(one) for one in corpus.sources],
-            "prepared": str(corpus.folder),
-            "scans": len(self.training),
-            "held_out": len(self.held_out),
-            "fold": fold,
-            "broken": corpus.broken,
-        }
+        self.about = self.facts(corpus)
 
     def rebuilt(self, state: State) -> nn.Module:
         """See :class:`Job`."""
@@ -208,23 +200,12 @@ class SegmentTuning(Job):
             rows.append(row)
         return rows
 
-    def enough(self, progress: Progress) -> bool:
-        """Whether ``tuning.patience`` measurements went by without a better one."""
-        patience = self.settings.tuning.patience
-        return patience is not None and progress.since >= patience
-
     def export(self, model: nn.Module, plan: Plan, step: int) -> None:
         """See :class:`Job`."""
         self._save(model, plan, step, {}, self.run.folder)
 
-    def finish(self, state: State, plan: Plan, checkpoints: Checkpoints) -> None:
-        """Write the weights that ``tuning.select`` names, and how they do on the cases held out; the run's own last,
-        because its metrics show that all is done."""
-        for select, folder in reversed(list(self.places.items())):
-            found = None if select == "last" else checkpoints.best(select)
-            self._conclude(found or state, plan, select, folder)
-
-    def _conclude(self, state: State, plan: Plan, select: str, folder: Path) -> None:
+    def conclude(self, state: State, plan: Plan, select: str, folder: Path) -> None:
+        """See :class:`TuningJob`."""
         model, step = self.rebuilt(state), state.facts["step"]
         rows = self._rows(model, None)
         cases = self.held_out or self.training

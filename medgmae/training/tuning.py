@@ -17,17 +17,16 @@ from medgmae.training.cases import LabelledScans, View
 from medgmae.training.corpus import Corpus
 from medgmae.training.division import Part
 from medgmae.training.engine import Engine, Plan
-from medgmae.training.progress import Progress
 from medgmae.training.results import Results, report, score, write_results
 from medgmae.training.runs import Run
-from medgmae.training.session import Job
 from medgmae.training.settings import TuneSettings
-from medgmae.training.states import Checkpoints, State
+from medgmae.training.states import State
 from medgmae.training.targets import Targets, standardized
 from medgmae.training.tuned import Predict, Tuned, class_weights, tuned_model
+from medgmae.training.tuning_job import TuningJob
 
 
-class FineTuning(Job):
+class FineTuning(TuningJob):
     """An encoder with a head learns labels.
 
     Args:
@@ -79,14 +78,7 @@ class FineTuning(Job):
             settings.training.seed,
             classes if task.balanced else None,
         )
-        self.about = {
-            "data": [str(one) for one in corpus.sources],
-            "prepared": str(corpus.folder),
-            "scans": len(self.training),
-            "held_out": len(self.held_out),
-            "fold": fold,
-            "broken": corpus.broken,
-        }
+        self.about = self.facts(corpus)
 
     def rebuilt(self, state: State) -> Tuned:
         """See :class:`Job`."""
@@ -122,23 +114,12 @@ class FineTuning(Job):
             logits.append(scan_logits(encoder, view.whole(self.corpus.scans[case]), **options))
         return Results(cases, torch.stack(logits), [self.fold] * len(cases))
 
-    def enough(self, progress: Progress) -> bool:
-        """Whether ``tuning.patience`` measurements went by without a better one."""
-        patience = self.settings.tuning.patience
-        return patience is not None and progress.since >= patience
-
     def export(self, model: Any, plan: Plan, step: int) -> None:
         """See :class:`Job`."""
         self._save(self._encoder(model), plan, step, {}, self.run.folder)
 
-    def finish(self, state: State, plan: Plan, checkpoints: Checkpoints) -> None:
-        """Write the weights that ``tuning.select`` names, and what they say of the cases held out; the run's own last,
-        because its metrics show that all is done."""
-        for select, folder in reversed(list(self.places.items())):
-            found = None if select == "last" else checkpoints.best(select)
-            self._conclude(found or state, plan, select, folder)
-
-    def _conclude(self, state: State, plan: Plan, select: str, folder: Path) -> None:
+    def conclude(self, state: State, plan: Plan, select: str, folder: Path) -> None:
+        """See :class:`TuningJob`."""
         encoder, step = self._encoder(self.rebuilt(state)), state.facts["step"]
         results = self._results(encoder, None)
         try:
