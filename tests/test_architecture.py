@@ -78,6 +78,7 @@ ONLY_IN: dict[str, list[str]] = {
     "sklearn": ["evaluation"],
     "timm": ["checkpoints.opening", "training"],
     "torchvision": [],
+    "yaml": ["checkpoints.training_config"],
 }
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hub_server import HubServer
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import medgmae
 from medgmae.checkpoints.cards import WeightCard, WeightsError
@@ -58,8 +59,57 @@ def test_a_card_names_the_teacher_of_3dino(hub: HubServer, tmp_path: Path) -> No
     assert medgmae.weight_card("vit_large_patch16_112.3dino").hub_file == ("3dino_vit_weights.pth", "teacher")
     assert not report.missing
     reasons = {why for name, why in report.unused.items() if name.startswith(("dino_head.", "ibot_head."))}
-    assert reasons == {"head of the pre-training"}
+    assert reasons == {"head of the pre-training: projection_dim= (Primus) or prototypes= (ViT) builds it"}
     assert report.unused["backbone.blocks.1.1.ls2.gamma"] == "folded into blocks.1.mlp.fc2"
+
+
+def heads() -> dict[str, Tensor]:
+    """Both heads as DINOv2's code saves them: 10 wide, 6 at the bottleneck, 7 prototypes."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"mlp.0": (10, 24), "mlp.2": (10, 10), "mlp.4": (6, 10)}
+    state = {f"{part}.weight": torch.randn(shape, generator=generator) for part, shape in shapes.items()}
+    state |= {f"{part}.bias": torch.randn(shape[0], generator=generator) for part, shape in shapes.items()}
+    state |= {"last_layer.weight_v": torch.randn(7, 6, generator=generator)}
+    state |= {"last_layer.weight_g": 1 + torch.rand(7, 1, generator=generator)}
+    return {
+        f"{head}.{name}": x + (head == "ibot_head") for head in ("dino_head", "ibot_head") for name, x in state.items()
+    }
+
+
+def by_hand(head: str, x: Tensor) -> Tensor:
+    """What torch's own layers make of it."""
+    state = {name.removeprefix(f"{head}."): tensor for name, tensor in heads().items() if name.startswith(head)}
+    mlp = nn.Sequential(nn.Linear(24, 10), nn.GELU(), nn.Linear(10, 10), nn.GELU(), nn.Linear(10, 6))
+    last = weight_norm(nn.Linear(6, 7, bias=False))
+    mlp.load_state_dict({name.removeprefix("mlp."): t for name, t in state.items() if name.startswith("mlp.")})
+    last.load_state_dict(
+        {
+            "parametrizations.weight.original0": state["last_layer.weight_g"],
+            "parametrizations.weight.original1": state["last_layer.weight_v"],
+        }
+    )
+    found: Tensor = last(nn.functional.normalize(mlp(x), dim=-1))
+    return found
+
+
+def test_the_heads_of_3dino_if_asked_for(tmp_path: Path) -> None:
+    backbone = {name: tensor for name, tensor in TEACHER.items() if "_head." not in name}
+    model = dino(prototypes=(10, 6, 7))
+    report = medgmae.load_pretrained(model, {**backbone, **heads()})
+    assert not any("_head." in name for name in report.unused)
+    scan = torch.rand(1, 24, 24, 24, generator=torch.Generator().manual_seed(0))
+    plain = medgmae.extract_features(model, scan)
+    found = medgmae.extract_features(model, scan, head="projected")
+    torch.testing.assert_close(found.pooled, by_hand("dino_head", plain.pooled), rtol=1e-4, atol=1e-5)
+    expected = by_hand("ibot_head", plain.map.data.flatten(1).mT).mT.reshape(7, 3, 3, 3)
+    torch.testing.assert_close(found.map.data, expected, rtol=1e-4, atol=1e-5)
+    again = medgmae.create_model(medgmae.save_pretrained(model, tmp_path / "dino"))
+    same = medgmae.extract_features(again, scan, head="projected")
+    torch.testing.assert_close(same.pooled, found.pooled)
+    with pytest.raises(WeightsError, match=r"projection\.dino\.prototypes: not in the file"):
+        medgmae.load_pretrained(model, backbone)
+    with pytest.raises(ValueError, match="three widths of heads that read the class token"):
+        dino(prototypes=(10, 6, 7), global_pool="avg")
 
 
 def test_3dino_needs_its_offset() -> None:

@@ -180,7 +180,10 @@ def test_colipri_with_and_without_its_projection(tmp_path: Path) -> None:
     assert whole.projection.temperature == 1.0
     bare: Any = Primus(**sizes)
     reasons = medgmae.load_pretrained(bare, tmp_path / "model.safetensors").unused
-    assert reasons["image_encoder.projector.weight"] == "projection: build the model with projection_dim=... to have it"
+    assert (
+        reasons["image_encoder.projector.weight"]
+        == "head of the pre-training: projection_dim= (Primus) or prototypes= (ViT) builds it"
+    )
     assert torch.equal(bare.norm.weight, model.norm.weight)
     with pytest.raises(medgmae.WeightsError, match=r"projection\.proj\.weight: not in the file"):
         medgmae.load_pretrained(whole, bare.state_dict())

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import medgmae
 from medgmae.layers.masking import Masking
-from medgmae.models.consistency import Projector, consistency, effective_rank, entropy, koleo, teacher_shares
+from medgmae.layers.projection import Projector
+from medgmae.models.consistency import consistency, effective_rank, entropy, koleo, teacher_shares
 from medgmae.models.glmae import GlobalLocalMAE, Views
 
 SMALL = {"embed_dim": 24, "depth": 1, "img_size": 16}

@@ -141,12 +141,27 @@ def layout_of(tag: str) -> Layout:
     return Layout(test_bmmae.official_state(), f"{prefix}seqvit_base_patch16_128", {**TINY_SEQUENCES, **decoder})
 
 
+def as_yaml(expected: dict[str, Any]) -> bytes:
+    """A configuration with these values by dotted name."""
+    config: dict[str, Any] = {}
+    for name, value in expected.items():
+        place, (*parents, last) = config, name.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    for name, value in config.items():
+        if "0" in value:
+            config[name] = [value["0"]]
+    return json.dumps(config).encode()  # which is YAML too
+
+
 def served(hub: HubServer, tag: str, content: bytes) -> medgmae.WeightCard:
     """The card, with this content at the hub or behind its address."""
     card = medgmae.weight_card(tag).to_json() | {"sha256": None, "bytes": None, "features": None}
     if card["hub"]:
         file = medgmae.weight_card(tag).hub_file[0]
-        hub.add(card["hub"]["repo"], {file: content})
+        beside = {card["config"]["file"]: as_yaml(card["config"]["expected"])} if card["config"] else {}
+        hub.add(card["hub"]["repo"], {file: content, **beside})
         card["hub"] |= {"revision": "main"}
     else:
         hub.files["/official.pth"] = content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -81,6 +82,45 @@ out["wrong"] = attempt(medgmae.verify_weights, wrong, progress=False)
     assert out["card"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert "no manifest to compare with" in out["said"]
     assert "HashMismatchError" in out["wrong"]
+
+
+CONFIG = {"file": "vit/config.yaml", "expected": {"student.num_heads": 3, "student.scale": 1e-5, "sets.0.mean": -573.8}}
+YAML = "student:\n  num_heads: {}\n  scale: 1e-05\nsets:\n  - mean: -573.8\n"
+
+
+def test_the_configuration_beside_the_weights(file: Path, tmp_path: Path) -> None:
+    card = card_of(hub={"repo": "lab/nano", "revision": "main", "file": "vit/checkpoints/nano.pth"}, config=CONFIG)
+    assert "vit/config.yaml of the repository is not beside the file" in str(medgmae.verify_weights(card, file=file))
+    (place := tmp_path / "vit/checkpoints").mkdir(parents=True)
+    moved = file.rename(place / "nano.pth")
+    beside = tmp_path / "vit/config.yaml"
+    beside.write_text(YAML.format(3))
+    found = medgmae.verify_weights(card, file=moved)
+    assert (found.passed, found.config) == (True, [])
+    beside.write_text(YAML.format(4).replace("sets:", "others:"))
+    found = medgmae.verify_weights(card, file=moved)
+    assert not found.passed
+    assert found.config == [
+        "student.num_heads is '4', the card's 3",
+        "sets.0.mean is missing, the card's is -573.8",
+    ]
+    for damaged in ("a: [1,", "[" * 20000, "\x00", "a: &a [*a, *a]\nstudent: *a"):
+        beside.write_text(damaged)
+        with contextlib.suppress(medgmae.WeightsError):
+            assert not medgmae.verify_weights(card, file=moved).passed
+
+
+def test_the_configuration_of_the_repository(file: Path, tmp_path: Path) -> None:
+    with HubServer() as hub:
+        hub.add("lab/nano", {"vit/checkpoints/nano.pth": file.read_bytes(), "vit/config.yaml": YAML.format(5).encode()})
+        code = f"""
+import medgmae
+hub = {{"repo": "lab/nano", "revision": "main", "file": "vit/checkpoints/nano.pth"}}
+card = WeightCard("{TAG}", model_args={{"img_size": 16}}, hub=hub, config={CONFIG!r})
+out["problems"] = medgmae.verify_weights(card, progress=False).problems
+"""
+        out = run_client(code, hub, tmp_path / "home")
+    assert out["problems"] == ["vit/config.yaml: student.num_heads is '5', the card's 3"]
 
 
 def test_the_command_on_the_shipped_weights(tmp_path: Path) -> None:

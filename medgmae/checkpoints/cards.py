@@ -27,7 +27,7 @@ HUB_ORG = "medgmae"
 _log = logging.getLogger("medgmae")
 _TAG = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+")
 _HUB_FIELDS = {"repo", "revision", "file"}
-_OPTIONAL = {"acceptance", "features", "page_file", "redistribute", "token_order", "trained_on"}
+_OPTIONAL = {"acceptance", "config", "features", "page_file", "redistribute", "token_order", "trained_on"}
 _CHECKS = {"reconstruction": {"check", "model"}, "orientation": {"check", "model_args", "other", "decides"}}
 REGIONS = ("head", "neck", "chest", "abdomen", "pelvis", "limbs")
 """Parts of the body, in the words of a card's ``trained_on``."""
@@ -74,6 +74,8 @@ class WeightCard:
         token_order: "raster" or "swapped", of weights of a Primus, see :func:`~medgmae.load_pretrained`.
         acceptance: what ``medgmae verify`` runs on a scan, beside comparing names and shapes; weights/README.md has the
             kinds.
+        config: a configuration in the hub's repository, and what ``medgmae verify`` expects in it, of which the weights
+            show nothing: ``{"file": "vitb/config.yaml", "expected": {"student.num_heads": 12}}``.
         features: a few numbers of the features of the example scans, as ``medgmae verify`` finds them, ``{"tolerance":
             0.001, "scans": {"ct_thorax.nii.gz": {...}}}``.
 
@@ -100,6 +102,7 @@ class WeightCard:
     notes: str | None = None
     token_order: Literal["raster", "swapped"] | None = None
     acceptance: Mapping[str, Any] | None = field(default=None, hash=False)
+    config: Mapping[str, Any] | None = field(default=None, hash=False)
     features: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +139,11 @@ class WeightCard:
         self._expect("token_order", self.token_order in (None, "raster", "swapped"), "null, 'raster' or 'swapped'")
         for name, valid, form in (
             ("acceptance", _is_check(self.acceptance), f"null or the fields of one of {sorted(_CHECKS)}"),
+            (
+                "config",
+                _is_config(self.config) and not (self.config and self.hub is None),
+                "null or {file, expected: {name: value}} of hub",
+            ),
             ("features", _is_digest(self.features), "null or {tolerance: a number, scans: {file: {name: numbers}}}"),
         ):
             self._expect(name, valid, form)
@@ -314,6 +322,13 @@ def _is_check(value: object) -> bool:
     if value is None:
         return True
     return isinstance(value, Mapping) and set(value) == _CHECKS.get(str(value.get("check")), {})
+
+
+def _is_config(value: object) -> bool:
+    if value is None:
+        return True
+    whole = isinstance(value, Mapping) and set(value) == {"file", "expected"}
+    return whole and _is_text(value["file"]) and _is_object(value["expected"])  # type: ignore[index]
 
 
 def _is_digest(value: object) -> bool:

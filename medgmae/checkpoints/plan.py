@@ -225,7 +225,7 @@ class EncoderPart(ModelPart):
         if name.startswith(HEAD):
             return Decision(unused="head")
         if name.startswith("projection."):
-            return Decision(unused="projection: build the model with projection_dim=... to have it")
+            return Decision(unused="head of the pre-training: projection_dim= (Primus) or prototypes= (ViT) builds it")
         if name.startswith("norm."):
             return Decision(unused="last norm of the tokens: the model normalises the pooled vector instead")
         if name == "cls_token" and not rules.strict:

@@ -13,7 +13,7 @@ import torch
 
 from medgmae.checkpoints.cards import WeightCard, WeightsError, weight_card, weights_folder
 from medgmae.checkpoints.hashes import file_hashes
-from medgmae.checkpoints.hub import Fetching
+from medgmae.checkpoints.hub import Fetching, HubFile, fetch_hub_file
 from medgmae.checkpoints.json_files import read_json
 from medgmae.checkpoints.loading import rehearse
 from medgmae.checkpoints.opening import open_source
@@ -22,6 +22,7 @@ from medgmae.checkpoints.reading import SET_MARK
 from medgmae.checkpoints.report import LoadReport, html_table
 from medgmae.checkpoints.sources import fetch
 from medgmae.checkpoints.tensors import listed
+from medgmae.checkpoints.training_config import compare_config
 from medgmae.models.registry import model_builder
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -39,6 +40,7 @@ class Verification:
         shapes: name to the shapes of the manifest and of the file, where they differ.
         unlisted: number of the file's tensors that the manifest does not name.
         manifest: whether there is a manifest to compare with.
+        config: what the configuration beside the weights says otherwise than the card; None where none was compared.
         report: what loading into the model of the card does.
         problems: what speaks against the file; empty: it is what the card says.
     """
@@ -49,6 +51,7 @@ class Verification:
     shapes: dict[str, str] = field(default_factory=dict)
     unlisted: int = 0
     manifest: bool = False
+    config: list[str] | None = None
     report: LoadReport | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -70,9 +73,15 @@ class Verification:
             "sha256": str(self.card.sha256),
             "commit": commit if _COMMIT.fullmatch(commit) else f"{commit} (no commit known)",
             "names and shapes": compared,
+            **({"configuration": self._configuration()} if self.card.config else {}),
             "loading": "-" if self.report is None else str(self.report),
             "problems": "; ".join(self.problems) or "none",
         }
+
+    def _configuration(self) -> str:
+        if self.config is None:
+            return f"not compared: {(self.card.config or {})['file']} of the repository is not beside the file"
+        return "; ".join(self.config) or "as the card says"
 
     def __repr__(self) -> str:
         return f"Verification({self.card.tag!r}, passed={self.passed}, problems={len(self.problems)})"
@@ -92,20 +101,22 @@ def verify_weights(
     token: str | bool | None = None,
     progress: bool = True,
 ) -> Verification:
-    """Download the weights of a card, and compare them with it: hash, names and shapes, and the model they should fill.
+    """Download the weights of a card, and compare them with it: hash, names and shapes, configuration, and the model.
 
     Nothing of the file is executed, and no model is given storage.
 
     Args:
         tag: "vit_large_patch16_256.tangerine", or a card.
-        file: the weights, if they are on this machine already.
+        file: the weights, if they are on this machine already; a card's configuration is then compared if it lies where
+            it does in the repository.
         cache_dir: see :func:`~medgmae.load_pretrained`; likewise ``token`` and ``progress``.
 
     Raises:
         WeightsError: no such card, or a file that cannot be fetched or read, or that has another hash than the card's.
     """
     card = tag if isinstance(tag, WeightCard) else weight_card(tag)
-    path, commit = _file_of(card, file, Fetching(cache_dir=cache_dir, token=token, progress=progress))
+    how = Fetching(cache_dir=cache_dir, token=token, progress=progress)
+    path, commit = _file_of(card, file, how)
     problems: list[str] = []
     own = bool(card.hub or card.file)  # else what the card says is about the file behind its address
     digests = file_hashes(path, ("md5", "sha256"))
@@ -125,6 +136,8 @@ def verify_weights(
     if differing:
         shown = [f"{name}: {what}" for name, what in differing.items()]
         problems.append(f"{len(differing)} tensors have other shapes: {listed(shown)}")
+    differing_config = _compare_config(card, path, commit, how)
+    problems += [f"{(card.config or {})['file']}: {said}" for said in differing_config or []]
     report = None
     try:
         with torch.device("meta"):
@@ -137,7 +150,8 @@ def verify_weights(
     except (WeightsError, ValueError, TypeError) as error:
         problems.append(f"it does not load into {card.architecture}: {error}")
     unlisted = len(set(shapes) - set(expected_shapes or shapes))
-    return Verification(filled, path, missing, differing, unlisted, expected_shapes is not None, report, problems)
+    listed_there = expected_shapes is not None
+    return Verification(filled, path, missing, differing, unlisted, listed_there, differing_config, report, problems)
 
 
 def manifest_of(tag: str) -> dict[str, list[int]] | None:
@@ -158,6 +172,18 @@ def _file_of(card: WeightCard, file: str | os.PathLike[str] | None, how: Fetchin
         return path, None
     commit = path.parents[card.hub["file"].count("/")].name  # the client keeps files by commit
     return path, commit if _COMMIT.fullmatch(commit) else None
+
+
+def _compare_config(card: WeightCard, path: Path, commit: str | None, how: Fetching) -> list[str] | None:
+    """See :attr:`Verification.config`."""
+    if card.config is None or card.hub is None:
+        return None
+    name = card.config["file"]
+    if commit is not None:
+        where = HubFile(how.repo_id(card.hub["repo"]), commit, name)
+        return compare_config(fetch_hub_file(where, how), card.config["expected"])
+    beside = path.parent / os.path.relpath(name, os.path.dirname(card.hub_file[0]) or ".")
+    return compare_config(beside, card.config["expected"]) if beside.is_file() else None
 
 
 def _compared(expected: Mapping[str, list[int]], found: Mapping[str, list[int]]) -> tuple[list[str], dict[str, str]]:

@@ -121,8 +121,10 @@ def extract_features(
         resize: first resample the scan to the window's size, changing its proportions; one pass then.
         outside: intensity of the padding, in the units of the scan; or "rim", which repeats its outermost voxels.
         want_map: False gives ``map=None`` and spares its memory.
-        head: "projected" reads a contrastive model in the space that its scans share with texts: COLIPRI with
-            ``projection_dim=768``. Its tokens are blended over the windows, projected, and pooled over the whole scan.
+        head: "projected" reads what heads of the pre-training make of the features: COLIPRI with
+            ``projection_dim=768`` in the space that scans share with texts, where tokens are blended over the windows,
+            projected, and pooled over the whole scan; 3DINO with ``prototypes=(2048, 256, 65536)``, the prototypes of
+            the pooled vector and of every patch.
         batch_size: windows per pass.
         autocast: run the model under autocast with this dtype.
         progress: show a progress bar over the windows; by default in terminals and notebooks.
@@ -154,14 +156,14 @@ def extract_features(
         return PooledFeatures(pooled)
     inside = mean.result()[(slice(None), *layout.inside)].contiguous()  # without patches that lie in the padding
     if project is not None:
-        pooled, inside = project(inside)
+        pooled, inside = project(pooled, inside)
     if not want_map:
         return PooledFeatures(pooled)
     return Features(pooled, Volume(inside, layout.patch_grid(volume.grid), volume.source))
 
 
-def _projector(encoder: Encoder, head: str | None) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-    """From a map of tokens (E, d, h, w) to the pooled vector (P,) and the map (P, d, h, w) of ``head``.
+def _projector(encoder: Encoder, head: str | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """From the pooled vector (F,) and a map of tokens (E, d, h, w) to those of ``head``, (P,) and (P, d, h, w).
 
     Raises:
         ValueError: an unknown head, or a model that has none.
@@ -172,15 +174,16 @@ def _projector(encoder: Encoder, head: str | None) -> Callable[[Tensor], tuple[T
     if head != "projected" or layers is None:
         raise ValueError(
             f"head={head!r} must be None, or 'projected' for a model with a projection, such as "
-            "create_model('primus_m_patch8_192.colipri', projection_dim=768)"
+            "create_model('primus_m_patch8_192.colipri', projection_dim=768) or "
+            "create_model('vit_large_patch16_112.3dino', prototypes=(2048, 256, 65536))"
         )
     parameter = next(encoder.parameters())
 
     @torch.inference_mode()
-    def project(tokens: Tensor) -> tuple[Tensor, Tensor]:
-        projected = layers(tokens.flatten(1).mT[None].to(parameter.device, parameter.dtype))
-        dense = layers.dense(projected)[0].mT.reshape(-1, *tokens.shape[1:])
-        return layers.pool(projected)[0].float().cpu().clone(), dense.float().cpu().clone()
+    def project(pooled: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        given = (part[None].to(parameter.device, parameter.dtype) for part in (pooled, tokens.flatten(1).mT))
+        one, dense = (part[0].float().cpu() for part in layers.read(*given))
+        return one.clone(), dense.mT.reshape(-1, *tokens.shape[1:]).clone()
 
     return project
 

@@ -1,6 +1,8 @@
-"""From tokens into the space of a contrastive model: a linear layer, and attention from their mean."""
+"""Heads of pre-trainings: from tokens into the space of a contrastive model, or to cosines with prototypes."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +54,73 @@ class Projection(nn.Module):
         weight, bias = self.qkv.weight.chunk(3)[2], self.qkv.bias.chunk(3)[2]
         return self.out(F.linear(projected, weight, bias))  # type: ignore[no-any-return]
 
+    def read(self, pooled: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tokens (B, N, E) one vector (B, P), and one for each token, (B, N, P); ``pooled`` is not needed."""
+        projected = self(tokens)
+        return self.pool(projected), self.dense(projected)
+
     def scores(self, vectors: Tensor, texts: Tensor) -> Tensor:
         """Probabilities (..., T) of texts (T, P), embedded by the model's own text encoder, for vectors (..., P)."""
         cosines = F.normalize(vectors, dim=-1) @ F.normalize(texts, dim=-1).mT
         return (cosines / self.temperature).softmax(-1)
+
+
+class Projector(nn.Module):
+    """DINO's head (Caron et al. 2021, https://arxiv.org/abs/2104.14294): three linear layers with GELU between them, a
+    vector of length 1, and its cosines with ``out_dim`` prototypes.
+
+    Args:
+        in_dim: width of the pooled vector.
+        hidden_dim: width of the two layers between.
+        bottleneck_dim: width of the vector whose length is made 1.
+        out_dim: number K of prototypes.
+        lengths: give every prototype a length that is learned, as in DINOv2, not 1.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        out_dim: int = 65536,
+        *,
+        lengths: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        self.prototypes = nn.Parameter(torch.empty(out_dim, bottleneck_dim))
+        self.lengths = nn.Parameter(torch.ones(out_dim)) if lengths else None
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        nn.init.kaiming_uniform_(self.prototypes, a=math.sqrt(5))  # as torch's linear layers, DINO's last one too
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_dim) to (..., K), each number from -1 to 1, times the prototype's length."""
+        cosines = F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.prototypes, dim=-1))
+        return cosines if self.lengths is None else cosines * self.lengths
+
+
+class PrototypeHeads(nn.Module):
+    """The two heads of DINOv2's training code: of the class token, and of patches (iBOT's).
+
+    Args:
+        embed_dim: width E.
+        hidden_dim: see :class:`Projector`; likewise ``bottleneck_dim`` and ``out_dim``, the number K of prototypes.
+    """
+
+    def __init__(self, embed_dim: int, hidden_dim: int, bottleneck_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.dino = Projector(embed_dim, hidden_dim, bottleneck_dim, out_dim, lengths=True)
+        self.ibot = Projector(embed_dim, hidden_dim, bottleneck_dim, out_dim, lengths=True)
+
+    def read(self, pooled: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Class tokens (B, E) to (B, K), patches (B, N, E) to (B, N, K)."""
+        return self.dino(pooled), self.ibot(tokens)

@@ -1,45 +1,11 @@
-"""Consistency of what two networks make of views of one scan: DINO's projector and loss (Caron et al. 2021,
+"""Consistency of what two networks make of views of one scan: DINO's loss (Caron et al. 2021,
 https://arxiv.org/abs/2104.14294), and measures of how different the vectors of different scans are."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-
-class Projector(nn.Module):
-    """DINO's head: three linear layers with GELU between them, a vector of length 1, and its cosines with ``out_dim``
-    prototypes.
-
-    Args:
-        in_dim: width of the pooled vector.
-        hidden_dim: width of the two layers between.
-        bottleneck_dim: width of the vector whose length is made 1.
-        out_dim: number K of prototypes.
-    """
-
-    def __init__(self, in_dim: int, hidden_dim: int = 2048, bottleneck_dim: int = 256, out_dim: int = 65536) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
-        self.prototypes = nn.Parameter(torch.empty(out_dim, bottleneck_dim))
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-        nn.init.kaiming_uniform_(self.prototypes, a=math.sqrt(5))  # as torch's linear layers, DINO's last one too
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_dim) to (..., K), each number from -1 to 1."""
-        return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.prototypes, dim=-1))
+from torch import Tensor
 
 
 def teacher_shares(logits: Tensor, center: Tensor, temperature: float) -> Tensor:

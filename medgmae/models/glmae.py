@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from medgmae.layers.masking import Masking
+from medgmae.layers.projection import Projector
 from medgmae.models.autoencoder import Autoencoder
-from medgmae.models.consistency import Projector, consistency, entropy, koleo, teacher_shares
+from medgmae.models.consistency import consistency, entropy, koleo, teacher_shares
 from medgmae.models.mae import DEC24, DEC96, DEC576, masked_vit
 from medgmae.models.mae_vim import DEC96 as VIM96
 from medgmae.models.mae_vim import masked_vim

@@ -13,6 +13,7 @@ from medgmae.layers.blocks import MlpKind, run_block, vit_block
 from medgmae.layers.patches import Size, input_grid
 from medgmae.layers.pooling import GlobalPool
 from medgmae.layers.positions import PosEmbed, PositionCache
+from medgmae.layers.projection import PrototypeHeads
 from medgmae.layers.rope import Coordinates, HeadRope, Rotary
 from medgmae.models.encoder import Encoder
 from medgmae.models.parts import Setting, check_choice, count_blocks, drop_path_rates, given
@@ -50,6 +51,9 @@ class ViT(Encoder):
         lifted_axis: of a model of images that reads volumes, the axis that images do not have. Rotary positions do not
             turn along it, and attention counts class tokens once for every patch along it: a volume that is constant
             along this axis has the features of its slice.
+        prototypes: the heads of DINOv2's pre-training for ``extract_features(..., head="projected")``: widths of their
+            layers between and of their bottleneck, and the number of prototypes, (2048, 256, 65536) in 3DINO's file;
+            () for none. They read the class token: ``global_pool="token"``.
         dims: 3 for volumes, 2 for images.
 
     Raises:
@@ -86,6 +90,7 @@ class ViT(Encoder):
         rope: Coordinates | None = None,
         rope_base: float = 100.0,
         lifted_axis: int | None = None,
+        prototypes: Sequence[int] = (),
         dims: int = 3,
     ) -> None:
         check_choice("mlp", mlp, get_args(MlpKind))
@@ -94,6 +99,12 @@ class ViT(Encoder):
             raise ValueError(f"lifted_axis must be 0, 1 or 2, of a model with dims=3, got {lifted_axis!r}, dims={dims}")
         if registers and not class_token:
             raise ValueError(f"registers={registers} stand behind a class token: they need class_token=True")
+        prototypes = tuple(prototypes)
+        if prototypes and (len(prototypes) != 3 or min(prototypes) < 1 or global_pool != "token"):
+            raise ValueError(
+                f"prototypes must be three widths of heads that read the class token, got {prototypes} with "
+                f"global_pool={global_pool!r}"
+            )
         if fc_norm is None:
             fc_norm = global_pool in ("avg", "max", "token_avg")
         built = given(locals())
@@ -117,6 +128,7 @@ class ViT(Encoder):
         self.norm = nn.Identity() if fc_norm else nn.LayerNorm(embed_dim, eps=norm_eps)
         self.fc_norm = nn.LayerNorm(self.num_features, eps=norm_eps) if fc_norm else nn.Identity()
         self._add_head(num_classes, head_hidden)
+        self.projection = PrototypeHeads(embed_dim, *prototypes) if prototypes else None
 
     @classmethod
     def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:

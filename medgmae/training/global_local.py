@@ -15,8 +15,9 @@ from medgmae.data import Augmentation, PreparedScan, View, ViewSampler, VolumeEr
 from medgmae.data.crops import epoch_order
 from medgmae.data.input_block import padding
 from medgmae.layers.masking import Masking, random_masking
+from medgmae.layers.projection import Projector
 from medgmae.models.autoencoder import Autoencoder
-from medgmae.models.consistency import Projector, effective_rank, entropy, teacher_shares
+from medgmae.models.consistency import effective_rank, entropy, teacher_shares
 from medgmae.models.glmae import GlobalLocalMAE, Views
 from medgmae.training.batches import MASK, MaskedBatch, Samples
 from medgmae.training.engine import Engine, Plan
