@@ -68,7 +68,7 @@ def by_hand(model: nn.Module, scan: Volume, window: tuple[int, ...], overlap: fl
     return (sums / count)[(slice(None), *layout.scan)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(size=st.tuples(*[st.integers(1, 24)] * 3), overlap=st.sampled_from([0.0, 0.3, 0.5, 0.75, 0.9]))
 def test_finished_blocks_are_the_mean_of_all_windows(size: tuple[int, ...], overlap: float) -> None:
     model, scan = Small(img_size=(4, 5, 3)), scan_of(*size)

@@ -164,7 +164,7 @@ def test_dense_features_end_where_the_plain_ones_do(small: Volume) -> None:
     assert dense_features(model, slab, steps=2).size == (8, 12, 4)
 
 
-@pytest.mark.parametrize("steps", [2, 4, 8])
+@pytest.mark.parametrize("steps", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_dense_features_lie_where_the_shifted_patches_have_their_middles(steps: int) -> None:
     """A model of tokens that know their own patch alone: the middle of the places that see a voxel is the voxel."""
     torch.manual_seed(0)
