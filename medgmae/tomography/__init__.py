@@ -1,0 +1,19 @@
+"""CT from X-ray projections: geometry, reading, filtered back-projection, iterative methods, 3D Gaussians."""
+
+from medgmae.tomography.geometry import ProjectionGeometry, astra_geometry, circular_geometry, rtk_geometry
+from medgmae.tomography.geometry_files import read_geometry
+from medgmae.tomography.projections import Projections, from_hounsfield, line_integrals, to_hounsfield
+from medgmae.tomography.reading import read_projections
+
+__all__ = [
+    "ProjectionGeometry",
+    "Projections",
+    "astra_geometry",
+    "circular_geometry",
+    "from_hounsfield",
+    "line_integrals",
+    "read_geometry",
+    "read_projections",
+    "rtk_geometry",
+    "to_hounsfield",
+]
