@@ -42,6 +42,7 @@ struct VoxelizeCall;
 struct BandedCall;
 struct ScanCall;
 struct ConvCall;
+struct RaysCall;
 
 // The CPU kernels of one instruction set. Each returns false for a dtype that it does not have.
 struct CpuKernels {
@@ -49,6 +50,7 @@ struct CpuKernels {
   void (*banded)(const BandedCall& call, int threads);
   bool (*scan)(DType dtype, const ScanCall& call, int threads, bool* enough_memory);  // backward if call.grad
   bool (*conv)(DType dtype, const ConvCall& call, int threads, bool* enough_memory);  // backward if call.grad
+  bool (*rays)(DType dtype, const RaysCall& call, int threads, bool* enough_memory);
 };
 
 }  // namespace medgmae

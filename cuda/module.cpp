@@ -14,6 +14,7 @@
 #endif
 #include "common.h"
 #include "cuda_kernels.h"
+#include "rays/rays.h"
 #include "voxel/banded.h"
 #include "voxel/voxelize.h"
 
@@ -177,6 +178,26 @@ void causal_conv1d(int dtype, const CallSizes& sizes, const CallStreams& streams
   run_kernel(&CpuKernels::conv, dtype, conv_call(sizes, streams, arrays, kConvSegment), threads, variant);
 }
 
+// Addresses: views, spacing, volume, projections, and of the adjoint the edges of its slabs.
+void project_volume(int dtype, const std::array<int64_t, 4>& volume, int64_t views, const std::array<int64_t, 2>& size,
+                    const std::vector<uintptr_t>& addresses, bool parallel, int64_t slab, bool adjoint, int threads,
+                    const std::string& variant) {
+  if (volume[0] < 0 || views < 0 || size[0] < 1 || size[1] < 1 || slab < 1) throw std::invalid_argument("sizes must be positive");
+  for (int k = 1; k < 4; ++k) {
+    if (volume[k] < 2) throw std::invalid_argument("a volume has two voxels or more along every axis, its rim");
+  }
+  if (addresses.size() != (adjoint ? 5 : 4)) throw std::invalid_argument("expected 4 addresses, or 5 of the adjoint");
+  RaysCall call = {};
+  call.batch = volume[0], call.views = views, call.slab = slab, call.parallel = parallel, call.adjoint = adjoint;
+  for (int k = 0; k < 3; ++k) call.volume[k] = volume[size_t(k) + 1];
+  call.size[0] = size[0], call.size[1] = size[1];
+  call.lines = reinterpret_cast<const double*>(addresses[0]), call.spacing = reinterpret_cast<const double*>(addresses[1]);
+  call.projections = reinterpret_cast<void*>(addresses[adjoint ? 2 : 3]), call.voxels = reinterpret_cast<void*>(addresses[adjoint ? 3 : 2]);
+  if (adjoint) call.edges = reinterpret_cast<void*>(addresses[4]);
+  if (volume[0] * views == 0) return;
+  run_kernel(&CpuKernels::rays, dtype, call, threads, variant);
+}
+
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
 int64_t voxelize_cuda_workspace(int64_t batch, int64_t count, int64_t patches, const Sizes& size, const Sizes& patch, bool backward) {
   std::vector<uintptr_t> const addresses(backward ? 10 : 6);
@@ -277,7 +298,7 @@ PYBIND11_MODULE(_C, module) {
   using namespace pybind11::literals;
   module.doc() = "Native kernels of medgmae. Private: medgmae.ops is the interface.";
   // INTERFACE of medgmae/ops/native.py, which takes no other: raise both with every change of what a binding takes or writes.
-  module.attr("interface") = 2;
+  module.attr("interface") = 3;
   module.def("build_info", &medgmae::build_info, "How this module was compiled and what it finds here. Starts the CUDA driver.");
   module.def("voxelize", &medgmae::voxelize, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a, "patch"_a,
              "origin"_a, "step"_a, "support"_a, "widths"_a, "threads"_a, "variant"_a = "",
@@ -290,6 +311,8 @@ PYBIND11_MODULE(_C, module) {
              "stream_type"_a, "threads"_a, "variant"_a = "", "Runs a selective scan on the CPU, or its backward if there is a stream 'grad'.");
   module.def("causal_conv1d", &medgmae::causal_conv1d, "dtype"_a, "sizes"_a, "streams"_a, "arrays"_a, "stream_type"_a, "threads"_a, "variant"_a = "",
              "Runs a causal convolution on the CPU, or its backward if there is a stream 'grad'.");
+  module.def("project_volume", &medgmae::project_volume, "dtype"_a, "volume"_a, "views"_a, "size"_a, "addresses"_a, "parallel"_a,
+             "slab"_a, "adjoint"_a, "threads"_a, "variant"_a = "", "Integrates a volume along rays on the CPU, or the adjoint of that.");
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
   module.def("cuda_problem", &medgmae::cuda_problem, "Why the current device cannot load the kernels, in CUDA's words, or None.");
   module.def("voxelize_cuda_workspace", &medgmae::voxelize_cuda_workspace, "batch"_a, "count"_a, "patches"_a, "size"_a, "patch"_a,

@@ -1,5 +1,7 @@
 """Types of the native module; cuda/module.cpp defines it."""
 
+from collections.abc import Sequence
+
 from medgmae.ops.native import BuildInfo
 
 interface: int
@@ -71,6 +73,18 @@ def causal_conv1d(
     streams: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, tuple[int, int]],
     stream_type: int,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+def project_volume(
+    dtype: int,
+    volume: Sequence[int],
+    views: int,
+    size: Sequence[int],
+    addresses: Sequence[int],
+    parallel: bool,
+    slab: int,
+    adjoint: bool,
     threads: int,
     variant: str = "",
 ) -> None: ...
