@@ -42,7 +42,7 @@ MEDGMAE_HD Ray ray_of(const RaysCall& call, int64_t view, int64_t row, int64_t c
 // Narrows [first, last] to where an axis lies between two planes.
 MEDGMAE_HD void clip(double start, double along, double low, double high, double* first, double* last) {
   if (along == 0) {
-    if (!(start > low && start < high)) *last = *first;
+    if (!(start >= low && start < high)) *last = *first;  // of two slabs the second has the plane between them
     return;
   }
   double const a = (low - start) / along, b = (high - start) / along;

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from medgmae.ops import conv, scan, voxel
+from medgmae.ops import conv, rays, scan, voxel
 from medgmae.ops.conv.inputs import ConvInputs
 from medgmae.ops.native import device_problem, native_info
+from medgmae.ops.rays.inputs import RayInputs
 from medgmae.ops.scan.inputs import ScanInputs
 from medgmae.ops.voxel.inputs import VoxelInputs
 
@@ -137,3 +138,6 @@ def _cases() -> Iterator[_Case]:
     )
     yield _Case("selective_scan", scan, scanned)
     yield _Case("causal_conv1d", conv, ConvInputs(normal(2, 70, 20), normal(20, 4), normal(20), True, False))
+    views = torch.tensor([[[-40, 3, 4], [30, -6, -6], [0, 3, 0], [0, 0.5, 3]]], dtype=torch.float64)
+    spacing = torch.tensor([2.0, 1.0, 1.5], dtype=torch.float64)
+    yield _Case("project_volume", rays, RayInputs(normal(2, 8, 9, 10), views, spacing, (5, 5), False))

@@ -257,7 +257,7 @@ def _looped(name: str) -> Callable[..., Any]:
         count = info.batch_size
 
         def one(value: Any, dim: int | None, i: int) -> Any:
-            if dim is None:
+            if dim is None or not isinstance(value, Tensor):  # of a list torch gives a dimension for each entry
                 return value
             return value.select(dim, i) if count else value.sum(dim)  # of nothing: zeros, whose result tells the shapes
 

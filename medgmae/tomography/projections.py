@@ -95,7 +95,7 @@ def _refuse_intensities(data: Tensor) -> None:
         )
     rim = _rim(data)
     bright = float(rim.mean()) if rim.numel() else 0.0
-    if least > 0 and most <= 1.1 and bright > 0.8 * most and bright > float(data.mean()):
+    if least > 0 and most <= 1.1 and bright > 0.8 * most and bright > 1.05 * float(data.mean()):
         raise VolumeError(
             f"projections lie in ({least:.3g}, {most:.3g}] and are largest at the detector's sides, as intensities: "
             f"{advice} (1 if they are parts of it)"

@@ -109,11 +109,19 @@ class _Arrays(pickle.Unpickler):
     """Reads dictionaries, lists, text, numbers and numpy's arrays, and refuses everything else by name."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):  # bytes in a pickle that Python 2 can read
+            return _latin1
         if (module, name) not in _ALLOWED:
             raise VolumeError(
                 f"the pickle names {module}.{name}; expected numbers, text, lists, dictionaries and arrays"
             )
         return super().find_class(module, name)
+
+
+def _latin1(text: str, encoding: str = "latin1") -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise VolumeError(f"the pickle has text in {encoding!r}; expected 'latin1'")
+    return text.encode("latin1")
 
 
 def _stack(images: Sequence[Any], path: Path) -> Tensor:

@@ -13,9 +13,9 @@ from medgmae.ops.register import Index
 class RayInputs(NamedTuple):
     """A volume with a rim of zeros, and views in its indices.
 
-    volume: (B, D + 2, H + 2, W + 2). views: (V, 4, 3) float64, in (d, h, w) indices of this volume: source or direction,
-    pixel (0, 0), step per column, step per row. size: pixels (rows, columns). spacing: millimetres (d, h, w) of an
-    index, as float64 (3,). parallel: whether the first row of a view is a direction.
+    volume: (B, D + 2, H + 2, W + 2). views: (V, 4, 3) float64, in (d, h, w) indices of this volume: source or
+    direction, pixel (0, 0), step per column, step per row. spacing: millimetres (d, h, w) of an index, (3,) float64.
+    size: pixels (rows, columns). parallel: whether the first row of a view is a direction.
     """
 
     volume: Tensor

@@ -32,7 +32,7 @@ def backward(grad: Tensor, inputs: RayInputs, *, variant: str = "", threads: int
 
 def _run(inputs: RayInputs, tensors: list[Tensor], adjoint: bool, variant: str, threads: int | None) -> None:
     assert _C is not None
-    kept = [inputs.views.contiguous(), inputs.spacing.contiguous(), *tensors]
+    kept = [inputs.views.double().contiguous(), inputs.spacing.double().contiguous(), *tensors]
     _C.project_volume(
         DTYPE_CODES[inputs.volume.dtype],
         list(inputs.volume.shape),

@@ -70,13 +70,13 @@ class _Adjoint(torch.autograd.Function):
     """The adjoint as a function of its own, whose gradient is the projection."""
 
     @staticmethod
-    def forward(ctx: Any, projections: Tensor, blank: Tensor, *rest: Any) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, projections: Tensor, blank: Tensor, *rest: Any) -> Tensor:
         ctx.rest = rest
         found: Tensor = torch.ops.medgmae.project_volume_backward(projections, blank, *rest)
         return found
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _OP(grads[0].contiguous(), *ctx.rest), None, *[None] * len(ctx.rest)
 
 
@@ -111,7 +111,7 @@ def back_project_volume(
     device = projections.device
     blank = projections.new_zeros(len(projections), *(int(n) + 2 for n in volume_size))
     rest = lines.to(device), spacing.to(device), rows_columns, beam == "parallel"
-    padded: Tensor = _Adjoint.apply(projections, blank, *rest)  # type: ignore[no-untyped-call]
+    padded: Tensor = _Adjoint.apply(projections, blank, *rest)
     return padded[:, 1:-1, 1:-1, 1:-1]
 
 
@@ -137,7 +137,9 @@ def in_indices(affine: Tensor, views: Tensor, beam: str) -> tuple[Tensor, Tensor
     if matrix.shape != (4, 4):
         raise ValueError(f"affine is {tuple(matrix.shape)}: expected (4, 4)")
     spacing = matrix[:3, :3].norm(dim=0)
-    if not torch.allclose(matrix[:3, :3].mT @ matrix[:3, :3], spacing.square().diag(), atol=1e-6 * float(spacing.max()) ** 2):
+    if not torch.allclose(
+        matrix[:3, :3].mT @ matrix[:3, :3], spacing.square().diag(), atol=1e-6 * float(spacing.max()) ** 2
+    ):
         raise ValueError("affine has axes that are not perpendicular: resample the volume onto a regular grid first")
     back = torch.linalg.inv(matrix[:3, :3])
     points = torch.tensor([beam == "cone", True, False, False], dtype=torch.float64)[None, :, None]

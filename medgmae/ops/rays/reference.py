@@ -61,7 +61,7 @@ def _corners(inputs: RayInputs, view: int) -> Iterator[_Corners]:
     together = max(1, _CHUNK // (16 * planes))
     source, corner, column, row = inputs.views[view].unbind(0)
     number = torch.arange(rows * columns, device=inputs.volume.device)
-    for rays in number.split(together):
+    for rays in torch.split(number, together):
         pixel = corner + (rays % columns).double()[:, None] * column + (rays // columns).double()[:, None] * row
         along = source.expand_as(pixel) if inputs.parallel else pixel - source
         start = pixel if inputs.parallel else source.expand_as(pixel)
@@ -74,12 +74,14 @@ def _touched(rays: Tensor, start: Tensor, along: Tensor, spacing: Tensor, size: 
     still = along == 0
     safe = torch.where(still, 1.0, along)
     ends = torch.stack([-start / safe, (upper - start) / safe])
-    outside = still & ((start <= 0) | (start >= upper))
+    outside = still & ((start < 0) | (start >= upper))
     first = torch.where(still, -math.inf, ends.amin(0)).amax(1)
     last = torch.where(still, math.inf, ends.amax(0)).amin(1)
     last = torch.where(outside.any(1), first, last).clamp(min=first)
     first, last = (torch.where(first.isfinite() & last.isfinite(), t, 0.0) for t in (first, last))
-    crossings = [(torch.arange(n, device=start.device) - start[:, k, None]) / safe[:, k, None] for k, n in enumerate(size)]
+    crossings = [
+        (torch.arange(n, device=start.device) - start[:, k, None]) / safe[:, k, None] for k, n in enumerate(size)
+    ]
     t = torch.cat([torch.where(still[:, k, None], 0.0, c) for k, c in enumerate(crossings)], dim=1)
     t = t.clamp(first[:, None], last[:, None]).sort(dim=1).values
     half, middle = t.diff(dim=1) / 2, (t[:, 1:] + t[:, :-1]) / 2
