@@ -143,7 +143,7 @@ def _voxels(scan: Voxels | Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.tensor(spacing, device=values.device)
 
 
-def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def draw_places(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """``count`` places (count, 3) in voxels, (d, h, w), as dense as the weights (D, H, W) are large.
 
     Systematic: equal steps along the running sum, each with its own offset. Repeats are as rare as the weights allow.
@@ -229,7 +229,7 @@ class _Fit:
     def _first(self) -> _Parameters:
         """Gaussians where the scan has edges, as wide as they are apart: the rows that are active at the start."""
         weights = self._edges() + EDGE_FLOOR * self.span
-        places = _draw(weights, self.active, self.generator)
+        places = draw_places(weights, self.active, self.generator)
         apart = (self.spacing.prod() * weights.sum() / (self.active * _at(weights, places))) ** (1 / 3)  # mm
         values = _at(self.values, places)
         rows = _round_gaussians(places, FIRST_SCALE * apart[:, None] / self.spacing, values / self.span)
@@ -252,7 +252,7 @@ class _Fit:
         energy = self.parameters.densities.square().log() + self.parameters.log_scales.sum(1)
         moved = energy[: self.active].topk(round(MOVED_SHARE * self.active), largest=False).indices
         rows = torch.cat([moved, torch.arange(self.active, active, device=moved.device)])
-        places = _draw(residual.square(), len(rows), self.generator)
+        places = draw_places(residual.square(), len(rows), self.generator)
         scales = (JOINING_SCALE * self.spacing.prod() ** (1 / 3) / self.spacing).expand(len(rows), 3)
         joining = _round_gaussians(places, scales, JOINING_DENSITY / self.span * _at(residual, places))
         for parameter, values in zip(self.parameters, joining, strict=True):

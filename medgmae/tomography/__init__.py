@@ -6,10 +6,14 @@ from medgmae.tomography.geometry_files import read_geometry
 from medgmae.tomography.iterative import cg, project, sart
 from medgmae.tomography.projections import Projections, from_hounsfield, line_integrals, to_hounsfield
 from medgmae.tomography.reading import read_projections
+from medgmae.tomography.reconstruction import Descent, Reconstruction, psnr, reconstruct_ct, render_attenuation
+from medgmae.tomography.starts import start_gaussians
 
 __all__ = [
+    "Descent",
     "ProjectionGeometry",
     "Projections",
+    "Reconstruction",
     "astra_geometry",
     "cg",
     "circular_geometry",
@@ -17,9 +21,13 @@ __all__ = [
     "from_hounsfield",
     "line_integrals",
     "project",
+    "psnr",
     "read_geometry",
     "read_projections",
+    "reconstruct_ct",
+    "render_attenuation",
     "rtk_geometry",
     "sart",
+    "start_gaussians",
     "to_hounsfield",
 ]

@@ -32,10 +32,10 @@ def project(volume: Volume, geometry: ProjectionGeometry, views: Sequence[int] |
     if volume.channels != 1:
         raise VolumeError(f"the volume has {volume.channels} channels; expected one, attenuation in 1/mm")
     chosen = geometry if views is None else geometry[list(views)]
-    return Projections(_Rays(volume.grid, chosen).forward(volume.data[0].float()), chosen)
+    return Projections(Rays(volume.grid, chosen).forward(volume.data[0].float()), chosen)
 
 
-class _Rays:
+class Rays:
     """Projector of one grid and its adjoint."""
 
     def __init__(self, grid: Grid, geometry: ProjectionGeometry) -> None:
@@ -84,7 +84,7 @@ def sart(
         progress: show a progress bar; by default in terminals and notebooks.
     """
     x = _first(start, grid)
-    views = [_Rays(grid, projections.geometry[[k]]) for k in range(len(projections))]
+    views = [Rays(grid, projections.geometry[[k]]) for k in range(len(projections))]
     ones = torch.ones(grid.size)
     lengths = [rays.forward(ones) for rays in views]
     shares = [rays.back((length > 0).float()) for rays, length in zip(views, lengths, strict=True)]
@@ -124,7 +124,7 @@ def cg(
         watch: called after each iteration.
         progress: show a progress bar; by default in terminals and notebooks.
     """
-    x, rays = _first(start, grid), _Rays(grid, projections.geometry)
+    x, rays = _first(start, grid), Rays(grid, projections.geometry)
     residual = projections.data - rays.forward(x) if start is not None else projections.data.clone()
     gradient = rays.back(residual)
     direction, norm, begin = gradient.clone(), float(gradient.double().square().sum()), time.perf_counter()
