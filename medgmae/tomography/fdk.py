@@ -57,6 +57,32 @@ def fdk(projections: Projections, grid: Grid) -> Volume:
     return Volume(found[None], grid)
 
 
+def default_grid(geometry: ProjectionGeometry, spacing: float | None = None) -> Grid:
+    """The box about the middle of a circle that a detector sees, with axes (z, y, x) of the frame.
+
+    Args:
+        geometry: views on a circle.
+        spacing: millimetres between voxels; None: that of the pixels, seen from the source at the middle.
+
+    Raises:
+        VolumeError: sources that are on no circle.
+    """
+    orbit = orbit_of(geometry)
+    rows, columns = geometry.size
+    shrink = 1.0
+    if geometry.beam == "cone":
+        source, corner = geometry.views[0, :2]
+        shrink = orbit.distance / float((source - corner) @ orbit.normals[0])
+    row_mm, column_mm = (shrink * step for step in geometry.pixel_mm)
+    step = min(row_mm, column_mm) if spacing is None else float(spacing)
+    across, along = columns * column_mm, rows * row_mm
+    axis = torch.linalg.cross(orbit.normals[0], orbit.normals[len(geometry) // 4 or 1]).abs()
+    lengths = [along if int(axis.argmax()) == k else across for k in range(3)]  # x, y, z
+    size = [max(1, math.ceil(length / step)) for length in reversed(lengths)]
+    origin = [float(orbit.centre[k]) - (size[2 - k] - 1) / 2 * step for k in range(3)]
+    return Grid(size, step, origin)
+
+
 def orbit_of(geometry: ProjectionGeometry) -> Orbit:
     """The circle of a scan.
 

@@ -128,11 +128,12 @@ def circular_geometry(
     sid: float | None = None,
     sdd: float | None = None,
     offset_mm: Sequence[float] = (0.0, 0.0),
+    centre_mm: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> ProjectionGeometry:
-    """Views on a circle about the axis z through the origin, as of a C-arm or a CT without a table's motion.
+    """Views on a circle about an axis along z, as of a C-arm or a CT without a table's motion.
 
-    At angle t the source stands at sid (cos t, sin t, 0), columns of the detector grow along (-sin t, cos t, 0), rows
-    along -z: the top row is the upper end of the patient.
+    At angle t the source stands at sid (cos t, sin t, 0) from the circle's middle, columns of the detector grow along
+    (-sin t, cos t, 0), rows along -z: the top row is the upper end of the patient.
 
     Args:
         angles: in radians.
@@ -141,6 +142,7 @@ def circular_geometry(
         sid: from source to axis; None, with ``sdd``, for a parallel beam.
         sdd: from source to detector.
         offset_mm: of the detector's middle from the central ray, along columns' and rows' steps: (column, row).
+        centre_mm: the circle's middle (x, y, z), such as that of the patient.
 
     Raises:
         VolumeError: distances or angles in other units, a source behind the detector.
@@ -157,13 +159,14 @@ def circular_geometry(
     outward = torch.stack([t.cos(), t.sin(), zero], dim=1)
     column = column_mm * torch.stack([-t.sin(), t.cos(), zero], dim=1)
     row = row_mm * torch.stack([zero, zero, -one], dim=1)
+    centre = torch.tensor(list(centre_mm), dtype=torch.float64)
     if (sid is None) != (sdd is None):
         raise VolumeError(f"sid is {sid} and sdd {sdd}; expected both, or none for a parallel beam")
     if sid is None or sdd is None:
-        source, middle, beam = -outward, torch.zeros_like(outward), "parallel"
+        source, middle, beam = -outward, centre.expand_as(outward), "parallel"
     else:
         check_distances(sid, sdd)
-        source, middle, beam = sid * outward, (sid - sdd) * outward, "cone"
+        source, middle, beam = centre + sid * outward, centre + (sid - sdd) * outward, "cone"
     places = [
         (n - 1) / 2 - shift / step
         for n, shift, step in zip(reversed(rows_columns), offset_mm, (column_mm, row_mm), strict=True)

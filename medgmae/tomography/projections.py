@@ -135,3 +135,16 @@ def to_hounsfield(attenuation: Tensor, mu_water: float = MU_WATER) -> Tensor:
 def from_hounsfield(values: Tensor, mu_water: float = MU_WATER) -> Tensor:
     """Attenuation in 1/mm, at least 0, of Hounsfield units."""
     return (mu_water * (1 + values / 1000)).clamp(min=0)
+
+
+def add_noise(projections: Projections, photons: float, generator: torch.Generator | None = None) -> Projections:
+    """Projections as counted photons give them: Poisson numbers of mean ``photons`` exp(-p), their logarithm.
+
+    Args:
+        projections: line integrals.
+        photons: that arrive at a pixel where nothing attenuates.
+        generator: of the numbers, on the CPU; None: one with seed 0.
+    """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    counts = torch.poisson(photons * (-projections.data.double()).exp(), generator=generator)
+    return Projections(line_integrals(counts, photons), projections.geometry)

@@ -100,8 +100,10 @@ def read_naf(path: Path) -> tuple[Tensor, ProjectionGeometry]:
         ) from error
     if mode not in ("cone", "parallel"):
         raise VolumeError(f"{path}: mode is {mode!r}; expected 'cone' or 'parallel'")
-    distances = {} if mode == "parallel" else {"sid": sid, "sdd": sdd}
-    geometry = circular_geometry(angles.tolist(), (rows, columns), (row_mm, column_mm), offset_mm=offset, **distances)
+    distances = (None, None) if mode == "parallel" else (sid, sdd)
+    geometry = circular_geometry(
+        angles.tolist(), (rows, columns), (row_mm, column_mm), sid=distances[0], sdd=distances[1], offset_mm=offset
+    )
     return _stack(list(images), path), geometry
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medgmae.data import Volume, VolumeError
 from medgmae.gaussians.fitting import fit_gaussians
 from medgmae.gaussians.rendering import Gaussians
+from medgmae.inference.reconstruction import reconstruct_scan
+from medgmae.tomography.projections import MU_WATER, to_hounsfield
 
 Rule = Literal["gradient", "fit", "r2", "random"]
 
@@ -90,3 +92,44 @@ def _nearest(points: Tensor, count: int = 3) -> Tensor:
         nearest = torch.cdist(some, points).topk(min(count + 1, len(points)), largest=False).values[:, 1:]
         found.append(nearest.square().mean(1).sqrt())
     return torch.cat(found).clamp(min=1e-3)
+
+
+def predict_gaussians(
+    model: nn.Module,
+    volume: Volume,
+    window: tuple[float, float] = (-1000.0, 1000.0),
+    mu_water: float = MU_WATER,
+    *,
+    overlap: float = 0.5,
+    progress: bool | None = None,
+) -> Gaussians:
+    """What a Gaussian masked autoencoder makes of a first reconstruction, all of whose patches it sees.
+
+    The volume is windowed to 0..1, the model predicts the Gaussians of windows (see
+    :func:`~medgmae.reconstruct_scan`), and their densities are scaled back to attenuation.
+
+    Args:
+        model: a :class:`~medgmae.GaussianMAE` whose input is 0..1.
+        volume: attenuation in 1/mm, at the spacing that the model was trained at.
+        window: Hounsfield units that are 0 and 1 for the model. The lower one must be -1000, air: no Gaussians are 0.
+        mu_water: attenuation of water in 1/mm.
+        overlap: of the windows.
+        progress: show a progress bar over the windows.
+
+    Returns:
+        (1, K, ...) in LPS millimetres; K is the model's number times the number of windows.
+
+    Raises:
+        VolumeError: another lower end of the window.
+        TypeError: the model predicts no Gaussians.
+    """
+    low, high = window
+    if low != -1000:
+        raise VolumeError(f"window is {window}; expected its lower end at -1000 HU: without Gaussians there is air")
+    scaled = (to_hounsfield(volume.data.float(), mu_water) - low) / (high - low)
+    seen = volume.with_data(scaled.clamp(0, 1))
+    found = reconstruct_scan(model, seen, mask_ratio=0.0, overlap=overlap, progress=progress)
+    if found.gaussians is None:
+        raise TypeError(f"expected a model that predicts Gaussians, got {type(model).__name__}")
+    parts = found.gaussians
+    return Gaussians(parts.means, parts.scales, parts.quats, parts.densities * (mu_water * (high - low) / 1000))
