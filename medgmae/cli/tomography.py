@@ -236,8 +236,6 @@ def _draw(
     options: dict[str, Any],
     facts: dict[str, Any],
 ) -> None:
-    from medgmae.visualize import ct_figure
-
     to_hu = medgmae.tomography.to_hounsfield
     volumes = {options["method"]: result}
     if options["method"] == "gaussians":
@@ -245,4 +243,4 @@ def _draw(
         volumes = {name: first.with_data(to_hu(first.data, options["mu_water"])), **volumes}
     known = None if truth is None else truth.with_data(to_hu(truth.data, options["mu_water"]))
     title = f"{facts['projections']}, {facts['views']} views" + (f", {facts['psnr']:.2f} dB" if "psnr" in facts else "")
-    write_figure(ct_figure(volumes, known, title=title), options["png"], options["overwrite"])
+    write_figure(medgmae.visualize.ct_figure(volumes, known, title=title), options["png"], options["overwrite"])

@@ -57,8 +57,8 @@ def read_geometry(path: str | Path, detector: Detector | None = None, beam: Beam
 
     - ``.json``, our own: ``{"format": "medgmae-projections-1", "beam": "cone", "unit": "mm", "size": [rows, columns],
       "views": [[source, pixel00, du, dv], ...]}``; or, for a circle, ``{"format", "sid", "sdd", "angles_deg",
-      "pixel_mm", "size", "offset_mm", "centre_mm"}``, see :func:`~medgmae.tomography.circular_geometry`; without sid and
-      sdd a parallel beam.
+      "pixel_mm", "size", "offset_mm", "centre_mm"}``, see :func:`~medgmae.tomography.circular_geometry`; without sid
+      and sdd a parallel beam.
     - ``.xml``: RTK's circular geometry; the detector is that of the image.
     - ``.npy`` or text: ASTRA's vectors, twelve numbers in a row for each view; ``beam`` says whether they are of
       ``cone_vec`` or ``parallel3d_vec``.
