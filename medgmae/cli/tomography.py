@@ -138,6 +138,8 @@ def reconstruct_ct_command(projections: Path, **options: Any) -> None:
     3D Gaussians are moved until their exact projections come close; or filtered back-projection, SART, CG on voxels.
     """
     tomography = medgmae.tomography
+    if options["ply"] and options["method"] != "gaussians":
+        raise click.UsageError(f"--ply needs --method gaussians, got {options['method']}")
     keep_inputs([projections], [options["out"], options["ply"]])
     use_threads(options["threads"])
     data = tomography.read_projections(
@@ -154,9 +156,7 @@ def reconstruct_ct_command(projections: Path, **options: Any) -> None:
     }
     result = in_hu[options["method"]]
     write_volume(result, options["out"], options["overwrite"])
-    if options["ply"]:
-        if gaussians is None:
-            raise click.UsageError(f"--ply needs --method gaussians, got {options['method']}")
+    if options["ply"] and gaussians is not None:
         write_gaussians(gaussians, options["ply"], options["overwrite"])
     facts: dict[str, Any] = {
         "projections": shown(projections),

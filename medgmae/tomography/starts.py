@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from medgmae.data import Volume, VolumeError
-from medgmae.gaussians.fitting import fit_gaussians
+from medgmae.gaussians.fitting import FIRST_SCALE, fit_gaussians
 from medgmae.gaussians.rendering import Gaussians
 from medgmae.inference.reconstruction import reconstruct_scan
 from medgmae.tomography.projections import MU_WATER, to_hounsfield
@@ -37,7 +38,8 @@ def start_gaussians(
     - "fit": these, fitted to the volume for 100 steps, with the growth of that function.
     - "r2": R2-Gaussian's: places drawn evenly among voxels above 5 % of the largest value, as wide as the root mean
       square distance of the three nearest, of 0.15 times the voxel's value.
-    - "random": places drawn evenly in the whole volume, as wide as they are apart, of its mean value.
+    - "random": places drawn evenly in the whole volume, 0.7 times as wide as
+      they are apart, of as much attenuation together as the volume has.
 
     Args:
         volume: attenuation in 1/mm, such as that of :func:`~medgmae.tomography.fdk`.
@@ -78,8 +80,8 @@ def start_gaussians(
         scales, densities = _nearest(means), R2_DENSITY * values[tuple(index.unbind(1))]
     else:
         extent = float(torch.tensor(volume.size).prod()) * float(torch.tensor(volume.spacing).prod())
-        scales = torch.full((count,), 0.7 * (extent / count) ** (1 / 3))
-        densities = values.mean().expand(count).clone()
+        scales = torch.full((count,), FIRST_SCALE * (extent / count) ** (1 / 3))
+        densities = (values.mean() / ((2 * math.pi) ** 1.5 * FIRST_SCALE**3)).expand(count).clone()
     quats = torch.zeros(count, 4)
     quats[:, 0] = 1
     return Gaussians(means[None], scales[:, None].expand(count, 3)[None].clone(), quats[None], densities[None])
