@@ -55,9 +55,8 @@ def test_starts_lie_in_the_volume_and_have_its_attenuation(rule: Any) -> None:
     volume = phantom()
     found = start_gaussians(volume, 80, rule, progress=False)
     assert found.means.shape == (1, 80, 3)
-    index, room = GRID.index(found.means[0].numpy()), 1.5 if rule == "fit" else 0.6  # a fit may leave the volume
-    assert (index > -room).all()
-    assert (index < 11 + room).all()
+    inside = np.abs(GRID.index(found.means[0].numpy()) - 5.5) < 6.1
+    assert inside.all() or (rule == "fit" and inside.mean() > 0.9)  # a fit may push some out
     assert (found.scales > 0).all()
     rendered = render_attenuation(found, GRID)
     mass = float(rendered.data.sum() / volume.data.sum())
@@ -76,7 +75,7 @@ def test_the_residual_falls() -> None:
         scan(),
         GRID,
         start_gaussians(phantom(), 60, "random", progress=False),
-        steps=60,
+        steps=80,
         descent=Descent(coarse=0.0),
         truth=phantom(),
         peak=0.03,
@@ -84,11 +83,11 @@ def test_the_residual_falls() -> None:
         callback=looks.append,
         progress=False,
     )
-    assert [look.step for look in result.curve] == list(range(1, 61)) == [look.step for look in looks]
+    assert [look.step for look in result.curve] == list(range(1, 81)) == [look.step for look in looks]
     first, last = (sum(look.residual for look in part) for part in (result.curve[:5], result.curve[-5:]))
-    assert last < first / 5
+    assert last < first / 4
     seen = [look.psnr for look in result.curve if look.psnr is not None]
-    assert len(seen) == 3
+    assert len(seen) == 4
     assert seen == sorted(seen)
     assert psnr(result.volume, phantom(), 0.03) == pytest.approx(seen[-1])
     assert result.volume.grid == GRID
