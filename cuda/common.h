@@ -39,6 +39,7 @@ static bool dispatch(DType dtype, Body body) {
 }
 
 struct VoxelizeCall;
+struct ProjectCall;
 struct BandedCall;
 struct ScanCall;
 struct ConvCall;
@@ -47,6 +48,7 @@ struct RaysCall;
 // The CPU kernels of one instruction set. Each returns false for a dtype that it does not have.
 struct CpuKernels {
   bool (*voxelize)(DType dtype, const VoxelizeCall& call, int threads, bool* enough_memory);  // backward if call.grad
+  bool (*project)(DType dtype, const ProjectCall& call, int threads, bool* enough_memory);  // backward if call.grad
   void (*banded)(const BandedCall& call, int threads);
   bool (*scan)(DType dtype, const ScanCall& call, int threads, bool* enough_memory);  // backward if call.grad
   bool (*conv)(DType dtype, const ConvCall& call, int threads, bool* enough_memory);  // backward if call.grad

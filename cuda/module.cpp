@@ -14,6 +14,7 @@
 #endif
 #include "common.h"
 #include "cuda_kernels.h"
+#include "projection/project.h"
 #include "rays/rays.h"
 #include "voxel/banded.h"
 #include "voxel/voxelize.h"
@@ -138,6 +139,36 @@ void voxelize(int dtype, int64_t batch, int64_t count, int64_t patches, const st
               const std::array<double, 2>& widths, int threads, const std::string& variant) {
   VoxelizeCall const call = voxelize_call(batch, count, patches, addresses, size, patch, origin, step, support, widths);
   run_kernel(&CpuKernels::voxelize, dtype, call, threads, variant);
+}
+
+// Addresses: means, scales, quats, densities, views, and out, or grad and the four gradients.
+ProjectCall project_call(int64_t batch, int64_t count, int64_t views, const std::vector<uintptr_t>& addresses,
+                         const std::array<int, 2>& size, double support, bool parallel, bool affine) {
+  if (batch < 0 || count < 0 || views < 0) throw std::invalid_argument("batch, count and views must be 0 or more");
+  if (addresses.size() != 6 && addresses.size() != 10) throw std::invalid_argument("expected 6 or 10 addresses");
+  if (size[0] < 1 || size[1] < 1 || size[0] > 1 << 24 || size[1] > 1 << 24) throw std::invalid_argument("size must be 1 to 2^24");
+  ProjectCall call = {};
+  call.batch = batch, call.count = count, call.views = views, call.rows = size[0], call.columns = size[1];
+  call.support = support, call.parallel = parallel, call.affine = affine && !parallel;
+  const void* pointers[10] = {};
+  for (size_t i = 0; i < addresses.size(); ++i) pointers[i] = reinterpret_cast<const void*>(addresses[i]);
+  call.means = pointers[0], call.scales = pointers[1], call.quats = pointers[2], call.densities = pointers[3];
+  call.geometry = static_cast<const double*>(pointers[4]);
+  if (addresses.size() == 6) {
+    call.out = const_cast<void*>(pointers[5]);
+    return call;
+  }
+  // As above: an empty tensor may have no address.
+  static const double nothing = 0;
+  call.grad = pointers[5] != nullptr ? pointers[5] : &nothing;
+  call.grad_means = const_cast<void*>(pointers[6]), call.grad_scales = const_cast<void*>(pointers[7]);
+  call.grad_quats = const_cast<void*>(pointers[8]), call.grad_densities = const_cast<void*>(pointers[9]);
+  return call;
+}
+
+void project(int dtype, int64_t batch, int64_t count, int64_t views, const std::vector<uintptr_t>& addresses,
+             const std::array<int, 2>& size, double support, bool parallel, bool affine, int threads, const std::string& variant) {
+  run_kernel(&CpuKernels::project, dtype, project_call(batch, count, views, addresses, size, support, parallel, affine), threads, variant);
 }
 
 void banded(int64_t stack, int64_t rows_in, int64_t rows_out, int64_t length, int64_t taps, uintptr_t first, uintptr_t weights,
@@ -303,6 +334,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("voxelize", &medgmae::voxelize, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a, "patch"_a,
              "origin"_a, "step"_a, "support"_a, "widths"_a, "threads"_a, "variant"_a = "",
              "Renders Gaussians on the CPU (6 addresses), or computes their gradients (10).");
+  module.def("project", &medgmae::project, "dtype"_a, "batch"_a, "count"_a, "views"_a, "addresses"_a, "size"_a, "support"_a,
+             "parallel"_a, "affine"_a, "threads"_a, "variant"_a = "",
+             "Projects Gaussians on the CPU (6 addresses), or computes their gradients (10).");
   module.def("banded", &medgmae::banded, "stack"_a, "rows_in"_a, "rows_out"_a, "length"_a, "taps"_a, "first"_a, "weights"_a,
              "input"_a, "out"_a, "add"_a, "threads"_a, "variant"_a = "",
              "Multiplies a stack of float32 matrices by a banded matrix from the left, on the CPU.");

@@ -22,6 +22,19 @@ def voxelize(
     threads: int,
     variant: str = "",
 ) -> None: ...
+def project(
+    dtype: int,
+    batch: int,
+    count: int,
+    views: int,
+    addresses: list[int],
+    size: list[int],
+    support: float,
+    parallel: bool,
+    affine: bool,
+    threads: int,
+    variant: str = "",
+) -> None: ...
 def cuda_problem() -> str | None: ...
 def voxelize_cuda_workspace(
     batch: int, count: int, patches: int, size: list[int], patch: list[int], backward: bool

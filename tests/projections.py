@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from gaussians import Parameters, leaves, peak_error, relative
+from gaussians import RUNNABLE, Parameters, leaves, peak_error, relative
 from torch import Tensor
 
-from medgmae.ops.project import reference
-from medgmae.ops.project.inputs import ProjectInputs
-from medgmae.ops.project.operator import support_code
+from medgmae.ops.projection import native, reference
+from medgmae.ops.projection.inputs import ProjectInputs
+from medgmae.ops.projection.operator import support_code
 
 torch.set_num_threads(1)
 
-__all__ = ["REFERENCE", "SIZE", "Parameters", "Path", "circle", "leaves", "make", "peak_error", "relative"]
+__all__ = [
+    "KINDS",
+    "NATIVE",
+    "REFERENCE",
+    "SIZE",
+    "Parameters",
+    "Path",
+    "circle",
+    "leaves",
+    "make",
+    "peak_error",
+    "relative",
+]
 
 SIZE = (13, 19)
+KINDS: list[dict[str, Any]] = [
+    {"beam": "cone"},
+    {"beam": "cone", "support": 2.5},
+    {"beam": "cone", "affine": True},
+    {"beam": "parallel"},
+    {"beam": "parallel", "support": 2.5},
+]
 
 
 def make(
@@ -114,3 +134,6 @@ class _Project(torch.autograd.Function):
 
 
 REFERENCE = Path("reference", reference.forward, reference.backward)
+NATIVE = [
+    Path(name, partial(native.forward, variant=name), partial(native.backward, variant=name)) for name in RUNNABLE
+]

@@ -10,19 +10,12 @@ import numpy as np
 import pytest
 import torch
 from gaussians import covariance
-from projections import SIZE, circle, leaves, make, peak_error, relative
+from projections import KINDS, SIZE, circle, leaves, make, peak_error, relative
 from torch import Tensor
 
 from medgmae.ops import project, voxelize
-from medgmae.ops.project.reference import line_integrals
+from medgmae.ops.projection.reference import line_integrals
 
-KINDS: list[dict[str, Any]] = [
-    {"beam": "cone"},
-    {"beam": "cone", "support": 2.5},
-    {"beam": "cone", "affine": True},
-    {"beam": "parallel"},
-    {"beam": "parallel", "support": 2.5},
-]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
 
 

@@ -3,7 +3,7 @@
 from medgmae.ops.check import self_test
 from medgmae.ops.conv.operator import causal_conv1d
 from medgmae.ops.native import native_info, use_native
-from medgmae.ops.project.operator import project
+from medgmae.ops.projection.operator import project
 from medgmae.ops.rays.operator import back_project_volume, project_volume
 from medgmae.ops.scan.operator import selective_scan
 from medgmae.ops.voxel.operator import voxelize

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from medgmae.ops import conv, rays, scan, voxel
+from medgmae.ops import conv, projection, rays, scan, voxel
 from medgmae.ops.conv.inputs import ConvInputs
 from medgmae.ops.native import device_problem, native_info
+from medgmae.ops.projection.inputs import ProjectInputs
 from medgmae.ops.rays.inputs import RayInputs
 from medgmae.ops.scan.inputs import ScanInputs
 from medgmae.ops.voxel.inputs import VoxelInputs
@@ -123,6 +124,14 @@ def _cases() -> Iterator[_Case]:
         means, scales = 0.5 + 0.25 * normal(2, count, 3), (scale * (0.4 * normal(2, count, 3)).exp()).float().double()
         gaussians = means, scales, normal(2, count, 4), normal(2, count)
         yield _Case(name, voxel, VoxelInputs(*gaussians, whole, size, size, support))
+    views = torch.tensor([[[64.0, 3, 1], [-32, -20, -16], [0, 2, 0.5], [1, 0, 2]]], dtype=torch.float64).expand(
+        2, 1, 4, 3
+    )
+    for name, support, parallel in [("project", 3.0, False), ("project in parallel", math.inf, True)]:
+        means, scales = 8 * normal(2, 20, 3), (2 * (0.4 * normal(2, 20, 3)).exp()).float().double()
+        gaussians = means, scales, normal(2, 20, 4), normal(2, 20)
+        inputs = ProjectInputs(*gaussians, views, (17, 21), support, parallel, False)
+        yield _Case(name, projection, inputs)
     scanned = ScanInputs(
         u=normal(2, 70, 20),
         delta=normal(2, 70, 20),

@@ -15,7 +15,7 @@ from medgmae.data import Grid, Volume, VolumeError
 from medgmae.gaussians.fitting import JOINING_DENSITY, JOINING_SCALE, MOVED_SHARE, THINNEST, draw_places
 from medgmae.gaussians.rendering import GaussianRenderer, Gaussians
 from medgmae.ops.progress import progress_bar
-from medgmae.ops.project.operator import project
+from medgmae.ops.projection.operator import project
 from medgmae.ops.rotations import quaternions
 from medgmae.tomography.geometry import ProjectionGeometry
 from medgmae.tomography.iterative import Rays

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medgmae.ops import project
-from medgmae.ops.project.reference import line_integrals
+from medgmae.ops.projection.reference import line_integrals
 from parity import adapter
 from parity.case import Case, Options
 

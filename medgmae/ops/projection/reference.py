@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from medgmae.ops.project.inputs import ProjectInputs, check_views
+from medgmae.ops.projection.inputs import ProjectInputs, check_views
 from medgmae.ops.rotations import rotation_gradient, rotation_matrix
 
 # Weights below exp(-80) are 0: exp of less is many times slower on a CPU.
