@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medgmae.data import Grid, Volume, VolumeError
-from medgmae.gaussians.fitting import JOINING_DENSITY, JOINING_SCALE, MOVED_SHARE, THINNEST, draw_places
+from medgmae.gaussians.fitting import JOINING_DENSITY, JOINING_SCALE, MOVED_SHARE, draw_places
 from medgmae.gaussians.rendering import GaussianRenderer, Gaussians
 from medgmae.ops.progress import progress_bar
 from medgmae.ops.projection.operator import project
@@ -20,6 +20,7 @@ from medgmae.ops.rotations import quaternions
 from medgmae.tomography.geometry import ProjectionGeometry
 from medgmae.tomography.iterative import Rays
 from medgmae.tomography.projections import Projections
+from medgmae.tomography.starts import THINNEST
 
 
 @dataclass(frozen=True)

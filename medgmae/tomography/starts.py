@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from medgmae.data import Volume, VolumeError
+from medgmae.data import Volume, VolumeError, crop_or_pad
 from medgmae.gaussians.fitting import FIRST_SCALE, fit_gaussians
 from medgmae.gaussians.rendering import Gaussians
 from medgmae.inference.reconstruction import reconstruct_scan
@@ -20,6 +20,9 @@ Rule = Literal["gradient", "fit", "r2", "random"]
 # attenuation, and the part of a voxel's value that its Gaussian gets.
 R2_LEAST, R2_DENSITY = 0.05, 0.15
 FIT_STEPS = 100
+# Least standard deviation in voxels: what thinner ones have at voxels says little of their line integrals.
+THINNEST = 0.6
+RIM = 4  # voxels of air about a volume that Gaussians are fitted to, so that they do not reach out of it unseen
 
 
 def start_gaussians(
@@ -62,8 +65,11 @@ def start_gaussians(
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     if rule in ("gradient", "fit"):
         steps = FIT_STEPS if rule == "fit" else 0
-        found = fit_gaussians(volume, count, steps, support=support, generator=generator, progress=progress)
-        return found.to_world(volume)
+        within = crop_or_pad(volume, tuple(n + 2 * RIM for n in volume.size), value=0.0)
+        found = fit_gaussians(
+            within, count, steps, support=support, thinnest=THINNEST, generator=generator, progress=progress
+        )
+        return found.to_world(within)
     values = volume.data[0].float()
     if rule == "r2":
         candidates = (values > R2_LEAST * float(values.max())).nonzero()
