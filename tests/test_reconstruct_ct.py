@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from medgmae.tomography import (
 )
 
 GRID = Grid((12, 12, 12), 4.0, (-22.0, -22.0, -22.0))
+# For Gaussians that begin far from where they belong.
+FAST = Descent(means=0.3, scales=0.03, quats=0.02, densities=0.02)
 ANGLES = [2 * math.pi * k / 10 for k in range(10)]
 
 
@@ -55,7 +58,9 @@ def test_starts_lie_in_the_volume_and_have_its_attenuation(rule: Any) -> None:
     volume = phantom()
     found = start_gaussians(volume, 80, rule, progress=False)
     assert found.means.shape == (1, 80, 3)
-    inside = np.abs(GRID.index(found.means[0].numpy()) - 5.5) < 6.1
+    inside = np.abs(GRID.index(found.means[0].numpy()) - 5.5) < (
+        7.5 if rule == "gradient" else 6.1
+    )  # edges lie at the rim too
     assert inside.all() or (rule == "fit" and inside.mean() > 0.9)  # a fit may push some out
     assert (found.scales > 0).all()
     rendered = render_attenuation(found, GRID)
@@ -76,7 +81,7 @@ def test_the_residual_falls() -> None:
         GRID,
         start_gaussians(phantom(), 60, "random", progress=False),
         steps=80,
-        descent=Descent(coarse=0.0),
+        descent=FAST,
         truth=phantom(),
         peak=0.03,
         look_every=20,
@@ -136,9 +141,9 @@ def test_a_run_that_goes_on_gives_the_same_bits(options: Descent) -> None:
 
 
 def test_growth_adds_what_it_should_and_helps() -> None:
-    plain = reconstruct_ct(scan(), GRID, start(30), steps=40, truth=phantom(), peak=0.03, progress=False)
+    plain = reconstruct_ct(scan(), GRID, start(30), steps=40, descent=FAST, truth=phantom(), peak=0.03, progress=False)
     grown = reconstruct_ct(
-        scan(), GRID, start(30), steps=40, descent=Descent(rounds=4), truth=phantom(), peak=0.03, progress=False
+        scan(), GRID, start(30), steps=40, descent=replace(FAST, rounds=4), truth=phantom(), peak=0.03, progress=False
     )
     assert plain.gaussians.means.shape[1] == 30
     assert grown.gaussians.means.shape[1] == 30 + 4 * round(30 / 4)
@@ -237,7 +242,7 @@ def test_the_commands(files: Path) -> None:
     assert ours["psnr"] > 18
     written = medgmae.read_volume(files / "g.nii.gz")
     assert written.size == (12, 12, 12)
-    assert -1100 < float(written.data.float().min()) < -700
+    assert -1300 < float(written.data.float().min()) < -700
     assert (files / "g.png").stat().st_size > 10_000
     again = run(
         *("reconstruct-ct", files / "p.npy", *shared, "--out", files / "again.nii.gz"),

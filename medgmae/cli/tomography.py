@@ -119,7 +119,7 @@ def project_command(
 @click.option("--gaussians", "count", type=click.IntRange(1), default=20_000, help="How many Gaussians.")
 @click.option("--steps", type=click.IntRange(1), default=500, help="Steps of Adam; iterations of sart and cg.")
 @click.option("--budget", callback=_seconds, help="End after this time, 90s or 2m, even if steps are left.")
-@click.option("--rounds", type=click.IntRange(0), default=5, help="Times that Gaussians join where the residual is.")
+@click.option("--rounds", type=click.IntRange(0), default=0, help="Times that Gaussians join where the residual is.")
 @click.option("--tv", type=click.FloatRange(0), default=0.0, help="Weight of the total variation.")
 @click.option("--spacing", type=click.FloatRange(0, min_open=True), help="Millimetres between voxels of the result.")
 @click.option("--like", type=click.Path(path_type=Path, exists=True), help="A volume whose grid the result has.")
@@ -201,7 +201,7 @@ def _reconstructed(
     if method in ("sart", "cg"):
         run = getattr(tomography, method)
         return run(data, grid, options["steps"] if given else {"sart": 3, "cg": 10}[method]), None, None
-    first = tomography.sart(data, grid, 2) if method != "fdk" and start == "sart" else tomography.fdk(data, grid)
+    first = tomography.sart(data, grid, 4) if method != "fdk" and start == "sart" else tomography.fdk(data, grid)
     if method == "fdk":
         return first, None, None
     if start.endswith(".ply"):

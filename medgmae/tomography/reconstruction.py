@@ -27,6 +27,8 @@ from medgmae.tomography.starts import THINNEST
 class Descent:
     """How Gaussians are moved.
 
+    The rates are for Gaussians that were fitted to a first reconstruction; others need five to ten times as high ones.
+
     Attributes:
         views: random views in a step.
         support: standard deviations to which a Gaussian counts.
@@ -42,12 +44,12 @@ class Descent:
 
     views: int = 2
     support: float = 3.5
-    means: float = 0.3
-    scales: float = 0.03
-    quats: float = 0.02
-    densities: float = 0.02
+    means: float = 0.02
+    scales: float = 0.004
+    quats: float = 0.01
+    densities: float = 0.002
     final: float = 0.1
-    coarse: float = 0.5
+    coarse: float = 0.0
     rounds: int = 0
     growth: float = 1.0
     tv: float = 0.0

@@ -28,7 +28,7 @@ RIM = 4  # voxels of air about a volume that Gaussians are fitted to, so that th
 def start_gaussians(
     volume: Volume,
     count: int,
-    rule: Rule = "gradient",
+    rule: Rule = "fit",
     *,
     support: float = 3.5,
     generator: torch.Generator | None = None,
