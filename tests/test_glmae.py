@@ -23,16 +23,18 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(name: str = "glmae_vit_nano_patch8_32", **options: Any) -> GlobalLocalMAE:
-    """A narrow student with noise everywhere, a teacher with other noise, and a centre."""
+def model_of(name: str = "glmae_vit_nano_patch8_32", *, patches: bool = False, **options: Any) -> GlobalLocalMAE:
+    """A narrow student with noise everywhere, a teacher with other noise, and centres."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         student: Any = medgmae.create_model(name, **STUDENTS[name])
-        model = GlobalLocalMAE(student, Projector(24, 16, 8, 12), **options)
+        more = {"patch_projector": Projector(24, 16, 8, 10)} if patches else {}
+        model = GlobalLocalMAE(student, Projector(24, 16, 8, 12), **more, **options)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-            model.center.normal_(std=0.1)
+            for center in model.buffers():
+                center.normal_(std=0.1)
     return model
 
 
@@ -131,8 +133,50 @@ def test_the_losses_are_those_of_the_parts(name: str) -> None:
     torch.testing.assert_close(out.loss, total, rtol=1e-6, atol=1e-9)
 
 
-def test_gradients_go_to_the_student_alone() -> None:
-    model = model_of().train()
+@pytest.mark.parametrize("name", ["glmae_vit_nano_patch8_32", "glmae_vim_tiny_patch8_64"])
+@torch.no_grad()
+def test_patch_distillation_is_the_cross_entropy_of_every_hidden_patch(name: str) -> None:
+    """Patch by patch, from what the decoder's last layer gets and from the teacher's encoder."""
+    model = model_of(name, patches=True, patch_distillation=0.7, patch_temperature=0.06).double().eval()
+    views = views_of(torch.float64)
+    out = model(views)
+    crosses, heard, student = [], [], model.student
+    for i, view in enumerate(views.whole.flatten(0, 1)):
+        inputs: list[Tensor] = []
+        hook = student.decoder.head.register_forward_hook(lambda _, x, y, to=inputs: to.append(x[0]))
+        student(view[None], Masking(*(part[i : i + 1] for part in views.whole_masking)))
+        hook.remove()
+        truth = model.teacher["encoder"].forward_features(view[None])[0, student.num_prefix_tokens :]  # type: ignore[operator]
+        for patch in range(12):
+            if views.whole_masking.mask[i, patch] == 0:
+                continue
+            heard.append(model.teacher["patch_projector"](truth[patch]))
+            shares = softmax(((heard[-1] - model.patch_center) / 0.06).tolist())
+            token = inputs[0][0, patch] @ model.bridge.weight.T + model.bridge.bias
+            said = softmax((model.patch_projector(token) / 0.1).tolist())  # type: ignore[misc]
+            crosses.append(-sum(p * math.log(q) for p, q in zip(shares, said, strict=True)))
+    assert len(crosses) == 4 * 6
+    assert float(out.terms["patch_distillation"]) == pytest.approx(sum(crosses) / len(crosses), rel=1e-9)
+    torch.testing.assert_close(out.patch_mean, torch.stack(heard).mean(0).float())
+    without = sum(value for key, value in out.terms.items() if key.endswith(("reconstruction", "consistency")))
+    torch.testing.assert_close(out.loss, without + 0.7 * out.terms["patch_distillation"])
+    plain = model_of(name).double().eval()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if key in plain.state_dict()})
+    torch.testing.assert_close(plain(views).loss, without)
+
+
+def test_patch_distillation_needs_tokens_of_hidden_patches() -> None:
+    with pytest.raises(ValueError, match="the GaussianDecoder of a GaussianMAE has none; expected a masked autoenc"):
+        model_of("gmae_vit_nano_patch8_32", patches=True)
+    views = views_of(local=False)
+    everything = medgmae.random_masking(4, 12, 0.0)
+    with pytest.raises(ValueError, match="the masking hides none of the global views"):
+        model_of(patches=True)(views._replace(whole_masking=everything))
+
+
+@pytest.mark.parametrize("patches", [False, True])
+def test_gradients_go_to_the_student_alone(patches: bool) -> None:
+    model = model_of(patches=patches).train()
     model(views_of()).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert not [name for name in trained if name.startswith("teacher.")]
@@ -147,17 +191,17 @@ def test_the_teacher_follows_and_begins_as_the_student() -> None:
     model = GlobalLocalMAE(student, Projector(24, 16, 8, 12))
     for name, value in model.teacher["encoder"].state_dict().items():
         assert torch.equal(value, student.encoder.state_dict()[name])
-    model = model_of()
+    model = model_of(patches=True)
     before = copy.deepcopy(model.state_dict())
-    mean = torch.linspace(-1, 1, 12)
-    model.follow(mean, momentum=0.9, center_momentum=0.75)
+    means = {"center": torch.linspace(-1, 1, 12), "patch_center": torch.linspace(0, 2, 10)}
+    model.follow(means["center"], momentum=0.9, center_momentum=0.75, patch_mean=means["patch_center"])
     for name, value in model.state_dict().items():
         old = before[name]
         if name.startswith("teacher."):
-            own = name.replace("teacher.encoder", "student.encoder").replace("teacher.projector", "projector")
+            own = name.replace("teacher.encoder", "student.encoder").removeprefix("teacher.")
             torch.testing.assert_close(value, 0.9 * old + 0.1 * before[own])
-        elif name == "center":
-            torch.testing.assert_close(value, 0.75 * old + 0.25 * mean)
+        elif name in means:
+            torch.testing.assert_close(value, 0.75 * old + 0.25 * means[name])
         else:
             assert torch.equal(value, old)
 

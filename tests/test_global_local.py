@@ -41,6 +41,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scans(tmp_path_factory.mktemp("data") / "scans")
 
 
+PATCHES = {"global_local.patch_distillation": 0.5, "global_local.patch_projector": [32, 16, 48]}
+
+
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
@@ -88,11 +91,33 @@ def test_the_settings_that_are_written_are_read(undisturbed: Path) -> None:
         read_settings({"model": "m", "global_local": {"moment": 1}})
 
 
+def test_a_run_with_patch_distillation(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    run = run_of(views_settings(**PATCHES), data, tmp_path / "run")
+    losses = [line for line in numbers(run) if "loss" in line]
+    without = [name for name in losses[0] if name.endswith(("_reconstruction", "_consistency"))]
+    for line in losses:
+        expected = sum(line[name] for name in without) + 0.5 * line["patch_distillation"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    state = last_state(run)
+    more = {name.split(".")[0] for name in set(state) - set(last_state(undisturbed))}
+    assert more == {"bridge", "patch_projector", "patch_center", "teacher"}
+    assert state["patch_center"].shape == (48,)
+    assert state["patch_center"].any()
+    assert not torch.equal(state["patch_projector.prototypes"], state["teacher.patch_projector.prototypes"])
+    gaussian = views_settings("gmae_vit_nano_patch8_32", **PATCHES)
+    with pytest.raises(TrainingError, match=r"GaussianDecoder .* give global_local\.patch_distillation=0"):
+        run_of(gaussian, data, tmp_path / "gaussian")
+    with pytest.raises(TrainingError, match=r"hidden patches, and model_options\.mask_ratio is 0"):
+        run_of(views_settings(**PATCHES, **{"model_options.mask_ratio": 0.0}), data, tmp_path / "all")
+
+
+@pytest.mark.parametrize("changes", [{}, PATCHES])
 def test_a_stopped_run_goes_on_exactly(
-    undisturbed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], undisturbed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from medgmae.training.engine import Engine
 
+    whole = run_of(views_settings(**changes), data, tmp_path / "whole") if changes else undisturbed
     real = Engine.update
 
     def update(self: Engine, number: int, batches: Any) -> Any:
@@ -102,11 +127,11 @@ def test_a_stopped_run_goes_on_exactly(
 
     monkeypatch.setattr(Engine, "update", update)
     with pytest.raises(Stopped):
-        run_of(views_settings(), data, tmp_path / "run")
+        run_of(views_settings(**changes), data, tmp_path / "run")
     monkeypatch.undo()
     pretrain(Run(tmp_path / "run").settings(Settings), [], tmp_path / "run", resume=True, machine=MACHINE)
-    assert outcome(tmp_path / "run") == outcome(undisturbed)
-    expected = last_state(undisturbed)
+    assert outcome(tmp_path / "run") == outcome(whole)
+    expected = last_state(whole)
     for name, value in last_state(tmp_path / "run").items():
         assert torch.equal(value, expected[name]), name
 

@@ -120,6 +120,7 @@ class Compare:
         self.ratio, self.options, self.steps = model.mask_ratio, options, steps
         self.weight_decay = settings.training.weight_decay
         self._means: list[Tensor] = []
+        self._patch_means: list[Tensor] = []
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Those of the student and of the projector: the teacher has no gradients."""
@@ -134,15 +135,25 @@ class Compare:
         output = model(views, step, self.options.temperature(step / self.steps))
         if torch.is_grad_enabled():
             self._means.append(output.teacher_mean)
+            if output.patch_mean is not None:
+                self._patch_means.append(output.patch_mean)
         return {"loss": output.loss, **output.terms}
 
     def follow(self, engine: Engine, step: int) -> None:
-        """The teacher and the centre, after all passes of an update on all processes."""
-        mean = engine.accelerator.reduce(torch.stack(self._means).mean(0), "mean")
-        self._means.clear()
+        """The teacher and the centres, after all passes of an update on all processes."""
+        mean, patch_mean = _mean(self._means, engine), _mean(self._patch_means, engine)
         start, done = self.options.momentum, (step + 1) / self.steps
         momentum = 1 - (1 - start) * (1 + math.cos(math.pi * done)) / 2
-        cast(Any, engine.plain).follow(mean, momentum, self.options.center_momentum)
+        cast(Any, engine.plain).follow(mean, momentum, self.options.center_momentum, patch_mean)
+
+
+def _mean(passes: list[Tensor], engine: Engine) -> Tensor | None:
+    """Over the passes of an update, whose list is emptied, and over all processes; None of none."""
+    if not passes:
+        return None
+    mean: Tensor = engine.accelerator.reduce(torch.stack(passes).mean(0), "mean")
+    passes.clear()
+    return mean
 
 
 class GlobalLocalPretraining(Pretraining):
@@ -173,6 +184,11 @@ class GlobalLocalPretraining(Pretraining):
             fits,
             f"global_local.local_size is {list(local)} and the model's patch {list(encoder.patch_size)}; expected "
             "views of volumes, made of whole patches",
+        )
+        expect(
+            not options.patch_distillation or self.model.mask_ratio > 0,
+            "global_local.patch_distillation compares hidden patches, and model_options.mask_ratio is 0; give a larger "
+            "one, or patch_distillation=0",
         )
         patches, share = math.prod(local) // math.prod(encoder.patch_size), options.local_mask_ratio
         expect(
@@ -292,18 +308,29 @@ def _collapse(spread: dict[str, float], options: GlobalLocalSettings) -> str:
 
 
 def with_teacher(model: Autoencoder, settings: Settings) -> GlobalLocalMAE:
-    """A masked autoencoder as the student of a run; the projector is drawn by its seed."""
+    """A masked autoencoder as the student of a run; the projectors are drawn by its seed.
+
+    Raises:
+        TrainingError: patch distillation of a model that has no tokens for it.
+    """
     options = settings.global_local
     assert options is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.training.seed)
         projector = Projector(model.num_features, *options.projector)
-    return GlobalLocalMAE(
-        model,
-        projector,
-        local_reconstruction=options.local_reconstruction,
-        global_consistency=options.global_consistency,
-        local_consistency=options.local_consistency,
-        koleo_weight=options.koleo,
-        student_temperature=options.student_temperature,
-    )
+        patches = Projector(model.encoder.embed_dim, *options.patch_projector) if options.patch_distillation else None
+        try:
+            return GlobalLocalMAE(
+                model,
+                projector,
+                local_reconstruction=options.local_reconstruction,
+                global_consistency=options.global_consistency,
+                local_consistency=options.local_consistency,
+                koleo_weight=options.koleo,
+                student_temperature=options.student_temperature,
+                patch_projector=patches,
+                patch_distillation=options.patch_distillation,
+                patch_temperature=options.patch_temperature,
+            )
+        except ValueError as error:
+            raise TrainingError(f"{settings.model}: {error}; give global_local.patch_distillation=0") from None

@@ -20,13 +20,18 @@ class GlobalLocalSettings:
     overlap: share of a local view that is scanned and within a global one.
     local_reconstruction, global_consistency, local_consistency: weights of the losses beside the reconstruction of
         global views.
-    koleo: weight of the KoLeo regulariser.
+    koleo: weight of the KoLeo regulariser, which is taken over the scans of a pass: with ``training.micro_batch`` over
+        those of each micro-batch, and a batch of one has none.
     student_temperature, teacher_temperature: of the softmax of the projections.
     first_temperature: of the teacher at the start; linear to ``teacher_temperature`` over ``temperature_warmup``, a
         share of the run.
     momentum: of the teacher's weights at the start; half a cosine to 1 at the end.
     center_momentum: of the centre; 1: no centring.
     projector: widths of the projector: of the layers between, of the bottleneck, and the number of prototypes.
+    patch_distillation: weight of the cross-entropy of hidden patches of global views with the teacher's, after iBOT
+        (Zhou et al. 2022, https://arxiv.org/abs/2111.07832); 0: none, and no networks for it.
+    patch_projector: widths of the projector of patches; iBOT's number of prototypes.
+    patch_temperature: of the teacher's softmax of patches; iBOT's.
     """
 
     global_views: int = 2
@@ -46,15 +51,18 @@ class GlobalLocalSettings:
     momentum: float = 0.996
     center_momentum: float = 0.9
     projector: list[int] = field(default_factory=lambda: [2048, 256, 65536])
+    patch_distillation: float = 0.0
+    patch_projector: list[int] = field(default_factory=lambda: [2048, 256, 8192])
+    patch_temperature: float = 0.04
 
     def __post_init__(self) -> None:
         for name, least in (("global_views", 1), ("local_views", 0)):
             value = getattr(self, name)
             expect(value >= least, f"global_local.{name} is {value}; expected at least {least}")
-        for name in ("local_reconstruction", "global_consistency", "local_consistency", "koleo"):
+        for name in ("local_reconstruction", "global_consistency", "local_consistency", "koleo", "patch_distillation"):
             value = getattr(self, name)
             expect(value >= 0, f"global_local.{name} is {value}; expected a weight of at least 0")
-        for name in ("student_temperature", "teacher_temperature", "first_temperature"):
+        for name in ("student_temperature", "teacher_temperature", "first_temperature", "patch_temperature"):
             value = getattr(self, name)
             expect(value > 0, f"global_local.{name} is {value}; expected more than 0")
         for name in ("momentum", "center_momentum", "temperature_warmup", "overlap"):
@@ -62,7 +70,8 @@ class GlobalLocalSettings:
             expect(0 <= value <= 1, f"global_local.{name} is {value}; expected 0 to 1")
         ratio = self.local_mask_ratio
         expect(0 <= ratio < 1, f"global_local.local_mask_ratio is {ratio}; expected 0 to below 1")
-        for name, what in (("local_size", "voxels (d, h, w)"), ("projector", "three widths")):
+        widths = "three widths"
+        for name, what in (("local_size", "voxels (d, h, w)"), ("projector", widths), ("patch_projector", widths)):
             value = getattr(self, name)
             expect(len(value) == 3 and min(value) > 0, f"global_local.{name} is {value}; expected {what}")
         low_high = len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1]
