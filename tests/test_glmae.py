@@ -230,5 +230,39 @@ def test_checkpointing_and_two_scans_at_a_time_change_nothing() -> None:
 
 def test_a_masking_for_other_views_is_refused() -> None:
     views = views_of()
-    with pytest.raises(ValueError, match=r"the masking is for \(6, 4\).*the input has \(4, 12\)"):
+    with pytest.raises(ValueError, match="the masking is for 6 views; there are 4 global ones"):
         model_of()(views._replace(whole_masking=views.part_masking))
+    for patches in (False, True):
+        with pytest.raises(ValueError, match=r"the masking is for \(4, 4\).*the input has \(4, 12\)"):
+            model_of(patches=patches)(views._replace(whole_masking=masking(4, 4, 0)))
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_groups_of_views_in_sequence_do_what_all_do_at_once(name: str, at_once: int) -> None:
+    """Losses and gradients add up, those of KoLeo too, which compares the scans of one view."""
+    patches = not name.startswith("gmae")
+    model = model_of(name, patches=patches, local_consistency=3.0, koleo_weight=0.7).double().train()
+    views = views_of(torch.float64)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    whole = model(views, teacher_temperature=0.05)
+    expected = torch.autograd.grad(whole.loss, learning)
+    taught = model.taught(views, 0.05)
+    groups = views.groups(at_once)
+    assert [group.kind for group in groups] == ["local"] * -(-3 // at_once) + ["global"] * -(-2 // at_once)
+    terms: dict[str, float] = {}
+    for group in groups:
+        assert group.x.shape[1] <= at_once
+        out = model(group, taught=taught)
+        out.loss.backward()
+        for term, value in {**out.terms, "loss": out.loss}.items():
+            terms[term] = terms.get(term, 0.0) + value.item()
+    assert terms == {
+        **{term: pytest.approx(value.item(), rel=1e-12) for term, value in whole.terms.items()},
+        "loss": pytest.approx(whole.loss.item(), rel=1e-12),
+    }
+    assert torch.equal(taught.mean, whole.teacher_mean)
+    for parameter, gradient in zip(learning, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-13)
+    with pytest.raises(ValueError, match=r"give taught=model\.taught\(views\)"):
+        model(groups[0])

@@ -48,6 +48,46 @@ class Views(NamedTuple):
     part: Tensor | None = None
     part_masking: Masking | None = None
 
+    def groups(self, at_once: int | None = None) -> list[Group]:
+        """Views of one kind, ``at_once`` of each scan; None: all of them.
+
+        The global ones are last: they go through every parameter that learns, which is what processes that exchange
+        their gradients with the last backward pass wait for.
+
+        Raises:
+            ValueError: a masking for another number of views.
+        """
+        groups = []
+        for kind, x, masking in (("local", self.part, self.part_masking), ("global", self.whole, self.whole_masking)):
+            if x is None or masking is None:
+                continue
+            scans, count = x.shape[:2]
+            if len(masking.mask) != scans * count:
+                raise ValueError(f"the masking is for {len(masking.mask)} views; there are {scans * count} {kind} ones")
+            size = at_once or count
+            for first in range(0, count, size):
+                at = slice(first, first + size)
+                own = Masking(*(part.reshape(scans, count, -1)[:, at].flatten(0, 1) for part in masking))
+                groups.append(Group(kind, x[:, at], own, first, count))
+        return groups
+
+
+class Group(NamedTuple):
+    """Some views of one kind, which the student sees at once.
+
+    kind: "global" or "local".
+    x: (B, m, C, *size).
+    masking: of (B m).
+    first: number of the first of them.
+    of: how many of their kind a scan has.
+    """
+
+    kind: str
+    x: Tensor
+    masking: Masking
+    first: int
+    of: int
+
 
 class GlobalLocalOutput(NamedTuple):
     """What a step of :class:`GlobalLocalMAE` gives.
@@ -55,6 +95,7 @@ class GlobalLocalOutput(NamedTuple):
     loss: scalar, the weighted sum of the losses.
     terms: the losses by name, without weights, and without gradients ``teacher_entropy`` in nats and ``agreement``, the
         mean correlation over the prototypes of the student's and the teacher's projections of global views of one scan.
+        Those of a :class:`Group` are its shares of them: over all groups they add up.
     teacher_mean: (K,), the mean of the teacher's projections, for :meth:`GlobalLocalMAE.follow`.
     patch_mean: (K',), that of its projections of hidden patches, None without patch distillation.
     """
@@ -153,45 +194,60 @@ class GlobalLocalMAE(nn.Module):
 
     __call__: Callable[..., GlobalLocalOutput]
 
-    def forward(self, views: Views, step: int | Tensor = 0, teacher_temperature: float = 0.04) -> GlobalLocalOutput:
+    def forward(
+        self,
+        views: Views | Group,
+        step: int | Tensor = 0,
+        teacher_temperature: float = 0.04,
+        taught: Taught | None = None,
+    ) -> GlobalLocalOutput:
         """Complete the masked views and compare them with the teacher's.
 
+        Memory is that of all views at once. Where that is too much, ``taught(views, temperature)`` and then forward and
+        backward of one ``views.groups(at_once)`` after the other give the same loss and gradients in sum.
+
         Args:
-            views: of B scans.
+            views: of B scans, or some of them.
             step: training steps so far; the loss of a Gaussian autoencoder may depend on it.
-            teacher_temperature: of the teacher's softmax. 0.04, DINO's: a guess.
+            teacher_temperature: of the teacher's softmax, unless ``taught`` is given. 0.04, DINO's: a guess.
+            taught: what the teacher makes of the complete global views, see :meth:`taught`; a group of views needs it.
 
         Raises:
-            ValueError: views that do not fit the encoder, a masking for others, or one that hides nothing from patch
-                distillation.
+            ValueError: views that do not fit the encoder, a masking for others, one that hides nothing from patch
+                distillation, or a group without ``taught``.
         """
-        taught = self.taught(views, teacher_temperature)
+        if isinstance(views, Group):
+            if taught is None:
+                raise ValueError("a group of views is compared with all global ones; give taught=model.taught(views)")
+            groups = [views]
+        else:
+            taught, groups = self.taught(views, teacher_temperature) if taught is None else taught, views.groups()
         terms: dict[str, Tensor] = {}
-        seen, pooled = self._see(views.whole, views.whole_masking, step)
-        said = self.projector(pooled)
-        terms["global_reconstruction"] = seen.output.loss
-        terms["global_consistency"] = consistency(taught.shares, said, self.student_temperature)
-        if self.weights["koleo"]:
-            terms["koleo"] = torch.stack([koleo(one) for one in pooled.unbind(1)]).mean()
-        if taught.patch_shares is not None:
-            terms["patch_distillation"] = self._patches(seen, views.whole_masking, taught.patch_shares)
-        if views.part is not None and views.part_masking is not None:
-            seen, pooled = self._see(views.part, views.part_masking, step)
-            terms["local_reconstruction"] = seen.output.loss
-            local = consistency(taught.shares, self.projector(pooled), self.student_temperature)
-            terms["local_consistency"] = local
-        loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
-        ours, theirs = _level(said.detach()).unsqueeze(2), _level(taught.logits - self.center).unsqueeze(1)
-        cosines = torch.cosine_similarity(ours, theirs, dim=-1)
-        shown = {"teacher_entropy": entropy(taught.shares).mean(), "agreement": cosines.mean()}
-        return GlobalLocalOutput(loss, {**terms, **shown}, taught.mean, taught.patch_mean)
+        for group in groups:
+            terms |= self._terms(group, taught, step)
+        loss = torch.stack([self.weights[name] * value for name, value in terms.items() if name in self.weights]).sum()
+        return GlobalLocalOutput(loss, terms, taught.mean, taught.patch_mean)
 
-    def _see(self, views: Tensor, masking: Masking, step: int | Tensor) -> tuple[Seen, Tensor]:
-        """What the student makes of views (B, m, C, *size), and its encoder's pooled vectors, (B, m, F)."""
-        x = views.flatten(0, 1)
-        seen = self.student.forward_with_tokens(x, self.student._masking(x, masking, None), step)
-        pooled = self.student.encoder.forward_head(seen.tokens, pre_logits=True)
-        return seen, pooled.reshape(*views.shape[:2], -1)
+    def _terms(self, group: Group, taught: Taught, step: int | Tensor) -> dict[str, Tensor]:
+        """What a group of views adds to the losses, and to what is shown of the projections of global ones."""
+        x, kind, count = group.x.flatten(0, 1), group.kind, group.x.shape[1]
+        seen = self.student.forward_with_tokens(x, self.student._masking(x, group.masking, None), step)
+        pooled = self.student.encoder.forward_head(seen.tokens, pre_logits=True).reshape(*group.x.shape[:2], -1)
+        said = self.projector(pooled)
+        terms: dict[str, Tensor] = {
+            f"{kind}_reconstruction": seen.output.loss,
+            f"{kind}_consistency": consistency(taught.shares, said, self.student_temperature),
+        }
+        if kind == "global":
+            if self.weights["koleo"]:
+                terms["koleo"] = torch.stack([koleo(one) for one in pooled.unbind(1)]).mean()
+            if taught.patch_shares is not None:
+                own = taught.patch_shares[:, group.first : group.first + count]
+                terms["patch_distillation"] = self._patches(seen, group.masking, own)
+            ours, theirs = _level(said.detach()).unsqueeze(2), _level(taught.logits - self.center).unsqueeze(1)
+            terms["teacher_entropy"] = entropy(taught.shares).mean()
+            terms["agreement"] = torch.cosine_similarity(ours, theirs, dim=-1).mean()
+        return {name: value * (count / group.of) for name, value in terms.items()}
 
     def _patches(self, seen: Seen, masking: Masking, shares: Tensor) -> Tensor:
         """The mean cross-entropy of hidden patches of views with the teacher's shares (B, m, h, K') of them."""
@@ -213,14 +269,15 @@ class GlobalLocalMAE(nn.Module):
             ValueError: see :meth:`forward`.
         """
         encoder: Any = self.teacher["encoder"]
-        tokens = encoder.forward_features(views.whole.flatten(0, 1))
+        x = views.whole.flatten(0, 1)
+        tokens = encoder.forward_features(x)
         shape = views.whole.shape[:2]
         projections = self.teacher["projector"](encoder.forward_head(tokens, pre_logits=True))
         logits = projections.reshape(*shape, -1)
         shares, mean = teacher_shares(logits, self.center, temperature), projections.float().mean(0)
         if self.patch_projector is None:
             return Taught(logits, shares, mean)
-        hidden = views.whole_masking.hidden
+        hidden = self.student._masking(x, views.whole_masking, None).hidden
         if hidden.shape[1] == 0:
             raise ValueError(
                 "patch distillation compares hidden patches, and the masking hides none of the global views; give a "

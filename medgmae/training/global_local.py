@@ -17,9 +17,9 @@ from medgmae.data.input_block import padding
 from medgmae.layers.masking import Masking, random_masking
 from medgmae.models.autoencoder import Autoencoder
 from medgmae.models.consistency import Projector, effective_rank, entropy, teacher_shares
-from medgmae.models.glmae import GlobalLocalMAE, Views
+from medgmae.models.glmae import GlobalLocalMAE, Group, Taught, Views
 from medgmae.training.batches import MASK, MaskedBatch, Samples
-from medgmae.training.engine import Engine, Plan
+from medgmae.training.engine import Engine, Objective, Plan
 from medgmae.training.global_local_settings import GlobalLocalSettings
 from medgmae.training.optim import param_groups
 from medgmae.training.pretraining import Pretraining, crop_size
@@ -113,7 +113,7 @@ class ScanViews(Samples[ViewBatch]):
         return ViewBatch(x[0], noise[0], part, part_noise, [source for _, _, source in samples])
 
 
-class Compare:
+class Compare(Objective):
     """The losses of views, and what follows an update."""
 
     def __init__(self, model: GlobalLocalMAE, settings: Settings, options: GlobalLocalSettings, steps: int) -> None:
@@ -126,17 +126,29 @@ class Compare:
         """Those of the student and of the projector: the teacher has no gradients."""
         return param_groups(model, weight_decay=self.weight_decay)
 
-    def __call__(self, model: nn.Module, batch: ViewBatch | MaskedBatch, step: int) -> dict[str, Tensor]:
+    def parts(
+        self, model: nn.Module, batch: ViewBatch, step: int
+    ) -> list[tuple[Views, Taught]] | list[tuple[Group, Taught]]:
+        """All views, or one group of them after the other, and what the teacher makes of the complete global ones."""
+        views = batch.views(self.ratio, self.options.local_mask_ratio)
+        taught: Taught = cast(Any, model).taught(views, self.options.temperature(step / self.steps))
+        self._means.append(taught.mean)
+        if taught.patch_mean is not None:
+            self._patch_means.append(taught.patch_mean)
+        if not self.options.views_at_once:
+            return [(views, taught)]
+        return [(group, taught) for group in views.groups(self.options.views_at_once)]
+
+    def __call__(
+        self, model: nn.Module, part: tuple[Views | Group, Taught] | MaskedBatch, step: int
+    ) -> dict[str, Tensor]:
         """The loss and its terms; of crops, each as the one global view of its scan."""
-        if isinstance(batch, MaskedBatch):
-            views = Views(batch.x.unsqueeze(1), batch.masking(self.ratio))
+        if isinstance(part, MaskedBatch):
+            alone = Views(part.x.unsqueeze(1), part.masking(self.ratio))
+            output = model(alone, step, self.options.temperature(step / self.steps))
         else:
-            views = batch.views(self.ratio, self.options.local_mask_ratio)
-        output = model(views, step, self.options.temperature(step / self.steps))
-        if torch.is_grad_enabled():
-            self._means.append(output.teacher_mean)
-            if output.patch_mean is not None:
-                self._patch_means.append(output.patch_mean)
+            views, taught = part
+            output = model(views, step, taught=taught)
         return {"loss": output.loss, **output.terms}
 
     def follow(self, engine: Engine, step: int) -> None:

@@ -20,6 +20,9 @@ class GlobalLocalSettings:
     overlap: share of a local view that is scanned and within a global one.
     local_reconstruction, global_consistency, local_consistency: weights of the losses beside the reconstruction of
         global views.
+    views_at_once: views of one kind of each scan that go forward and backward together; 0: all of both kinds. The
+        memory of a step is that of the largest group, the gradient the sum over all of them: the same as of all views
+        at once but for rounding, and for what the student draws anew in every pass (drop path).
     koleo: weight of the KoLeo regulariser, which is taken over the scans of a pass: with ``training.micro_batch`` over
         those of each micro-batch, and a batch of one has none.
     student_temperature, teacher_temperature: of the softmax of the projections.
@@ -43,6 +46,7 @@ class GlobalLocalSettings:
     local_reconstruction: float = 1.0
     global_consistency: float = 1.0
     local_consistency: float = 1.0
+    views_at_once: int = 0
     koleo: float = 0.0
     student_temperature: float = 0.1
     teacher_temperature: float = 0.04
@@ -56,7 +60,7 @@ class GlobalLocalSettings:
     patch_temperature: float = 0.04
 
     def __post_init__(self) -> None:
-        for name, least in (("global_views", 1), ("local_views", 0)):
+        for name, least in (("global_views", 1), ("local_views", 0), ("views_at_once", 0)):
             value = getattr(self, name)
             expect(value >= least, f"global_local.{name} is {value}; expected at least {least}")
         for name in ("local_reconstruction", "global_consistency", "local_consistency", "koleo", "patch_distillation"):
