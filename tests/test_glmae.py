@@ -20,6 +20,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "glmae_vit_nano_patch8_32": {**SMALL, "num_heads": 2},
     "glmae_vim_tiny_patch8_64": {**SMALL, "decoder_embed_dim": 12, "decoder_depth": 1},
     "gmae_vit_nano_patch8_32": {**SMALL, "num_heads": 2, "num_gaussians": 5},
+    "mae2d_vit_nano_patch8_32": {**SMALL, "num_heads": 2},
 }
 
 
@@ -43,12 +44,15 @@ def masking(rows: int, tokens: int, seed: int) -> Masking:
     return medgmae.random_masking(rows, tokens, 0.5, noise=noise)
 
 
-def views_of(dtype: torch.dtype = torch.float32, local: bool = True) -> Views:
-    """Two scans, two global views of 24 x 16 x 16 voxels and three local ones of 8 x 16 x 16."""
+def views_of(name: str = "", dtype: torch.dtype = torch.float32, local: bool = True) -> Views:
+    """Two scans, two global views of 24 x 16 x 16 voxels and three local ones of 8 x 16 x 16; of images the same with
+    one axis of 16 less."""
+    axes = (16,) if name.startswith("mae2d") else (16, 16)
     rng = torch.Generator().manual_seed(1)
-    whole = torch.rand(2, 2, 1, 24, 16, 16, generator=rng, dtype=dtype)
-    part = torch.rand(2, 3, 1, 8, 16, 16, generator=rng, dtype=dtype)
-    return Views(whole, masking(4, 12, 2), *((part, masking(6, 4, 3)) if local else ()))
+    whole = torch.rand(2, 2, 1, 24, *axes, generator=rng, dtype=dtype)
+    part = torch.rand(2, 3, 1, 8, *axes, generator=rng, dtype=dtype)
+    patches = 2 ** len(axes)
+    return Views(whole, masking(4, 3 * patches, 2), *((part, masking(6, patches, 3)) if local else ()))
 
 
 def softmax(values: list[float]) -> list[float]:
@@ -94,7 +98,7 @@ def test_the_losses_are_those_of_the_parts(name: str) -> None:
     """Views one by one through the student itself, tokens pooled here, and the sum of weighted means."""
     model = model_of(name, local_reconstruction=0.5, global_consistency=2.0, local_consistency=3.0, koleo_weight=0.7)
     model = model.double().eval()
-    views = views_of(torch.float64)
+    views = views_of(name, torch.float64)
     out = model(views, teacher_temperature=0.05)
     teacher, student = model.teacher["encoder"], model.student
     shares = []
@@ -138,7 +142,7 @@ def test_the_losses_are_those_of_the_parts(name: str) -> None:
 def test_patch_distillation_is_the_cross_entropy_of_every_hidden_patch(name: str) -> None:
     """Patch by patch, from what the decoder's last layer gets and from the teacher's encoder."""
     model = model_of(name, patches=True, patch_distillation=0.7, patch_temperature=0.06).double().eval()
-    views = views_of(torch.float64)
+    views = views_of(name, torch.float64)
     out = model(views)
     crosses, heard, student = [], [], model.student
     for i, view in enumerate(views.whole.flatten(0, 1)):
@@ -174,10 +178,11 @@ def test_patch_distillation_needs_tokens_of_hidden_patches() -> None:
         model_of(patches=True)(views._replace(whole_masking=everything))
 
 
+@pytest.mark.parametrize("name", ["glmae_vit_nano_patch8_32", "mae2d_vit_nano_patch8_32"])
 @pytest.mark.parametrize("patches", [False, True])
-def test_gradients_go_to_the_student_alone(patches: bool) -> None:
-    model = model_of(patches=patches).train()
-    model(views_of()).loss.backward()
+def test_gradients_go_to_the_student_alone(name: str, patches: bool) -> None:
+    model = model_of(name, patches=patches).train()
+    model(views_of(name)).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert not [name for name in trained if name.startswith("teacher.")]
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
@@ -186,12 +191,13 @@ def test_gradients_go_to_the_student_alone(patches: bool) -> None:
     assert model.no_weight_decay() <= set(dict(model.named_parameters()))
 
 
-def test_the_teacher_follows_and_begins_as_the_student() -> None:
-    student: Any = medgmae.create_model("glmae_vit_nano_patch8_32", **STUDENTS["glmae_vit_nano_patch8_32"])
+@pytest.mark.parametrize("kind", ["glmae_vit_nano_patch8_32", "mae2d_vit_nano_patch8_32"])
+def test_the_teacher_follows_and_begins_as_the_student(kind: str) -> None:
+    student: Any = medgmae.create_model(kind, **STUDENTS[kind])
     model = GlobalLocalMAE(student, Projector(24, 16, 8, 12))
     for name, value in model.teacher["encoder"].state_dict().items():
         assert torch.equal(value, student.encoder.state_dict()[name])
-    model = model_of(patches=True)
+    model = model_of(kind, patches=True)
     before = copy.deepcopy(model.state_dict())
     means = {"center": torch.linspace(-1, 1, 12), "patch_center": torch.linspace(0, 2, 10)}
     model.follow(means["center"], momentum=0.9, center_momentum=0.75, patch_mean=means["patch_center"])
@@ -243,7 +249,7 @@ def test_groups_of_views_in_sequence_do_what_all_do_at_once(name: str, at_once: 
     """Losses and gradients add up, those of KoLeo too, which compares the scans of one view."""
     patches = not name.startswith("gmae")
     model = model_of(name, patches=patches, local_consistency=3.0, koleo_weight=0.7).double().train()
-    views = views_of(torch.float64)
+    views = views_of(name, torch.float64)
     learning = [p for p in model.parameters() if p.requires_grad]
     whole = model(views, teacher_temperature=0.05)
     expected = torch.autograd.grad(whole.loss, learning)

@@ -42,6 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PATCHES = {"global_local.patch_distillation": 0.5, "global_local.patch_projector": [32, 16, 48]}
+IMAGES = {"model": "mae2d_vit_nano_patch8_32", "global_local.local_size": [8, 16]}
 SEQUENCE = {"global_local.views_at_once": 1, "training.micro_batch": 2, "model_options.drop_path_rate": 0.2}
 
 
@@ -159,11 +160,11 @@ def test_what_does_not_decide_the_outcome(
             assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("model", ["mae_vim_nano_patch8_32", "gmae_vit_nano_patch8_32"])
-def test_any_masked_autoencoder_learns_with_a_teacher(model: str, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{"model": "mae_vim_nano_patch8_32"}, {"model": "gmae_vit_nano_patch8_32"}, IMAGES])
+def test_any_masked_autoencoder_learns_with_a_teacher(changes: dict[str, Any], data: Path, tmp_path: Path) -> None:
     """Of one scan, seen again and again, both reconstructions fall."""
     options = {"training.steps": 40, "training.lr": 3e-3, "augmentation": {}, "held_out": 0.0, "training.batch_size": 2}
-    run = run_of(views_settings(model, **options), data, tmp_path / "run", replace(MACHINE, checkpoint_every=40))
+    run = run_of(views_settings(**changes, **options), data, tmp_path / "run", replace(MACHINE, checkpoint_every=40))
     losses = [line for line in numbers(run) if "loss" in line]
     for term in ("global_reconstruction", "local_reconstruction"):
         assert losses[-1][term] < 0.8 * losses[0][term]
@@ -192,7 +193,8 @@ def test_a_run_without_centring_collapses_and_is_stopped(data: Path, tmp_path: P
         ({"global_local.local_mask_ratio": 0.9}, "of 2 patches leaves none visible"),
         ({"global_local.local_size": [64, 64, 64]}, "too small"),
         ({"augmentation": {"rotate90": 0.5}}, "rotate90 moves voxels"),
-        ({"model": "mae2d_vit_nano_patch8_32"}, "expected views of volumes"),
+        ({"model": "mae2d_vit_nano_patch8_32"}, "local_size is .16, 8, 8. and the model's patch .8, 8.; expected as"),
+        ({**IMAGES, "augmentation": {"resized_crop": [0.2, 1.0]}}, "resized_crop moves voxels; views have flip, scale"),
     ],
 )
 def test_views_that_cannot_be_had_are_refused(

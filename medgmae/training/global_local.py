@@ -191,11 +191,12 @@ class GlobalLocalPretraining(Pretraining):
     def _learn(self, scans: Sequence[PreparedScan]) -> None:
         settings, options, encoder = self.settings, self.options, self.model.student.encoder
         size, local = crop_size(settings, self.model.student), tuple(options.local_size)
-        fits = len(size) == 3 and all(n % p == 0 for n, p in zip(local, encoder.patch_size, strict=True))
+        patch = encoder.patch_size
+        fits = len(local) == len(patch) and all(n % p == 0 for n, p in zip(local, patch, strict=True))
         expect(
             fits,
-            f"global_local.local_size is {list(local)} and the model's patch {list(encoder.patch_size)}; expected "
-            "views of volumes, made of whole patches",
+            f"global_local.local_size is {list(local)} and the model's patch {list(patch)}; expected as many axes, and "
+            "views made of whole patches",
         )
         expect(
             not options.patch_distillation or self.model.mask_ratio > 0,
@@ -210,8 +211,8 @@ class GlobalLocalPretraining(Pretraining):
         )
         try:
             sampler = ViewSampler(
-                cast(Any, size),
-                cast(Any, local),
+                size,
+                local,
                 options.global_views,
                 options.local_views,
                 (options.scale[0], options.scale[1]),

@@ -14,7 +14,7 @@ class GlobalLocalSettings:
     A sample of a batch is a scan with all of its views; ``crops.size`` is that of the global ones.
 
     global_views, local_views: numbers p and q.
-    local_size: voxels (d, h, w) of a local view.
+    local_size: voxels (d, h, w) of a local view, (h, w) of a model of images.
     local_mask_ratio: share of its patches that are hidden; that of the global ones is the model's.
     scale: least and largest factor on the spacing of a view, see :class:`~medgmae.data.ViewSampler`.
     overlap: share of a local view that is scanned and within a global one.
@@ -74,10 +74,10 @@ class GlobalLocalSettings:
             expect(0 <= value <= 1, f"global_local.{name} is {value}; expected 0 to 1")
         ratio = self.local_mask_ratio
         expect(0 <= ratio < 1, f"global_local.local_mask_ratio is {ratio}; expected 0 to below 1")
-        widths = "three widths"
-        for name, what in (("local_size", "voxels (d, h, w)"), ("projector", widths), ("patch_projector", widths)):
+        size, widths = ("voxels (d, h, w) or (h, w)", (2, 3)), ("three widths", (3,))
+        for name, (what, lengths) in {"local_size": size, "projector": widths, "patch_projector": widths}.items():
             value = getattr(self, name)
-            expect(len(value) == 3 and min(value) > 0, f"global_local.{name} is {value}; expected {what}")
+            expect(len(value) in lengths and min(value) > 0, f"global_local.{name} is {value}; expected {what}")
         low_high = len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1]
         expect(low_high, f"global_local.scale is {self.scale}; expected [low, high] with 0 < low <= high")
 
