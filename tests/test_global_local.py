@@ -13,6 +13,7 @@ import torch
 from training_runs import MACHINE, numbers, outcome, run_of, scans, settings_of
 
 import medgmae
+from medgmae.models import GlobalLocalMAE
 from medgmae.training import Run, Settings, Stopped, TrainingError, pretrain, read_settings, write_glmae
 from medgmae.training.states import read_state
 
@@ -158,6 +159,30 @@ def test_what_does_not_decide_the_outcome(
             torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-3)
         else:
             assert torch.equal(value, expected[name]), name
+
+
+def test_views_in_sequence_have_one_teacher_and_one_exchange(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two passes of three local and two global views each: gradients are exchanged with the tenth."""
+    from medgmae.training.engine import Engine
+
+    calls: list[str] = []
+    without_sync, taught = Engine._without_sync, GlobalLocalMAE.taught
+
+    def exchanges(self: Engine, last: bool) -> Any:
+        calls.append("last" if last else "more")
+        return without_sync(self, last)
+
+    def teaches(self: GlobalLocalMAE, *given: Any) -> Any:
+        if self.student.training:
+            calls.append("teacher")
+        return taught(self, *given)
+
+    monkeypatch.setattr(Engine, "_without_sync", exchanges)
+    monkeypatch.setattr(GlobalLocalMAE, "taught", teaches)
+    run_of(views_settings(**SEQUENCE, **{"training.steps": 2}), data, tmp_path / "run")
+    assert calls == [*["teacher", *["more"] * 5], *["teacher", *["more"] * 4, "last"]] * 2
 
 
 @pytest.mark.parametrize("changes", [{"model": "mae_vim_nano_patch8_32"}, {"model": "gmae_vit_nano_patch8_32"}, IMAGES])
