@@ -17,10 +17,10 @@ the largest cosine with its own. Pooled are the class token, or the mean of the 
   mae         recipe quick, the plain masked autoencoder of the same encoder
   glmae       recipe glmae_quick, teacher and student
 
-Both recipes on crops of 32 voxels (local views of 16) in bfloat16; the teacher's momentum is that of the recipe at the
-same share of the run, since a run is STEPS["glmae"] updates and not 2000. The updates of mae are as many as take the
-same seconds of one core. Runs that should collapse, in both precisions, end where the library notices it. Results are
-written after every run, and the same command goes on where it was ended.
+Both recipes on crops of 32 voxels (local views of 16) in bfloat16, for STEPS updates, in the same seconds of one core.
+A run of glmae is shorter than the recipe's 2000 updates: the teacher's momentum is the recipe's at the same share of
+the run, the warm-up has the recipe's 100 updates. Runs that should collapse, in both precisions, end where the library
+notices it. Results are written after every run, and the same command goes on where it was ended.
 
 Bound on the effective rank of the teacher's features of 24 crops (0 to 23), set before the first run: above 2 in every
 measurement of glmae after a fifth of the run, and above 3 at its end.
@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import shutil
@@ -65,10 +64,11 @@ from anatomy_labels import SOURCES, Anatomy, crops  # noqa: E402
 
 RESULT = HERE / "results/global_local.json"
 RECIPES = {"mae": "quick", "glmae": "glmae_quick"}
-STEPS = {"mae": 1900, "glmae": 600}
+STEPS = {"mae": 1100, "glmae": 300}
 SIZE, LOCAL = 32, 16  # voxels of a crop or global view, and of a local one
 ENCODER, POOLINGS = "vit_tiny_patch8_64", {"token": "class token", "avg": "mean of patches"}
 NEIGHBOURS = 5
+HALVES = 2  # regions of a scan; they follow each other in the order of their names
 BOUND = {"after": 0.2, "always": 2.0, "end": 3.0}  # of the effective rank
 LOSSES = ("global_reconstruction", "local_reconstruction", "global_consistency", "local_consistency")
 SPREAD = ("teacher_information", "effective_rank", "feature_variance", "prototypes_used")
@@ -76,6 +76,7 @@ COLLAPSING: dict[str, dict[str, Any]] = {
     "no centring": {"global_local.center_momentum": 1.0},
     "teacher's temperature 1": {"global_local.teacher_temperature": 1.0},
     "learning rate 0.1": {"training.lr": 0.1},
+    "warm-up of 15 updates": {"training.warmup_steps": 15, "training.seed": 2},
 }
 
 
@@ -124,9 +125,9 @@ def prepared(work: Path, side: str) -> Path:
     return work / f"prepared_{side}"
 
 
-def settings_of(kind: str, seed: int, changes: dict[str, Any]) -> Settings:
+def settings_of(kind: str, seed: int, steps: int, changes: dict[str, Any]) -> Settings:
     """The recipe, on small crops and for as many steps as there is time for."""
-    settings, steps = read_recipe(RECIPES[kind]), STEPS[kind]
+    settings = read_recipe(RECIPES[kind])
     small: dict[str, Any] = {
         "model_options.img_size": SIZE,
         "crops.size": [SIZE] * 3,
@@ -138,18 +139,19 @@ def settings_of(kind: str, seed: int, changes: dict[str, Any]) -> Settings:
         shorter = (settings.training.steps or steps) / steps
         small["global_local.local_size"] = [LOCAL] * 3
         small["global_local.momentum"] = 1 - (1 - settings.global_local.momentum) * shorter
+        small["training.warmup_steps"] = settings.training.warmup_steps  # what the centre needs is updates
     return settings.lasting(steps=steps).changed({**small, **changes})
 
 
 def accuracy(weights: Any, half: dict[str, Half]) -> dict[str, float]:
-    """Share of right crops whose region the nearest left crops tell, by each way to pool.
+    """Share of right crops whose region, and whose scan, the nearest left crops tell, by each way to pool.
 
     Args:
         weights: anything that an encoder can be filled with; a seed for those that a run begins with.
         half: the crops.
     """
     shares = {}
-    for pool in POOLINGS:
+    for pool, word in POOLINGS.items():
         options: Any = {"img_size": SIZE, "global_pool": pool, "fc_norm": False}
         if isinstance(weights, int):
             torch.manual_seed(weights)
@@ -166,20 +168,19 @@ def accuracy(weights: Any, half: dict[str, Half]) -> dict[str, float]:
             }
         left, right = half["left"].labels, torch.tensor(half["right"].labels)
         votes = knn_shares(pooled["left"], left, pooled["right"], NEIGHBOURS).argmax(1)
-        shares[pool] = float((votes == right).double().mean())
+        shares[f"region, {word}"] = float((votes == right).double().mean())
+        shares[f"scan, {word}"] = float((votes // HALVES == right // HALVES).double().mean())
     return shares
 
 
-def train(kind: str, seed: int, out: Path, work: Path, changes: dict[str, Any]) -> dict[str, Any]:
+def train(kind: str, seed: int, steps: int, out: Path, work: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """A run, or what is left of one that was ended: its numbers, and what the library said of a collapse."""
     if (out / "numbers.json").exists():
         found: dict[str, Any] = json.loads((out / "numbers.json").read_text())
         return found
     shutil.rmtree(out, ignore_errors=True)
-    settings, steps = settings_of(kind, seed, changes), STEPS[kind]
-    machine = Machine(
-        device="cpu", workers=0, checkpoint_every=steps // 20, picture_every=0, keep=1, progress=False
-    )
+    settings = settings_of(kind, seed, steps, changes)
+    machine = Machine(device="cpu", workers=0, checkpoint_every=steps // 20, picture_every=0, keep=1, progress=False)
     begin, said = time.process_time(), None
     try:
         pretrain(settings, [prepared(work, "left")], out, machine=machine)
@@ -190,7 +191,7 @@ def train(kind: str, seed: int, out: Path, work: Path, changes: dict[str, Any]) 
     losses = [line for line in lines if "loss" in line]
     names = [name for name in ("loss", *LOSSES) if name in losses[0]]
     numbers: dict[str, Any] = {
-        "seed": seed,
+        "seed": settings.training.seed,
         "steps": losses[-1]["step"],
         "processor_seconds": round(seconds, 1),
         "losses": {name: {"start": losses[0][name], "end": losses[-1][name]} for name in names},
@@ -215,10 +216,10 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     """Mean and range of the accuracies over the seeds, and whether the bound held."""
     accuracies: dict[str, Any] = {}
     for name, runs in results["accuracy"].items():
-        for pool in POOLINGS:
-            values = [run[pool] for run in runs]
+        for what in runs[0]:
+            values = [run[what] for run in runs]
             about = {"mean": statistics.mean(values), "range": [min(values), max(values)]}
-            accuracies.setdefault(name, {})[pool] = about
+            accuracies.setdefault(name, {})[what] = about
     ranks = [[one["effective_rank"] for one in settled(run, STEPS["glmae"])] for run in results["runs"]["glmae"]]
     least, end = min(map(min, ranks)), min(values[-1] for values in ranks)
     told = [one["teacher_information"] for run in results["runs"]["glmae"] for one in settled(run, STEPS["glmae"])]
@@ -232,9 +233,11 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Accuracies as docs/training.md has them."""
-    lines = [f"| | {' | '.join(POOLINGS.values())} |", "|---|---|---|"]
-    for name, poolings in results["summary"]["accuracy"].items():
-        cells = (f"{one['mean']:.2f} ({one['range'][0]:.2f} to {one['range'][1]:.2f})" for one in poolings.values())
+    rows = results["summary"]["accuracy"]
+    heads = list(next(iter(rows.values())))
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name, row in rows.items():
+        cells = (f"{one['mean']:.2f} ({one['range'][0]:.2f} to {one['range'][1]:.2f})" for one in row.values())
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -275,7 +278,7 @@ def main() -> None:
         add("untrained", seed)
         for kind in RECIPES:
             out = work / f"{kind}_{seed}"
-            results["runs"][kind].append(train(kind, seed, out, work, {}))
+            results["runs"][kind].append(train(kind, seed, STEPS[kind], out, work, {}))
             places = {"mae": out} if kind == "mae" else {"glmae teacher": out, "glmae student": out / "student"}
             for name, place in places.items():
                 add(name, place)
@@ -285,7 +288,7 @@ def main() -> None:
     for name, changes in COLLAPSING.items():
         for precision in ("bf16", "fp32"):
             out = work / f"{name} {precision}".replace(" ", "_")
-            run = train("glmae", 0, out, work, {**changes, "training.precision": precision})
+            run = train("glmae", 0, STEPS["glmae"], out, work, {**changes, "training.precision": precision})
             results["collapsing"][f"{name}, {precision}"] = {"changes": changes, **run}
             print(name, precision, run["said"], flush=True)
             options.out.write_text(json.dumps(results, indent=1) + "\n")
