@@ -274,7 +274,7 @@ def _collapse(spread: dict[str, float], options: GlobalLocalSettings) -> str:
     """What has become of a teacher that finds all crops alike, and which setting is likely to blame."""
     prototypes, used = options.projector[2], spread["prototypes_used"]
     said = (
-        f"collapsed: the teacher's softmax tells {spread['teacher_information']:.1g} nats of the measured crops, "
+        f"collapsed: the teacher's softmax tells {spread['teacher_information']:.2g} nats of the measured crops, "
         f"expected at least {_SAYS_NOTHING:g}; "
     )
     if used < math.log(prototypes) / 2:
