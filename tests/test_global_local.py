@@ -196,14 +196,20 @@ def test_any_masked_autoencoder_learns_with_a_teacher(changes: dict[str, Any], d
 
 
 def test_a_run_without_centring_collapses_and_is_stopped(data: Path, tmp_path: Path) -> None:
-    options = {"training.steps": 100, "held_out": 0.0, "global_local.momentum": 0.95}
+    # A warm-up of one update would be too short for the centre, which then has hardly begun.
+    options = {
+        "training.steps": 100,
+        "training.warmup_steps": 20,
+        "held_out": 0.0,
+        "global_local.momentum": 0.95,
+    }
     machine = replace(MACHINE, checkpoint_every=20)
     with pytest.raises(
         TrainingError, match=r"collapsed: .* global_local\.center_momentum is 1, no centring: give 0\.9"
     ):
         run_of(views_settings(**{**options, "global_local.center_momentum": 1.0}), data, tmp_path / "off", machine)
     lines = [line for line in numbers(tmp_path / "off") if "teacher_information" in line]
-    assert lines[-1]["teacher_information"] < 1e-5
+    assert lines[-1]["teacher_information"] < 3e-4
     assert list((tmp_path / "off" / "checkpoints").glob(f"step_*{lines[-1]['step']}.safetensors"))
     run_of(views_settings(**options), data, tmp_path / "on", machine)
     lines = [line for line in numbers(tmp_path / "on") if "teacher_information" in line]
