@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 export UV_COMPILE_BYTECODE := 1
 # One thread for each of the pytest workers: they share the machine's cores.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: test test-slow notebook demo lint bench sanitize wheels compilers clean setup
 

@@ -1,9 +1,9 @@
 """What features of one scan cost with each published encoder: seconds and memory on one core.
 
 Each encoder runs in a process of its own with one thread, on what its card's input cuts out of an example scan (the
-chest CT, or the brain MR if the weights are of MR alone), which is one window for all of them; of a scan that has more
-windows, the cost is this many times higher. Weights are random where they are not shipped: the cost does not depend on
-them. One pass, without a warm-up.
+chest CT, or the brain MR if the weights are of MR alone), which is one window for all of them but VoxelFM, which reads
+whole scans (this one in four windows); of a scan that has more windows, the cost is this many times higher. Weights are
+random where they are not shipped: the cost does not depend on them. One pass, without a warm-up.
 
 Seconds are those of the processor, which other programs on the machine lengthen little; those on the clock are beside
 them. Memory is the most that the process held, beside it what it held before the model was built (python, torch and the

@@ -17,6 +17,8 @@ The floor is FLOP of the matrix products (forward and backward, counted by torch
 per parameter of AdamW over the measured rate of changes in place. Scans and renderers are not in it. What torch's own
 products reach on the shapes of the wide encoder's blocks is beside it ("product_gflops").
 
+GL-MAE's step, of views with a teacher, is in pretrain_views.py, which shares this one's setting and file of results.
+
 Written down before the first run, one core with AVX-512, seconds of a step without the crop, ours over plain torch:
 mae_vit_base_patch16_96 0.7, 0.9; gmae_vit_wide_patch12_96 4, 0.75, of which the renderer 1 %;
 mae_vim_small_patch16_160 1, 0.15, and 2 for the crop, whose four channels are turned and zoomed.
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -49,10 +52,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from unetr import resident
 
-from medgmae.training import Machine, Run, read_recipe
+from medgmae.training import Machine, Run, Settings, read_recipe
 from medgmae.training.batches import MaskedBatch, load
 from medgmae.training.corpus import corpus_of
 from medgmae.training.engine import memory
+from medgmae.training.global_local import GlobalLocalPretraining, with_teacher
 from medgmae.training.machine import accelerator_for
 from medgmae.training.pretrain import start_model
 from medgmae.training.pretraining import Pretraining, crop_size
@@ -82,6 +86,21 @@ CASES = {
 }
 
 
+def session_of(settings: Settings, data: Path, folder: Path, device: str) -> tuple[Session, Pretraining]:
+    """A run as ``medgmae pretrain`` begins it, and what it trains for."""
+    model: Any = start_model(settings)
+    machine, run = Machine(device=device), Run(folder)
+    accelerator = accelerator_for(machine, settings.training.precision, folder)
+    corpus = corpus_of(
+        settings.input_block, [data], crop_size(settings, model), folder / "prepared", False, accelerator
+    )
+    if settings.global_local is None:
+        job = Pretraining(settings, run, model, corpus)
+    else:
+        job = GlobalLocalPretraining(settings, run, with_teacher(model, settings), corpus)
+    return Session(job, machine, run, accelerator, StopRequest()), job
+
+
 class Bench:
     """A run of one model as ``medgmae pretrain`` begins it, and the way of plain torch to the same loss."""
 
@@ -98,13 +117,8 @@ class Bench:
             data = folder / "scans.csv"
             header, row = (f"path_{one}" for one in contrasts), (f"{one}.nii.gz" for one in contrasts)
             data.write_text(f"{','.join(header)}\n{','.join(row)}\n")
-        model = start_model(settings)
-        self.size = crop_size(settings, model)
-        machine, run = Machine(device=device), Run(folder)
-        accelerator = accelerator_for(machine, settings.training.precision, folder)
-        corpus = corpus_of(settings.input_block, [data], self.size, folder / "prepared", False, accelerator)
-        job = Pretraining(settings, run, model, corpus)
-        session = Session(job, machine, run, accelerator, StopRequest())
+        session, job = session_of(settings, data, folder, device)
+        self.size = crop_size(settings, job.model)
         self.engine, self.model, self.rival = session.engine, session.engine.plain, case.rival
         self.device = self.engine.accelerator.device
         self.batches = load(job.samples, self.engine.share, 0, 1000, 0, self.device.type == "cuda")
@@ -136,9 +150,7 @@ class Bench:
 
     def now(self) -> float:
         """Seconds, when all is done that was asked for."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return now(self.device)
 
     def agree(self) -> dict[str, float]:
         """How far loss and gradient of the two ways lie apart, relative; stop where they disagree."""
@@ -173,15 +185,7 @@ class Bench:
     def clocked(self) -> Iterator[dict[str, float]]:
         """Seconds by part, of the updates within."""
         seconds: dict[str, float] = defaultdict(float)
-
-        def timed(part: str, run: Callable[..., Any]) -> Callable[..., Any]:
-            def runs(*arguments: Any, **options: Any) -> Any:
-                begin = self.now()
-                result = run(*arguments, **options)
-                seconds[part] += self.now() - begin
-                return result
-
-            return runs
+        timed = functools.partial(timer, seconds, self.now)
 
         def rendered(gaussians: Any, *rest: Any) -> Tensor:
             volume: Tensor = render(gaussians, *rest)
@@ -192,10 +196,11 @@ class Bench:
             return volume
 
         model, engine = self.model, self.engine
+        ways = ("decode", "predict") if hasattr(model.decoder, "decode") else ("forward",)
         wrapped: list[tuple[Any, str, str]] = [
-            (engine, "forward", "forward"),
-            (model.encoder, "forward_features", "encoder"),
-            (model.decoder, "forward", "decoder"),
+            (engine, "values", "forward"),
+            (model.encoder, "_encode", "encoder"),  # without the last norm
+            *((model.decoder, name, "decoder") for name in ways),
             (engine.accelerator, "backward", "backward"),
             (engine.accelerator, "clip_grad_norm_", "norm"),
             (engine.prepared, "step", "adamw"),
@@ -207,6 +212,27 @@ class Bench:
                 render = timed("renderer", renderer.forward)
                 stack.enter_context(mock.patch.object(renderer, "forward", rendered))
             yield seconds
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all is done that was asked of a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timer(
+    seconds: dict[str, float], clock: Callable[[], float], part: str, run: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function that does the same, and adds the time it takes to a part."""
+
+    def runs(*arguments: Any, **options: Any) -> Any:
+        begin = clock()
+        result = run(*arguments, **options)
+        seconds[part] += clock() - begin
+        return result
+
+    return runs
 
 
 def compare(bench: Bench, repeats: int, peaks: tuple[float, float]) -> dict[str, Any]:
@@ -264,6 +290,27 @@ def measure_memory(name: str, side: str, device: str) -> float:
     return memory(bench.device) / 1.048576 if bench.device.type == "cuda" else resident("VmHWM") - before
 
 
+def machine_of(threads: int, device: str) -> tuple[dict[str, Any], tuple[float, float]]:
+    """Where this runs, for the results; and the peaks of products and of changes in place."""
+    on_gpu = device == "cuda"  # whose peaks nothing here measures
+    peaks = (float("inf"), float("inf")) if on_gpu else (fma_peak(threads), in_place_rate())
+    where = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads, "load": os.getloadavg()[0]}
+    where |= {"instruction_set": torch.backends.cpu.get_cpu_capability()}
+    if not on_gpu:
+        rates = {"fma_peak_gflops": peaks[0], "product_gflops": product_rate(), "in_place_gb_per_s": peaks[1]}
+        where |= {rate: round(value, 1) for rate, value in rates.items()}
+    where |= {name: version(name) for name in ("torch", "timm", "monai", "accelerate")}
+    return {**where, "python": platform.python_version()}, peaks
+
+
+def keep(out: Path, device: str, name: str, row: dict[str, Any]) -> None:
+    """Print a model's row and write it to the results; the others stay."""
+    kept = json.loads(out.read_text()) if out.is_file() else {}
+    kept.setdefault(device, {})[name] = row
+    print(name, json.dumps(row, indent=1), flush=True)
+    out.write_text(json.dumps(kept, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure, print, and write results/pretrain.json; models that are not measured keep their results there."""
     parser = argparse.ArgumentParser()
@@ -277,16 +324,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.memory:
         return print(measure_memory(options.models[0], options.memory, options.device))
-    on_gpu = options.device == "cuda"  # whose peaks nothing here measures
-    peaks = (float("inf"), float("inf")) if on_gpu else (fma_peak(options.threads), in_place_rate())
-    where = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": options.threads, "load": os.getloadavg()[0]}
-    where |= {"instruction_set": torch.backends.cpu.get_cpu_capability()}
-    if not on_gpu:
-        rates = {"fma_peak_gflops": peaks[0], "product_gflops": product_rate(), "in_place_gb_per_s": peaks[1]}
-        where |= {rate: round(value, 1) for rate, value in rates.items()}
-    where |= {name: version(name) for name in ("torch", "timm", "monai", "accelerate")}
-    where |= {"python": platform.python_version()}
-    kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    where, peaks = machine_of(options.threads, options.device)
     for name in options.models:
         mebibytes = {}
         for side in ("medgmae", "plain"):
@@ -295,10 +333,7 @@ def main() -> None:
             mebibytes[side] = round(float(run.stdout.split()[-1]))
         with tempfile.TemporaryDirectory() as folder:
             row = compare(Bench(name, Path(folder), options.device), options.repeats or CASES[name].repeats, peaks)
-        row |= {"mebibytes": mebibytes, "machine": where}
-        kept.setdefault(options.device, {})[name] = row
-        print(name, json.dumps(row, indent=1), flush=True)
-        options.out.write_text(json.dumps(kept, indent=1) + "\n")
+        keep(options.out, options.device, name, row | {"mebibytes": mebibytes, "machine": where})
 
 
 if __name__ == "__main__":

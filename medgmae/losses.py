@@ -28,7 +28,7 @@ def patch_statistics(patches: Tensor, norm: NormTarget) -> tuple[Tensor, Tensor]
 
 
 def patch_mse(pred: Tensor, target: Tensor, mask: Tensor, norm: NormTarget | None = None) -> Tensor:
-    """Mean squared error over the masked patches, a scalar; computed in float32.
+    """Mean squared error over the masked patches, a scalar; computed in float32, of float64 in float64.
 
     Args:
         pred: (B, N, L) predicted patch vectors.
@@ -36,7 +36,8 @@ def patch_mse(pred: Tensor, target: Tensor, mask: Tensor, norm: NormTarget | Non
         mask: (B, N), 1 where a patch counts. With nothing masked the loss is 0.
         norm: None compares raw values; otherwise each true patch is normalised, see :func:`patch_statistics`.
     """
-    pred, target, mask = pred.float(), target.float(), mask.float()
+    exact = torch.promote_types(pred.dtype, torch.float32)
+    pred, target, mask = pred.to(exact), target.to(exact), mask.to(exact)
     if norm is not None:
         mean, std = patch_statistics(target, norm)
         target = (target - mean) / std

@@ -32,7 +32,9 @@ def _names(rare: Callable[[str], bool]) -> Any:
 
 
 every = _names(lambda name: name in SEGMENTERS and name not in FIRST)  # around encoders that are tested by themselves
-one_of_each_kind = _names(lambda name: name not in FIRST)
+# Compilers take seconds for each; of models that share their classes one runs each time.
+ALIKE = ("glmae_", "_cgs", "_hierarchical", "_residual", "simmim_", "unetr2d_", "_slice", "unetr_primus")
+through_compilers = _names(lambda name: name not in FIRST or any(part in name for part in ALIKE))
 every_encoder = pytest.mark.parametrize("name", ENCODERS)
 every_autoencoder = pytest.mark.parametrize("name", AUTOENCODERS)
 

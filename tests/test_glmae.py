@@ -21,19 +21,22 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "glmae_vit_nano_patch8_32": {**SMALL, "num_heads": 2},
     "glmae_vim_tiny_patch8_64": {**SMALL, "decoder_embed_dim": 12, "decoder_depth": 1},
     "gmae_vit_nano_patch8_32": {**SMALL, "num_heads": 2, "num_gaussians": 5},
+    "mae2d_vit_nano_patch8_32": {**SMALL, "num_heads": 2},
 }
 
 
-def model_of(name: str = "glmae_vit_nano_patch8_32", **options: Any) -> GlobalLocalMAE:
-    """A narrow student with noise everywhere, a teacher with other noise, and a centre."""
+def model_of(name: str = "glmae_vit_nano_patch8_32", *, patches: bool = False, **options: Any) -> GlobalLocalMAE:
+    """A narrow student with noise everywhere, a teacher with other noise, and centres."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         student: Any = medgmae.create_model(name, **STUDENTS[name])
-        model = GlobalLocalMAE(student, Projector(24, 16, 8, 12), **options)
+        more = {"patch_projector": Projector(24, 16, 8, 10)} if patches else {}
+        model = GlobalLocalMAE(student, Projector(24, 16, 8, 12), **more, **options)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-            model.center.normal_(std=0.1)
+            for center in model.buffers():
+                center.normal_(std=0.1)
     return model
 
 
@@ -42,12 +45,15 @@ def masking(rows: int, tokens: int, seed: int) -> Masking:
     return medgmae.random_masking(rows, tokens, 0.5, noise=noise)
 
 
-def views_of(dtype: torch.dtype = torch.float32, local: bool = True) -> Views:
-    """Two scans, two global views of 24 x 16 x 16 voxels and three local ones of 8 x 16 x 16."""
+def views_of(name: str = "", dtype: torch.dtype = torch.float32, local: bool = True) -> Views:
+    """Two scans, two global views of 24 x 16 x 16 voxels and three local ones of 8 x 16 x 16; of images the same with
+    one axis of 16 less."""
+    axes = (16,) if name.startswith("mae2d") else (16, 16)
     rng = torch.Generator().manual_seed(1)
-    whole = torch.rand(2, 2, 1, 24, 16, 16, generator=rng, dtype=dtype)
-    part = torch.rand(2, 3, 1, 8, 16, 16, generator=rng, dtype=dtype)
-    return Views(whole, masking(4, 12, 2), *((part, masking(6, 4, 3)) if local else ()))
+    whole = torch.rand(2, 2, 1, 24, *axes, generator=rng, dtype=dtype)
+    part = torch.rand(2, 3, 1, 8, *axes, generator=rng, dtype=dtype)
+    patches = 2 ** len(axes)
+    return Views(whole, masking(4, 3 * patches, 2), *((part, masking(6, patches, 3)) if local else ()))
 
 
 def softmax(values: list[float]) -> list[float]:
@@ -93,7 +99,7 @@ def test_the_losses_are_those_of_the_parts(name: str) -> None:
     """Views one by one through the student itself, tokens pooled here, and the sum of weighted means."""
     model = model_of(name, local_reconstruction=0.5, global_consistency=2.0, local_consistency=3.0, koleo_weight=0.7)
     model = model.double().eval()
-    views = views_of(torch.float64)
+    views = views_of(name, torch.float64)
     out = model(views, teacher_temperature=0.05)
     teacher, student = model.teacher["encoder"], model.student
     shares = []
@@ -132,9 +138,52 @@ def test_the_losses_are_those_of_the_parts(name: str) -> None:
     torch.testing.assert_close(out.loss, total, rtol=1e-6, atol=1e-9)
 
 
-def test_gradients_go_to_the_student_alone() -> None:
-    model = model_of().train()
-    model(views_of()).loss.backward()
+@pytest.mark.parametrize("name", ["glmae_vit_nano_patch8_32", "glmae_vim_tiny_patch8_64"])
+@torch.no_grad()
+def test_patch_distillation_is_the_cross_entropy_of_every_hidden_patch(name: str) -> None:
+    """Patch by patch, from what the decoder's last layer gets and from the teacher's encoder."""
+    model = model_of(name, patches=True, patch_distillation=0.7, patch_temperature=0.06).double().eval()
+    views = views_of(name, torch.float64)
+    out = model(views)
+    crosses, heard, student = [], [], model.student
+    for i, view in enumerate(views.whole.flatten(0, 1)):
+        inputs: list[Tensor] = []
+        hook = student.decoder.head.register_forward_hook(lambda _, x, y, to=inputs: to.append(x[0]))
+        student(view[None], Masking(*(part[i : i + 1] for part in views.whole_masking)))
+        hook.remove()
+        truth = model.teacher["encoder"].forward_features(view[None])[0, student.num_prefix_tokens :]  # type: ignore[operator]
+        for patch in range(12):
+            if views.whole_masking.mask[i, patch] == 0:
+                continue
+            heard.append(model.teacher["patch_projector"](truth[patch]))
+            shares = softmax(((heard[-1] - model.patch_center) / 0.06).tolist())
+            token = inputs[0][0, patch] @ model.bridge.weight.T + model.bridge.bias
+            said = softmax((model.patch_projector(token) / 0.1).tolist())  # type: ignore[misc]
+            crosses.append(-sum(p * math.log(q) for p, q in zip(shares, said, strict=True)))
+    assert len(crosses) == 4 * 6
+    assert float(out.terms["patch_distillation"]) == pytest.approx(sum(crosses) / len(crosses), rel=1e-9)
+    torch.testing.assert_close(out.patch_mean, torch.stack(heard).mean(0).float())
+    without = sum(value for key, value in out.terms.items() if key.endswith(("reconstruction", "consistency")))
+    torch.testing.assert_close(out.loss, without + 0.7 * out.terms["patch_distillation"])
+    plain = model_of(name).double().eval()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if key in plain.state_dict()})
+    torch.testing.assert_close(plain(views).loss, without)
+
+
+def test_patch_distillation_needs_tokens_of_hidden_patches() -> None:
+    with pytest.raises(ValueError, match="the GaussianDecoder of a GaussianMAE has none; expected a masked autoenc"):
+        model_of("gmae_vit_nano_patch8_32", patches=True)
+    views = views_of(local=False)
+    everything = medgmae.random_masking(4, 12, 0.0)
+    with pytest.raises(ValueError, match="the masking hides none of the global views"):
+        model_of(patches=True)(views._replace(whole_masking=everything))
+
+
+@pytest.mark.parametrize("name", ["glmae_vit_nano_patch8_32", "mae2d_vit_nano_patch8_32"])
+@pytest.mark.parametrize("patches", [False, True])
+def test_gradients_go_to_the_student_alone(name: str, patches: bool) -> None:
+    model = model_of(name, patches=patches).train()
+    model(views_of(name)).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert not [name for name in trained if name.startswith("teacher.")]
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
@@ -143,22 +192,23 @@ def test_gradients_go_to_the_student_alone() -> None:
     assert model.no_weight_decay() <= set(dict(model.named_parameters()))
 
 
-def test_the_teacher_follows_and_begins_as_the_student() -> None:
-    student: Any = medgmae.create_model("glmae_vit_nano_patch8_32", **STUDENTS["glmae_vit_nano_patch8_32"])
+@pytest.mark.parametrize("kind", ["glmae_vit_nano_patch8_32", "mae2d_vit_nano_patch8_32"])
+def test_the_teacher_follows_and_begins_as_the_student(kind: str) -> None:
+    student: Any = medgmae.create_model(kind, **STUDENTS[kind])
     model = GlobalLocalMAE(student, Projector(24, 16, 8, 12))
     for name, value in model.teacher["encoder"].state_dict().items():
         assert torch.equal(value, student.encoder.state_dict()[name])
-    model = model_of()
+    model = model_of(kind, patches=True)
     before = copy.deepcopy(model.state_dict())
-    mean = torch.linspace(-1, 1, 12)
-    model.follow(mean, momentum=0.9, center_momentum=0.75)
+    means = {"center": torch.linspace(-1, 1, 12), "patch_center": torch.linspace(0, 2, 10)}
+    model.follow(means["center"], momentum=0.9, center_momentum=0.75, patch_mean=means["patch_center"])
     for name, value in model.state_dict().items():
         old = before[name]
         if name.startswith("teacher."):
-            own = name.replace("teacher.encoder", "student.encoder").replace("teacher.projector", "projector")
+            own = name.replace("teacher.encoder", "student.encoder").removeprefix("teacher.")
             torch.testing.assert_close(value, 0.9 * old + 0.1 * before[own])
-        elif name == "center":
-            torch.testing.assert_close(value, 0.75 * old + 0.25 * mean)
+        elif name in means:
+            torch.testing.assert_close(value, 0.75 * old + 0.25 * means[name])
         else:
             assert torch.equal(value, old)
 
@@ -187,5 +237,39 @@ def test_checkpointing_and_two_scans_at_a_time_change_nothing() -> None:
 
 def test_a_masking_for_other_views_is_refused() -> None:
     views = views_of()
-    with pytest.raises(ValueError, match=r"the masking is for \(6, 4\).*the input has \(4, 12\)"):
+    with pytest.raises(ValueError, match="the masking is for 6 views; there are 4 global ones"):
         model_of()(views._replace(whole_masking=views.part_masking))
+    for patches in (False, True):
+        with pytest.raises(ValueError, match=r"the masking is for \(4, 4\).*the input has \(4, 12\)"):
+            model_of(patches=patches)(views._replace(whole_masking=masking(4, 4, 0)))
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_groups_of_views_in_sequence_do_what_all_do_at_once(name: str, at_once: int) -> None:
+    """Losses and gradients add up, those of KoLeo too, which compares the scans of one view."""
+    patches = not name.startswith("gmae")
+    model = model_of(name, patches=patches, local_consistency=3.0, koleo_weight=0.7).double().train()
+    views = views_of(name, torch.float64)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    whole = model(views, teacher_temperature=0.05)
+    expected = torch.autograd.grad(whole.loss, learning)
+    taught = model.taught(views, 0.05)
+    groups = views.groups(at_once)
+    assert [group.kind for group in groups] == ["local"] * -(-3 // at_once) + ["global"] * -(-2 // at_once)
+    terms: dict[str, float] = {}
+    for group in groups:
+        assert group.x.shape[1] <= at_once
+        out = model(group, taught=taught)
+        out.loss.backward()
+        for term, value in {**out.terms, "loss": out.loss}.items():
+            terms[term] = terms.get(term, 0.0) + value.item()
+    assert terms == {
+        **{term: pytest.approx(value.item(), rel=1e-12) for term, value in whole.terms.items()},
+        "loss": pytest.approx(whole.loss.item(), rel=1e-12),
+    }
+    assert torch.equal(taught.mean, whole.teacher_mean)
+    for parameter, gradient in zip(learning, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-13)
+    with pytest.raises(ValueError, match=r"give taught=model\.taught\(views\)"):
+        model(groups[0])

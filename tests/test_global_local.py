@@ -13,6 +13,7 @@ import torch
 from training_runs import MACHINE, numbers, outcome, run_of, scans, settings_of
 
 import medgmae
+from medgmae.models import GlobalLocalMAE
 from medgmae.training import Run, Settings, Stopped, TrainingError, pretrain, read_settings, write_glmae
 from medgmae.training.states import read_state
 
@@ -39,6 +40,11 @@ def _one_thread() -> Any:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scans(tmp_path_factory.mktemp("data") / "scans")
+
+
+PATCHES = {"global_local.patch_distillation": 0.5, "global_local.patch_projector": [32, 16, 48]}
+IMAGES = {"model": "mae2d_vit_nano_patch8_32", "global_local.local_size": [8, 16]}
+SEQUENCE = {"global_local.views_at_once": 1, "training.micro_batch": 2, "model_options.drop_path_rate": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +94,33 @@ def test_the_settings_that_are_written_are_read(undisturbed: Path) -> None:
         read_settings({"model": "m", "global_local": {"moment": 1}})
 
 
+def test_a_run_with_patch_distillation(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    run = run_of(views_settings(**PATCHES), data, tmp_path / "run")
+    losses = [line for line in numbers(run) if "loss" in line]
+    without = [name for name in losses[0] if name.endswith(("_reconstruction", "_consistency"))]
+    for line in losses:
+        expected = sum(line[name] for name in without) + 0.5 * line["patch_distillation"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    state = last_state(run)
+    more = {name.split(".")[0] for name in set(state) - set(last_state(undisturbed))}
+    assert more == {"bridge", "patch_projector", "patch_center", "teacher"}
+    assert state["patch_center"].shape == (48,)
+    assert state["patch_center"].any()
+    assert not torch.equal(state["patch_projector.prototypes"], state["teacher.patch_projector.prototypes"])
+    gaussian = views_settings("gmae_vit_nano_patch8_32", **PATCHES)
+    with pytest.raises(TrainingError, match=r"GaussianDecoder .* give global_local\.patch_distillation=0"):
+        run_of(gaussian, data, tmp_path / "gaussian")
+    with pytest.raises(TrainingError, match=r"hidden patches, and model_options\.mask_ratio is 0"):
+        run_of(views_settings(**PATCHES, **{"model_options.mask_ratio": 0.0}), data, tmp_path / "all")
+
+
+@pytest.mark.parametrize("changes", [{}, PATCHES, SEQUENCE])
 def test_a_stopped_run_goes_on_exactly(
-    undisturbed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], undisturbed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from medgmae.training.engine import Engine
 
+    whole = run_of(views_settings(**changes), data, tmp_path / "whole") if changes else undisturbed
     real = Engine.update
 
     def update(self: Engine, number: int, batches: Any) -> Any:
@@ -102,18 +130,24 @@ def test_a_stopped_run_goes_on_exactly(
 
     monkeypatch.setattr(Engine, "update", update)
     with pytest.raises(Stopped):
-        run_of(views_settings(), data, tmp_path / "run")
+        run_of(views_settings(**changes), data, tmp_path / "run")
     monkeypatch.undo()
     pretrain(Run(tmp_path / "run").settings(Settings), [], tmp_path / "run", resume=True, machine=MACHINE)
-    assert outcome(tmp_path / "run") == outcome(undisturbed)
-    expected = last_state(undisturbed)
+    assert outcome(tmp_path / "run") == outcome(whole)
+    expected = last_state(whole)
     for name, value in last_state(tmp_path / "run").items():
         assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize(
     ("options", "machine"),
-    [({"training.micro_batch": 1}, {}), ({}, {"workers": 2}), ({"training.checkpointing": True}, {})],
+    [
+        ({"training.micro_batch": 1}, {}),
+        ({"global_local.views_at_once": 2}, {}),
+        ({"global_local.views_at_once": 1, "training.micro_batch": 2}, {}),
+        ({}, {"workers": 2}),
+        ({"training.checkpointing": True}, {}),
+    ],
 )
 def test_what_does_not_decide_the_outcome(
     undisturbed: Path, data: Path, tmp_path: Path, options: dict[str, Any], machine: dict[str, Any]
@@ -121,31 +155,61 @@ def test_what_does_not_decide_the_outcome(
     run = run_of(views_settings(**options), data, tmp_path / "run", replace(MACHINE, **machine))
     expected = last_state(undisturbed)
     for name, value in last_state(run).items():
-        if "training.micro_batch" in options:  # sums in another order
+        if {"training.micro_batch", "global_local.views_at_once"} & set(options):  # sums in another order
             torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-3)
         else:
             assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("model", ["mae_vim_nano_patch8_32", "gmae_vit_nano_patch8_32"])
-def test_any_masked_autoencoder_learns_with_a_teacher(model: str, data: Path, tmp_path: Path) -> None:
+def test_views_in_sequence_have_one_teacher_and_one_exchange(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two passes of three local and two global views each: gradients are exchanged with the tenth."""
+    from medgmae.training.engine import Engine
+
+    calls: list[str] = []
+    without_sync, taught = Engine._without_sync, GlobalLocalMAE.taught
+
+    def exchanges(self: Engine, last: bool) -> Any:
+        calls.append("last" if last else "more")
+        return without_sync(self, last)
+
+    def teaches(self: GlobalLocalMAE, *given: Any) -> Any:
+        if self.student.training:
+            calls.append("teacher")
+        return taught(self, *given)
+
+    monkeypatch.setattr(Engine, "_without_sync", exchanges)
+    monkeypatch.setattr(GlobalLocalMAE, "taught", teaches)
+    run_of(views_settings(**SEQUENCE, **{"training.steps": 2}), data, tmp_path / "run")
+    assert calls == [*["teacher", *["more"] * 5], *["teacher", *["more"] * 4, "last"]] * 2
+
+
+@pytest.mark.parametrize("changes", [{"model": "mae_vim_nano_patch8_32"}, {"model": "gmae_vit_nano_patch8_32"}, IMAGES])
+def test_any_masked_autoencoder_learns_with_a_teacher(changes: dict[str, Any], data: Path, tmp_path: Path) -> None:
     """Of one scan, seen again and again, both reconstructions fall."""
     options = {"training.steps": 40, "training.lr": 3e-3, "augmentation": {}, "held_out": 0.0, "training.batch_size": 2}
-    run = run_of(views_settings(model, **options), data, tmp_path / "run", replace(MACHINE, checkpoint_every=40))
+    run = run_of(views_settings(**changes, **options), data, tmp_path / "run", replace(MACHINE, checkpoint_every=40))
     losses = [line for line in numbers(run) if "loss" in line]
     for term in ("global_reconstruction", "local_reconstruction"):
         assert losses[-1][term] < 0.8 * losses[0][term]
 
 
 def test_a_run_without_centring_collapses_and_is_stopped(data: Path, tmp_path: Path) -> None:
-    options = {"training.steps": 100, "held_out": 0.0, "global_local.momentum": 0.95}
+    # A warm-up of one update would be too short for the centre, which then has hardly begun.
+    options = {
+        "training.steps": 100,
+        "training.warmup_steps": 20,
+        "held_out": 0.0,
+        "global_local.momentum": 0.95,
+    }
     machine = replace(MACHINE, checkpoint_every=20)
     with pytest.raises(
         TrainingError, match=r"collapsed: .* global_local\.center_momentum is 1, no centring: give 0\.9"
     ):
         run_of(views_settings(**{**options, "global_local.center_momentum": 1.0}), data, tmp_path / "off", machine)
     lines = [line for line in numbers(tmp_path / "off") if "teacher_information" in line]
-    assert lines[-1]["teacher_information"] < 1e-5
+    assert lines[-1]["teacher_information"] < 3e-4
     assert list((tmp_path / "off" / "checkpoints").glob(f"step_*{lines[-1]['step']}.safetensors"))
     run_of(views_settings(**options), data, tmp_path / "on", machine)
     lines = [line for line in numbers(tmp_path / "on") if "teacher_information" in line]
@@ -160,7 +224,8 @@ def test_a_run_without_centring_collapses_and_is_stopped(data: Path, tmp_path: P
         ({"global_local.local_mask_ratio": 0.9}, "of 2 patches leaves none visible"),
         ({"global_local.local_size": [64, 64, 64]}, "too small"),
         ({"augmentation": {"rotate90": 0.5}}, "rotate90 moves voxels"),
-        ({"model": "mae2d_vit_nano_patch8_32"}, "expected views of volumes"),
+        ({"model": "mae2d_vit_nano_patch8_32"}, "local_size is .16, 8, 8. and the model's patch .8, 8.; expected as"),
+        ({**IMAGES, "augmentation": {"resized_crop": [0.2, 1.0]}}, "resized_crop moves voxels; views have flip, scale"),
     ],
 )
 def test_views_that_cannot_be_had_are_refused(

@@ -17,11 +17,11 @@ from contract import (
     every_encoder,
     loss_of,
     masking_for,
-    one_of_each_kind,
     patch_length,
     plain,
     prediction,
     run,
+    through_compilers,
 )
 from small_models import (
     assert_same_state,
@@ -211,7 +211,7 @@ def test_autocast_to_bfloat16(name: str) -> None:
     assert (half.float() - full).norm() < 0.05 * full.norm()
 
 
-@one_of_each_kind
+@through_compilers
 def test_export_with_any_batch(name: str) -> None:
     model, x = small(name).eval(), volume(name, grid=OTHER_GRID)
     batch, other = torch.export.Dim("batch", min=1, max=64), volume(name, batch=3, grid=OTHER_GRID)
@@ -225,7 +225,7 @@ def test_export_with_any_batch(name: str) -> None:
         torch.testing.assert_close(program(other), model(other))
 
 
-@one_of_each_kind
+@through_compilers
 def test_dynamo_sees_one_graph(name: str) -> None:
     torch.compiler.reset()
     model, x = small(name), volume(name, grid=OTHER_GRID)
@@ -234,7 +234,11 @@ def test_dynamo_sees_one_graph(name: str) -> None:
     torch.testing.assert_close(plain(compiled(*arguments)), plain(model(*arguments)))
 
 
-@pytest.mark.parametrize("name", [name for name in AUTOENCODERS if "_nano_patch8_32" in name and "2d" not in name])
+NANO = [name for name in AUTOENCODERS if "_nano_patch8_32" in name and "2d" not in name]
+QUICK = ("mae_vit_nano_patch8_32", "gmae_vit_nano_patch8_32")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in NANO])
 def test_an_autoencoder_compiles_with_its_gradients(name: str) -> None:
     torch.compiler.reset()
     model, x = small(name), volume(name, grid=OTHER_GRID)

@@ -171,14 +171,16 @@ def test_numbers_go_to_trackers(data: Path, tmp_path: Path, tracker: str) -> Non
 
 @pytest.mark.parametrize("how", [[], pytest.param(["--sharded"], marks=pytest.mark.slow)])
 def test_processes_share_the_views_the_centre_and_the_teacher(data: Path, tmp_path: Path, how: list[str]) -> None:
-    """Two processes with two scans each do what one with four does; one goes on with their state."""
-    views = {"local_size": [16, 8, 8], "local_views": 2, "local_mask_ratio": 0.5, "projector": [32, 16, 64]}
+    """Two processes with two scans each, view by view, do what one with four and all of their views at once does."""
+    views: dict[str, Any] = {"local_size": [16, 8, 8], "local_views": 2, "local_mask_ratio": 0.5}
+    views |= {"projector": [32, 16, 64], "patch_distillation": 0.5, "patch_projector": [32, 16, 48]}
     options = {"model_options": {"img_size": 16, "mask_ratio": 0.5}, "training.lr": 1e-4}
     changes: dict[str, Any] = {"model": "glmae_vit_nano_patch8_32", "global_local": views, **options}
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     result = run(*options_of(data, alone, **changes))
     assert result.exit_code == 0, result.stderr
-    process = launched(2, *options_of(data, shared, **changes), *how)
+    in_sequence = {**changes, "global_local": {**views, "views_at_once": 1}, "training.micro_batch": 1}
+    process = launched(2, *options_of(data, shared, **in_sequence), *how)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     for ours, theirs in zip(numbers(shared), numbers(alone), strict=True):
@@ -187,3 +189,4 @@ def test_processes_share_the_views_the_centre_and_the_teacher(data: Path, tmp_pa
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=0, atol=2e-4)
     assert states[0]["center"].any()
+    assert states[0]["patch_center"].any()

@@ -147,6 +147,38 @@ def test_a_global_view_may_be_larger_than_the_scan_and_a_local_one_not(tmp_path:
         views_of(ViewSampler((8, 8, 8), (16, 16, 16), 1, 1, overlap=0.5), flat, 0)
 
 
+@pytest.mark.parametrize(("scale", "overlap"), [((1.0, 1.0), 1.0), ((0.7, 1.4), 0.6)])
+def test_views_of_one_plane(scan: PreparedScan, scale: tuple[float, float], overlap: float) -> None:
+    """Each sample's views lie in one plane of the first axis, and show what is there."""
+    augmentation = Augmentation(flip=(0.5, 0.0))
+    sampler = ViewSampler((20, 16), (8, 10), 2, 4, scale, overlap, foreground=0.5, augmentation=augmentation)
+    planes, shares, mirrored = set(), [], 0
+    for seed in range(12):
+        views = views_of(sampler, scan, seed)
+        places = {round(float(scan.grid.index(view.grid.world([0, 0, 0]))[0]), 6) for view in views}
+        (plane,) = places
+        assert plane == int(plane)
+        planes.add(plane)
+        for view in views:
+            assert view.x.shape == (1, *((20, 16) if view.kind == "global" else (8, 10)))
+            assert view.grid.size == (1, *view.x.shape[1:])
+            factor = np.array(view.grid.spacing) / np.array(scan.spacing)
+            assert factor[0] == 1
+            assert np.ptp(factor[1:]) < 1e-9
+            assert scale[0] - 1e-9 <= factor[1] <= scale[1] + 1e-9
+            index = scan.grid.index(
+                view.grid.world(np.stack(np.meshgrid(*map(np.arange, view.grid.size), indexing="ij"), -1))
+            )
+            inside = ((index > -1e-6) & (index < np.array(scan.size) - 1 + 1e-6)).all(-1)[0]
+            np.testing.assert_allclose(view.x[0].numpy()[inside], positions(view.grid)[0][inside], atol=2e-3)
+            mirrored += int(np.linalg.det(view.grid.direction) * np.linalg.det(scan.grid.direction) < 0)
+        shares += [share_inside(view, views[:2], scan) for view in views[2:]]
+    assert len(planes) > 4
+    assert 10 < mirrored < 62  # of 72
+    assert min(shares) >= overlap - 0.02
+    assert overlap == 1.0 or min(shares) < 0.97
+
+
 def test_a_picture_of_the_views(scan: PreparedScan) -> None:
     views = views_of(ViewSampler((20, 16, 16), (8, 8, 12), 2, 3), scan, 0)
     figure = medgmae.visualize.views_figure(scan.volume(), views)
@@ -171,7 +203,8 @@ def test_centres_in_the_foreground(scan: PreparedScan) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"global_size": (8, 8)}, r"global_size is \(8, 8\)"),
+        ({"global_size": (8, 8)}, r"local_size is \(8, 8, 8\); .* global and local views alike"),
+        ({"global_size": (8,), "local_size": (8,)}, r"global_size is \(8,\); expected voxels"),
         ({"global_views": 0}, "0 global and 8 local"),
         ({"scale": (0.0, 1.0)}, "0 < low <= high"),
         ({"overlap": 1.5}, "overlap is 1.5"),

@@ -139,11 +139,7 @@ class WeightCard:
         self._expect("token_order", self.token_order in (None, "raster", "swapped"), "null, 'raster' or 'swapped'")
         for name, valid, form in (
             ("acceptance", _is_check(self.acceptance), f"null or the fields of one of {sorted(_CHECKS)}"),
-            (
-                "config",
-                _is_config(self.config) and not (self.config and self.hub is None),
-                "null or {file, expected: {name: value}} of hub",
-            ),
+            ("config", _is_config(self.config), "null or {file, expected: {name: value}}"),
             ("features", _is_digest(self.features), "null or {tolerance: a number, scans: {file: {name: numbers}}}"),
         ):
             self._expect(name, valid, form)

@@ -24,8 +24,8 @@ Bounds = tuple[tuple[float, ...], tuple[float, ...]]
 class View:
     """A part of a volume at a scale of its own, perhaps mirrored.
 
-    x: (C, *size) float32.
-    grid: where its voxels lie in the patient.
+    x: (C, *size) float32, (C, h, w) of a plane.
+    grid: where its voxels lie in the patient; of a plane (1, h, w).
     kind: "global" or "local".
     """
 
@@ -59,14 +59,16 @@ class _Box:
 
 @dataclass(frozen=True)
 class ViewSampler:
-    """Draws p global and q local views of a volume, each of its own place, scale, mirroring and intensities.
+    """Draws p global and q local views of a volume, each of its own place, scale, mirroring and intensities; or of one
+    plane of it, drawn for each sample.
 
     Places: a global view lies anywhere within the volume (along an axis that is too short in the middle, with padding).
     A local one lies so that at least the share ``overlap`` of it is scanned and within one of the global views, each of
     which has its turn.
 
     Attributes:
-        global_size: voxels (d, h, w) of a global view; likewise ``local_size``.
+        global_size: voxels (d, h, w) of a global view; or (h, w), for views of a plane of the first axis, one voxel
+            deep and with scale, overlap and mirroring within it. Likewise ``local_size``.
         global_views: p; likewise ``local_views``, q, which may be 0.
         scale: least and largest factor on the volume's spacing, drawn evenly in its logarithm; 1 takes its voxels as
             they are, other factors interpolate linearly.
@@ -80,8 +82,8 @@ class ViewSampler:
         VolumeError: numbers that make no views, or an augmentation that moves voxels in other ways.
     """
 
-    global_size: tuple[int, int, int]
-    local_size: tuple[int, int, int]
+    global_size: tuple[int, ...]
+    local_size: tuple[int, ...]
     global_views: int = 2
     local_views: int = 8
     scale: tuple[float, float] = (1.0, 1.0)
@@ -94,8 +96,11 @@ class ViewSampler:
     def __post_init__(self) -> None:
         for name in ("global_size", "local_size"):
             value = getattr(self, name)
-            if len(value) != 3 or min(value) < 1:
-                raise VolumeError(f"{name} is {value}; expected voxels (d, h, w): views are of volumes")
+            if len(value) not in (2, 3) or min(value) < 1 or len(value) != len(self.global_size):
+                raise VolumeError(
+                    f"{name} is {value}; expected voxels (d, h, w) of views of volumes, or (h, w) of views of planes; "
+                    "global and local views alike"
+                )
         if self.global_views < 1 or self.local_views < 0:
             raise VolumeError(
                 f"{self.global_views} global and {self.local_views} local views; expected at least 1 and 0"
@@ -123,7 +128,7 @@ class ViewSampler:
         for name, size in (("global", self.global_size), ("local", self.local_size if self.local_views else None)):
             if size is None:
                 continue
-            extents = np.array(size) * self.scale[1]
+            extents = self._extent(size, self.scale[1])
             inside = float(np.minimum(1.0, np.array(scan.size) / extents).prod())
             least = self.overlap if name == "local" else 0.0
             if inside < least:
@@ -142,6 +147,9 @@ class ViewSampler:
         """
         self.check(scan)
         boxes = [self._global_box(scan, rng) for _ in range(self.global_views)]
+        if self._flat:
+            for box in boxes:
+                box.start[0] = boxes[0].start[0]
         for i in range(self.local_views):
             boxes.append(self._local_box(scan, boxes[i % self.global_views], rng))
         ends = np.array(scan.size)
@@ -152,13 +160,22 @@ class ViewSampler:
         kinds = ["global"] * self.global_views + ["local"] * self.local_views
         return [self._view(scan, around, first, box, kind, rng) for box, kind in zip(boxes, kinds, strict=True)]
 
-    def _extent(self, size: Sequence[int], rng: np.random.Generator) -> NDArray[np.float64]:
+    @property
+    def _flat(self) -> bool:
+        """Whether views are of planes."""
+        return len(self.global_size) == 2
+
+    def _factor(self, rng: np.random.Generator) -> float:
         low, high = self.scale
-        factor = low if low == high else math.exp(rng.uniform(math.log(low), math.log(high)))
-        return np.array(size, dtype=np.float64) * factor
+        return low if low == high else math.exp(rng.uniform(math.log(low), math.log(high)))
+
+    def _extent(self, size: Sequence[int], factor: float) -> NDArray[np.float64]:
+        """How far a view reaches, in voxels of the volume: a plane stays one voxel deep."""
+        extent = np.array(size, dtype=np.float64) * factor
+        return np.concatenate([[1.0], extent]) if self._flat else extent
 
     def _global_box(self, scan: PreparedScan, rng: np.random.Generator) -> _Box:
-        extent = self._extent(self.global_size, rng)
+        extent = self._extent(self.global_size, self._factor(rng))
         centre = None
         if self.foreground is not None:
             inside = bool(rng.random() < self.foreground)
@@ -176,7 +193,7 @@ class ViewSampler:
         return _Box(np.array(starts, dtype=np.float64), extent)
 
     def _local_box(self, scan: PreparedScan, around: _Box, rng: np.random.Generator) -> _Box:
-        extent = self._extent(self.local_size, rng)
+        extent = self._extent(self.local_size, self._factor(rng))
         low, high = np.maximum(around.start, 0.0), np.minimum(around.end, np.array(scan.size))
         most = np.minimum(1.0, (high - low) / extent)  # share of an axis that can lie within
         if most.prod() < self.overlap - 1e-9:
@@ -184,7 +201,8 @@ class ViewSampler:
                 f"{scan.source}: too small for overlap={self.overlap:g}: {most.prod():.0%} of a local view fit into a "
                 "global one. Take smaller local views, a narrower scale or less overlap"
             )
-        least = most * (self.overlap / most.prod()) ** (1 / 3)
+        least = most * (self.overlap / most.prod()) ** (1 / len(self.local_size))
+        least[: -len(self.local_size)] = 1.0  # a plane is its global view's
         starts = []
         for axis, (n, m) in enumerate(zip(scan.size, extent, strict=True)):
             first, last = low[axis] - (1 - least[axis]) * m, high[axis] - least[axis] * m
@@ -204,7 +222,9 @@ class ViewSampler:
     ) -> View:
         size = self.global_size if kind == "global" else self.local_size
         chances = self.augmentation.flip if isinstance(self.augmentation.flip, tuple) else (self.augmentation.flip,)
-        chances = chances * 3 if len(chances) == 1 else chances
+        chances = chances * len(size) if len(chances) == 1 else chances
+        if self._flat:
+            size, chances = (1, *size), (0.0, *chances)
         signs = np.array([-1.0 if rng.random() < chance else 1.0 for chance in chances])
         step = box.extent / np.array(size)
         x, origin = around, np.zeros(3)
@@ -215,7 +235,7 @@ class ViewSampler:
             x = _interpolated(x, axis + 1, places, int(first[axis]), scan.size[axis], self.pad)
         place, spacing = tuple(scan.grid.world(origin)), tuple(step * np.array(scan.spacing))
         grid = Grid(size, spacing, place, scan.grid.direction * signs)
-        x = normalized(x.contiguous(), self.normalize)
+        x = normalized((x[:, 0] if self._flat else x).contiguous(), self.normalize)
         return View(replace(self.augmentation, flip=0.0)(x, rng), grid, kind)
 
 

@@ -23,6 +23,11 @@ class Masking(NamedTuple):
     restore: Tensor
     mask: Tensor
 
+    @property
+    def hidden(self) -> Tensor:
+        """(B, N - n) long, raster indices of the masked patches."""
+        return self.restore.argsort(dim=1)[:, self.keep.shape[1] :]
+
     def __repr__(self) -> str:
         return f"Masking({self.keep.shape[-1]} of {self.restore.shape[-1]} patches visible, batch {len(self.restore)})"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,6 +12,19 @@ from medgmae.layers.masking import Masking, random_masking
 from medgmae.layers.patches import Shape, Size, grid_of, input_grid
 from medgmae.models.encoder import Encoder, Model
 from medgmae.models.parts import Setting
+
+
+class Seen(NamedTuple):
+    """What a masked autoencoder makes of volumes.
+
+    tokens: (B, P + n, E), the encoder's of what is visible, after the last norm.
+    output: what ``forward`` gives.
+    decoded: (B, N, E'), the decoder's of all patches, after its last norm; None of a decoder that has none.
+    """
+
+    tokens: Tensor
+    output: Any
+    decoded: Tensor | None = None
 
 
 class Autoencoder(Model):
@@ -55,8 +68,8 @@ class Autoencoder(Model):
         """
 
     @abstractmethod
-    def forward_with_tokens(self, x: Tensor, masking: Masking, step: int | Tensor = 0) -> tuple[Tensor, Any]:
-        """The encoder's tokens of what is visible, (B, P + n, E) after the last norm, and what ``forward`` gives.
+    def forward_with_tokens(self, x: Tensor, masking: Masking, step: int | Tensor = 0) -> Seen:
+        """What ``forward`` gives, and the tokens that it is made of.
 
         Args:
             x: (B, C, D, H, W), every axis a multiple of the patch.

@@ -81,6 +81,20 @@ class MaskDecoder(Part, Readable):
         Returns:
             (B, N, out_dim) in raster order.
         """
+        return self.predict(self.decode(tokens, restore, grid_size, levels))
+
+    def predict(self, decoded: Tensor) -> Tensor:
+        """The vectors (B, N, out_dim) of patches whose tokens :meth:`decode` gives."""
+        return self._activate(self.head(decoded))
+
+    def decode(
+        self,
+        tokens: Tensor,
+        restore: Tensor | None = None,
+        grid_size: Shape | None = None,
+        levels: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """The tokens of all patches after the last norm, (B, N, E) in raster order; arguments as of :meth:`forward`."""
         grid = grid_size or self.grid_size
         tokens = self.embed(tokens)
         prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
@@ -95,7 +109,8 @@ class MaskDecoder(Part, Readable):
             patches = patches + places
         x = torch.cat([prefix + self.prefix_pos_embed, patches], dim=1) if self.num_prefix_tokens else patches
         x = self._mix(x, grid, levels)
-        return self._activate(self.head(self.norm(x[:, self.num_prefix_tokens :])))
+        decoded: Tensor = self.norm(x[:, self.num_prefix_tokens :])
+        return decoded
 
     def set_grid_size(self, grid_size: Shape) -> None:
         """Make the table of positions for another patch grid, resampled from the present one."""

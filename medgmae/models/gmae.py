@@ -13,7 +13,7 @@ from medgmae.gaussians.rendering import GaussianRenderer, Gaussians
 from medgmae.layers.masking import Masking
 from medgmae.layers.patches import Size, patchify, take_tokens, unpatchify
 from medgmae.losses import image_norm, scale_penalty, ssim3d, uniformity
-from medgmae.models.autoencoder import Autoencoder
+from medgmae.models.autoencoder import Autoencoder, Seen
 from medgmae.models.encoder import Encoder
 from medgmae.models.gaussian_decoder import GaussianDecoder
 from medgmae.models.parts import Setting, given
@@ -131,15 +131,14 @@ class GaussianMAE(Autoencoder):
         Raises:
             ValueError: an input that does not fit the encoder, a masking for another input, or one beside a ratio.
         """
-        return self.forward_with_tokens(x, self._masking(x, masking, mask_ratio), step)[1]
+        output: GaussianMAEOutput = self.forward_with_tokens(x, self._masking(x, masking, mask_ratio), step).output
+        return output
 
-    def forward_with_tokens(
-        self, x: Tensor, masking: Masking, step: int | Tensor = 0
-    ) -> tuple[Tensor, GaussianMAEOutput]:
+    def forward_with_tokens(self, x: Tensor, masking: Masking, step: int | Tensor = 0) -> Seen:
         """See :class:`Autoencoder`."""
         tokens = self.encoder.forward_features(x, keep=masking.keep)
         gaussians = self.decoder(tokens)
-        counted = _masked_patches(masking)
+        counted = masking.hidden
         if counted.shape[1] == 0:
             counted = masking.keep
         size, patch = x.shape[2:], self.patch_size
@@ -150,7 +149,7 @@ class GaussianMAE(Autoencoder):
         target = self._place(take_tokens(patchify(x, patch), counted), counted, x).to(volume.dtype)
         terms = self._terms(volume, target, gaussians, counted)
         loss = torch.stack([self._weight(name, step) * value for name, value in terms.items()]).sum()
-        return tokens, GaussianMAEOutput(loss, volume, gaussians, masking.mask, terms)
+        return Seen(tokens, GaussianMAEOutput(loss, volume, gaussians, masking.mask, terms))
 
     def gaussians(self, x: Tensor, masking: Masking | None = None, *, mask_ratio: float | None = None) -> Gaussians:
         """The Gaussians that the decoder makes of what is visible of ``x`` (B, 1, D, H, W); see :meth:`forward`."""
@@ -178,7 +177,7 @@ class GaussianMAE(Autoencoder):
         volume: Tensor = self.renderer(self.gaussians(x, masking), x.shape[2:])
         if not paste_visible:
             return volume
-        patch, hidden = self.patch_size, _masked_patches(masking)
+        patch, hidden = self.patch_size, masking.hidden
         rendered = self._place(take_tokens(patchify(volume, patch), hidden), hidden, x)
         return rendered + self._place(take_tokens(patchify(x, patch), masking.keep), masking.keep, x)
 
@@ -216,11 +215,6 @@ def _check_encoder(encoder: Encoder) -> None:
             "a Gaussian has one intensity and lies in a volume: the encoder must have in_chans=1 and dims=3, got "
             f"in_chans={encoder.in_chans} and dims={len(encoder.patch_size)}; for several channels use a mae_* model"
         )
-
-
-def _masked_patches(masking: Masking) -> Tensor:
-    """Numbers of the masked patches, (B, m) long."""
-    return masking.restore.argsort(dim=1)[:, masking.keep.shape[1] :]
 
 
 register_class(GaussianRenderer)

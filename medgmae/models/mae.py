@@ -22,7 +22,7 @@ from medgmae.losses import (
     patch_mse,
     patch_statistics,
 )
-from medgmae.models.autoencoder import Autoencoder
+from medgmae.models.autoencoder import Autoencoder, Seen
 from medgmae.models.decoder import MaskDecoder
 from medgmae.models.encoder import Encoder
 from medgmae.models.parts import Part, Setting, count_blocks, given
@@ -172,22 +172,26 @@ class MaskedAutoencoder(Autoencoder):
         Raises:
             ValueError: an input that does not fit the encoder, a masking for another input, or both of the last two.
         """
-        return self.forward_with_tokens(x, self._masking(x, masking, mask_ratio))[1]
+        output: MAEOutput = self.forward_with_tokens(x, self._masking(x, masking, mask_ratio)).output
+        return output
 
-    def forward_with_tokens(self, x: Tensor, masking: Masking, step: int | Tensor = 0) -> tuple[Tensor, MAEOutput]:
+    def forward_with_tokens(self, x: Tensor, masking: Masking, step: int | Tensor = 0) -> Seen:
         """See :class:`Autoencoder`; the loss is the same at every step."""
         target = patchify(x, self.patch_size)  # (B, N, L)
         if self.fourier_frequencies:
             target = fourier_code(target, self.fourier_frequencies, self.fourier_temperature).flatten(-2)
-        tokens, pred = self._predict(x, masking)  # (B, P + n, E), (B, N, L)
-        return tokens, MAEOutput(self._loss(pred, target, masking.mask, self._grid(x)), pred, masking.mask)
+        tokens, pred, decoded = self._predict(x, masking)
+        loss = self._loss(pred, target, masking.mask, self._grid(x))
+        return Seen(tokens, MAEOutput(loss, pred, masking.mask), decoded)
 
-    def _predict(self, x: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
-        """The encoder's tokens (B, P + n, E) after the last norm, and a vector for every patch, (B, N, L)."""
+    def _predict(self, x: Tensor, masking: Masking) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The encoder's tokens (B, P + n, E) after the last norm, a vector for every patch, (B, N, L), and the
+        decoder's tokens that it is made of, (B, N, E'), if there are any."""
         taps = self.decoder.taps
         tokens, levels = self.encoder._encode(x, masking.keep, taps)
         tokens = self.encoder.norm(tokens)
-        return tokens, self.decoder(tokens, masking.restore, self._grid(x), [levels[i] for i in taps])
+        decoded = self.decoder.decode(tokens, masking.restore, self._grid(x), [levels[i] for i in taps])
+        return tokens, self.decoder.predict(decoded), decoded
 
     def _loss(self, pred: Tensor, target: Tensor, mask: Tensor, grid: Shape) -> Tensor:
         return patch_mse(pred, target, mask, self.norm_target)

@@ -197,9 +197,9 @@ class SimMIM(MaskedAutoencoder):
         super().__init__(encoder, decoder, mask_ratio, norm_target)
         self._built = built
 
-    def _predict(self, x: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
+    def _predict(self, x: Tensor, masking: Masking) -> tuple[Tensor, Tensor, None]:
         tokens = self.encoder.forward_masked(x, masking.mask, self.decoder.mask_token)
-        return tokens, self.decoder(tokens)
+        return tokens, self.decoder(tokens), None
 
 
 def masked_primus(

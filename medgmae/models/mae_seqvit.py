@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medgmae.layers.masking import Masking, sequence_masking
 from medgmae.layers.patches import Shape, Size, input_grid, patchify, unpatchify
-from medgmae.models.autoencoder import Autoencoder
+from medgmae.models.autoencoder import Autoencoder, Seen
 from medgmae.models.mae import MAEOutput, ViTDecoder
 from medgmae.models.parts import Setting, given
 from medgmae.models.registry import build, register_class, register_model
@@ -109,9 +109,10 @@ class SequenceAutoencoder(Autoencoder):
         Raises:
             ValueError: an input that does not fit the encoder, a masking for another input, or both of the last two.
         """
-        return self.forward_with_tokens(x, self._masking(x, masking, mask_ratio))[1]
+        output: MAEOutput = self.forward_with_tokens(x, self._masking(x, masking, mask_ratio)).output
+        return output
 
-    def forward_with_tokens(self, x: Tensor, masking: Masking, step: int | Tensor = 0) -> tuple[Tensor, MAEOutput]:
+    def forward_with_tokens(self, x: Tensor, masking: Masking, step: int | Tensor = 0) -> Seen:
         """See :class:`Autoencoder`; the loss is the same at every step."""
         whole = self._whole(masking, x)
         tokens = self.encoder.sequence_tokens(x, whole.keep)
@@ -121,7 +122,7 @@ class SequenceAutoencoder(Autoencoder):
         error = (pred - target).square().mean(2).reshape(shape)
         mask = whole.mask.to(error.dtype).reshape(shape)
         loss = ((error * mask).sum((0, 2)) / mask.sum((0, 2)).clamp_min(1)).sum()
-        return tokens, MAEOutput(loss, self._channels_last(pred), masking.mask)
+        return Seen(tokens, MAEOutput(loss, self._channels_last(pred), masking.mask))
 
     @torch.no_grad()
     def reconstruct(
@@ -161,9 +162,7 @@ class SequenceAutoencoder(Autoencoder):
         tokens = math.prod(self._grid(x))
         if masking.mask.shape[1] == tokens * self.in_chans:
             return masking
-        order = masking.restore.argsort(dim=1)
-        hidden = order[:, masking.keep.shape[1] :]
-        keep, hidden = (of_every_sequence(part, tokens, self.in_chans) for part in (masking.keep, hidden))
+        keep, hidden = (of_every_sequence(part, tokens, self.in_chans) for part in (masking.keep, masking.hidden))
         return Masking(keep, torch.cat([keep, hidden], dim=1).argsort(dim=1), masking.mask.repeat(1, self.in_chans))
 
 

@@ -68,8 +68,13 @@ class Objective(Protocol):
     def groups(self, model: nn.Module) -> Sequence[dict[str, Any]]:
         """Parameter groups of the model."""
 
-    def __call__(self, model: nn.Module, batch: Any, step: int) -> Mapping[str, Tensor]:
-        """The ``loss`` of a batch in this update, and its terms; ``model`` may be wrapped."""
+    def parts(self, model: nn.Module, batch: Any, step: int) -> Sequence[Any]:
+        """What goes forward and backward at once; ``model`` is not wrapped. By default the batch as it is."""
+        return [batch]
+
+    def __call__(self, model: nn.Module, part: Any, step: int) -> Mapping[str, Tensor]:
+        """The ``loss`` of a part in this update, and its terms, which add up over the parts; ``model`` may be wrapped.
+        The last part has to go through every parameter that learns."""
 
 
 class NotFinite(Exception):
@@ -133,11 +138,13 @@ class Engine:
             waited += time.perf_counter() - begin
             of += batch.of
             self._seed(step, number)
-            with self._without_sync(number):
-                values = self.values(batch.to(self.accelerator.device), step)
-                for name, value in values.items():
-                    totals[name] = totals.get(name, 0) + value.detach().float() / self.share.passes
-                self.accelerator.backward(values["loss"] / self.share.passes)
+            parts = self.parts(batch.to(self.accelerator.device), step)
+            for left, part in zip(reversed(range(len(parts))), parts, strict=True):
+                with self._without_sync(last=number == self.share.passes - 1 and left == 0):
+                    values = self.values(part, step)
+                    for name, value in values.items():
+                        totals[name] = totals.get(name, 0) + value.detach().float() / self.share.passes
+                    self.accelerator.backward(values["loss"] / self.share.passes)
         means = self._means(totals)
         if not math.isfinite(means["loss"]):
             raise NotFinite(f"the loss is {means['loss']}", of)
@@ -145,10 +152,15 @@ class Engine:
         rate = max(group["lr"] / group.get("lr_scale", 1.0) for group in self.optimizer.param_groups)
         return {**means, "lr": rate, "grad_norm": norm, "waited": waited}
 
-    def values(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
-        """The loss of a batch on this device, and its terms."""
+    def parts(self, batch: Batch, step: int) -> Sequence[Any]:
+        """What of a batch on this device goes forward and backward at once."""
         with self.accelerator.autocast():
-            return self.objective(self.model, batch, step)
+            return self.objective.parts(self.plain, batch, step)
+
+    def values(self, part: Any, step: int) -> Mapping[str, Tensor]:
+        """The loss of a part of a batch, and its terms."""
+        with self.accelerator.autocast():
+            return self.objective(self.model, part, step)
 
     def _step(self, step: int, of: list[str]) -> float:
         self._freeze(step)
@@ -186,9 +198,8 @@ class Engine:
         counters = [self.training.seed, step, number, self.share.rank]
         torch.manual_seed(int(np.random.SeedSequence(counters).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
-    def _without_sync(self, number: int) -> AbstractContextManager[Any]:
-        """Gradients are exchanged with the last pass only."""
-        last = number == self.share.passes - 1
+    def _without_sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are exchanged with the last backward pass of an update only."""
         if self.sharded:
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
             return nullcontext()
@@ -240,7 +251,7 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         for block in getattr(part, "blocks", ()):
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for name in ("reconstruct", "teach"):
+    for name in ("reconstruct", "teach", "taught"):
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
     return model

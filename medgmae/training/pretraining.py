@@ -17,7 +17,7 @@ from medgmae.data.input_block import padding
 from medgmae.factory import create_model
 from medgmae.training.batches import MaskedBatch, MaskedCrops
 from medgmae.training.corpus import Corpus, split
-from medgmae.training.engine import Engine, Plan
+from medgmae.training.engine import Engine, Objective, Plan
 from medgmae.training.optim import param_groups
 from medgmae.training.provenance import card_of
 from medgmae.training.runs import Run
@@ -120,7 +120,7 @@ class Pretraining(Job):
         return MaskedCrops(crops, patches, settings.training.seed)
 
 
-class Reconstruct:
+class Reconstruct(Objective):
     """The loss of a masked autoencoder, for crops and the masks that are made of their noise."""
 
     def __init__(self, model: Any, training: TrainingSettings) -> None:
@@ -131,9 +131,9 @@ class Reconstruct:
         """Without layer-wise rates, which the decoder has no place in."""
         return param_groups(model, weight_decay=self.training.weight_decay)
 
-    def __call__(self, model: nn.Module, batch: MaskedBatch, step: int) -> dict[str, Tensor]:
+    def __call__(self, model: nn.Module, part: MaskedBatch, step: int) -> dict[str, Tensor]:
         """The loss and the terms of the model's own."""
-        output = model(batch.x, batch.masking(self.ratio), **({"step": step} if self.takes_step else {}))
+        output = model(part.x, part.masking(self.ratio), **({"step": step} if self.takes_step else {}))
         return {"loss": output.loss, **getattr(output, "terms", {})}
 
 

@@ -25,7 +25,7 @@ from medgmae.training.batches import CaseBatch, Samples, stacked
 from medgmae.training.cases import View
 from medgmae.training.corpus import Corpus
 from medgmae.training.division import Part
-from medgmae.training.engine import Engine, Plan
+from medgmae.training.engine import Engine, Objective, Plan
 from medgmae.training.masks import Masks, mean_and_interval
 from medgmae.training.optim import param_groups
 from medgmae.training.results import METRICS, plain
@@ -104,7 +104,7 @@ class LabelledCrops(Samples[CaseBatch]):
         return CaseBatch(stacked(x), torch.stack(targets), list(of))
 
 
-class Segment:
+class Segment(Objective):
     """The loss of a segmentation: Dice and cross-entropy of classes; Dice of masks that may overlap (SelfMedMAE)."""
 
     def __init__(self, masks: Masks, training: TrainingSettings) -> None:
@@ -115,12 +115,12 @@ class Segment:
         training = self.training
         return param_groups(model, weight_decay=training.weight_decay, layer_decay=training.layer_decay)
 
-    def __call__(self, model: nn.Module, batch: CaseBatch, step: int) -> dict[str, Tensor]:
+    def __call__(self, model: nn.Module, part: CaseBatch, step: int) -> dict[str, Tensor]:
         """The loss alone."""
-        logits = model(batch.x)
+        logits = model(part.x)
         if self.masks.overlap:
-            return {"loss": dice_loss(logits, batch.targets, multilabel=True)}
-        return {"loss": dice_ce_loss(logits, batch.targets)}
+            return {"loss": dice_loss(logits, part.targets, multilabel=True)}
+        return {"loss": dice_ce_loss(logits, part.targets)}
 
 
 class SegmentTuning(TuningJob):

@@ -13,6 +13,7 @@ from medgmae.checkpoints.cards import WeightsError
 from medgmae.factory import create_model
 from medgmae.losses import cox_loss, multilabel_loss
 from medgmae.training.batches import CaseBatch
+from medgmae.training.engine import Objective
 from medgmae.training.optim import param_groups
 from medgmae.training.settings import TrainingSettings, TuneSettings, TuningSettings
 from medgmae.training.tables import TrainingError, expect
@@ -153,7 +154,7 @@ def _merge(encoder: nn.Module) -> None:
         del encoder.peft_config
 
 
-class Predict:
+class Predict(Objective):
     """The loss of predictions: what an :class:`~medgmae.training.engine.Engine` minimises.
 
     Cross-entropy of classes; binary cross-entropy of the labels that are known; the squared error of numbers, in
@@ -176,9 +177,9 @@ class Predict:
         training = self.training
         return param_groups(model.encoder, weight_decay=training.weight_decay, layer_decay=training.layer_decay)
 
-    def __call__(self, model: nn.Module, batch: CaseBatch, step: int) -> dict[str, Tensor]:
+    def __call__(self, model: nn.Module, part: CaseBatch, step: int) -> dict[str, Tensor]:
         """The loss alone."""
-        return {"loss": self.loss(model(batch.x).float(), batch.targets)}
+        return {"loss": self.loss(model(part.x).float(), part.targets)}
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Of logits (B, outputs) and targets (B, T), a scalar."""

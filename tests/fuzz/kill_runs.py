@@ -50,7 +50,9 @@ def train(data: Path, out: Path, settings: Settings) -> None:
 
 def result(out: Path) -> list[object]:
     """What must not depend on interruptions, of every model of a run."""
-    models = sorted(path.parent for path in out.rglob("model.safetensors"))
+    # what a killed process was about to write lies in a folder of its own that nobody opens
+    found = (path.parent for path in out.rglob("model.safetensors"))
+    models = sorted(folder for folder in found if not folder.name.startswith(".saving-"))
     logged = [folder for folder in models if (folder / "metrics.jsonl").exists()]
     tables = sorted([*out.rglob("metrics.json"), *out.rglob("predictions.csv")])
     return [
