@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../cpu_memory.h"
-#include "rows.h"
+#include "strips.h"
 
 #include "direct.h"
 
@@ -92,6 +92,7 @@ template <class T>
 void render_band(const ProjectCall& call, const ProjectView& view, const Whitened* gaussians, const Group* groups, int first, int last,
                  T* image, int64_t stride) {
   RowTable<T> table;
+  Strips<T> strips;
   for (int64_t n = 0; n < groups_of(call); ++n) {
     const Group& g = groups[n];
     for (int i = 0; i < kGroup; ++i) {
@@ -99,6 +100,11 @@ void render_band(const ProjectCall& call, const ProjectView& view, const Whitene
       if (top > bottom) continue;
       if (g.range[i].open) {
         render_direct(call, view, one_of(gaussians[n], i), first, last, image, stride);
+        continue;
+      }
+      if (view.flat && prepare_strips(g, i, visible_support<T>(call.support), call.columns, lane(g.amplitude, i), &strips)) {
+        if (is_wide(strips)) add_strips<T, 2>(strips, call.rows, first, last, image, stride);
+        else add_strips<T, 1>(strips, call.rows, first, last, image, stride);
         continue;
       }
       Profile<T> const p = profile_of<T>(g, i);
@@ -216,10 +222,18 @@ bool project_forward(const ProjectCall& call, int threads) {
 // Moments of Gaussian i of a group over an image.
 template <class T>
 void gaussian_moments(const ProjectCall& call, const ProjectView& view, const Group& g, int i, const T* image, Doubles* moments) {
+  int64_t const stride = buffer_stride(call);
+  Strips<T> strips;
+  if (view.flat && prepare_strips(g, i, visible_support<T>(call.support), call.columns, 1, &strips)) {
+    double found[6];
+    if (is_wide(strips)) sum_strips<T, 2>(strips, call.rows, image, stride, found);
+    else sum_strips<T, 1>(strips, call.rows, image, stride, found);
+    for (int k = 0; k < 6; ++k) reinterpret_cast<double*>(moments + k)[i] = found[k];
+    return;
+  }
   RowTable<T> table;
   MomentSums<T> sums = {};
   Profile<T> const p = profile_of<T>(g, i);
-  int64_t const stride = buffer_stride(call);
   for_row_blocks(call, g, i, g.range[i].first, g.range[i].last, &table, [&](int rows, int row) {
     const T* const at = image + row * stride;
     if (view.flat) sum_rows<T, Shape::flat>(p, table, rows, at, stride, &sums);
