@@ -245,6 +245,22 @@ void voxelize_cuda(int dtype, int64_t batch, int64_t count, int64_t patches, con
     return cuda::voxelize(DType(dtype), call, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
   });
 }
+
+int64_t project_cuda_workspace(int dtype, int64_t batch, int64_t count, int64_t views, const std::array<int, 2>& size, bool backward) {
+  std::vector<uintptr_t> const addresses(backward ? 10 : 6);
+  return cuda::project_workspace(DType(dtype), project_call(batch, count, views, addresses, size, 0, false, false));
+}
+
+void project_cuda(int dtype, int64_t batch, int64_t count, int64_t views, const std::vector<uintptr_t>& addresses,
+                  const std::array<int, 2>& size, double support, bool parallel, bool affine, uintptr_t workspace,
+                  int64_t workspace_bytes, uintptr_t stream) {
+  ProjectCall const call = project_call(batch, count, views, addresses, size, support, parallel, affine);
+  check_dtype(dtype == int(DType::float32) || dtype == int(DType::float64), dtype);
+  check_workspace(workspace, workspace_bytes, cuda::project_workspace(DType(dtype), call));
+  run_cuda("project", [&] {
+    return cuda::project(DType(dtype), call, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
+  });
+}
 #endif
 
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
@@ -354,6 +370,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("voxelize_cuda", &medgmae::voxelize_cuda, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a,
              "patch"_a, "origin"_a, "step"_a, "support"_a, "widths"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a,
              "voxelize on the current CUDA device; the workspace, like every address, is on the device.");
+  module.def("project_cuda_workspace", &medgmae::project_cuda_workspace, "dtype"_a, "batch"_a, "count"_a, "views"_a, "size"_a,
+             "backward"_a, "Bytes of device memory that project_cuda needs.");
+  module.def("project_cuda", &medgmae::project_cuda, "dtype"_a, "batch"_a, "count"_a, "views"_a, "addresses"_a, "size"_a, "support"_a,
+             "parallel"_a, "affine"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a,
+             "project on the current CUDA device; the workspace, like every address, is on the device.");
   module.def("selective_scan_cuda_workspace", &medgmae::selective_scan_cuda_workspace, "dtype"_a, "sizes"_a, "streams"_a,
              "matrices"_a, "arrays"_a, "stream_type"_a, "Bytes of device memory that selective_scan_cuda needs.");
   module.def("selective_scan_cuda", &medgmae::selective_scan_cuda, "dtype"_a, "sizes"_a, "streams"_a, "matrices"_a, "arrays"_a,

@@ -55,6 +55,21 @@ def voxelize_cuda(
     workspace_bytes: int,
     stream: int,
 ) -> None: ...
+def project_cuda_workspace(dtype: int, batch: int, count: int, views: int, size: list[int], backward: bool) -> int: ...
+def project_cuda(
+    dtype: int,
+    batch: int,
+    count: int,
+    views: int,
+    addresses: list[int],
+    size: list[int],
+    support: float,
+    parallel: bool,
+    affine: bool,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> None: ...
 def banded(
     stack: int,
     rows_in: int,

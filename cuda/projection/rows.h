@@ -150,6 +150,8 @@ inline void fill_rows(const Group& g, int i, int first, int rows, int columns, R
   }
 }
 
+inline Doubles at_most_lanes(Doubles x, double high) { return x < high ? x : splat(high); }
+
 // The first `count` lanes, all of them if there are more.
 template <class T>
 inline Mask<T> first_lanes(int count) {
@@ -161,10 +163,11 @@ struct PixelLanes {
   Vec<T> x, exponent, inverse, weight;  // 1 / L; amplitude 1
 };
 
-// Pixels j of row i, counted from the row's first.
+// Pixels j of row i, counted from the row's first. Lanes behind the row repeat its last pixel: beyond it numbers may have no meaning.
 template <class T, Shape shape>
 inline PixelLanes<T> pixel_lanes(const Profile<T>& p, const RowTable<T>& rows, int i, Vec<T> j) {
   PixelLanes<T> out;
+  j = at_most_lanes(j, T(rows.count[i] - 1));
   out.x = j + rows.start[i];
   out.exponent = (out.x * p.curve) * out.x + rows.fixed[i];
   if constexpr (shape == Shape::flat) {
@@ -207,12 +210,10 @@ inline void sum_rows(const Profile<T>& p, const RowTable<T>& table, int rows, co
   for (int i = 0; i < rows; ++i, image += stride) {
     int const count = table.count[i];
     const T* at = image + table.first[i];
-    T const dv = table.dv[i], last = T(count - 1);
+    T const dv = table.dv[i];
     Vec<T> j = ramp(T(0));
     for (int left = count; left > 0; left -= kLanes<T>, at += kLanes<T>, j += T(kLanes<T>)) {
-      // Lanes behind the row repeat its last pixel, with a cotangent of 0.
-      Vec<T> const within = j < last ? j : splat(last);
-      PixelLanes<T> const pixel = pixel_lanes<T, shape>(p, table, i, within);
+      PixelLanes<T> const pixel = pixel_lanes<T, shape>(p, table, i, j);
       Mask<T> const inside = first_lanes<T>(left);
       Vec<T> const t = keep<T>(inside, load(at)) * pixel.weight, q = shape == Shape::flat ? t : t * pixel.inverse;
       Vec<T> const qx = q * pixel.x, qv = q * dv;

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from medgmae.ops.projection import native, reference
+from medgmae.ops.projection import cuda, native, reference
 from medgmae.ops.projection.inputs import ProjectInputs
 from medgmae.ops.register import Operator, register
 
@@ -24,7 +24,7 @@ def _fake(inputs: ProjectInputs) -> Tensor:
     return inputs.means.new_empty(*inputs.views.shape[:2], *inputs.size)
 
 
-_OP = register(Operator("project", ProjectInputs, _fake, joins_batch=True), reference, native, reference)
+_OP = register(Operator("project", ProjectInputs, _fake, joins_batch=True), reference, native, cuda)
 # The kernels find pixels from 32-bit numbers.
 MOST_PIXELS_ALONG_AN_AXIS = 2**24
 
