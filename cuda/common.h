@@ -39,16 +39,20 @@ static bool dispatch(DType dtype, Body body) {
 }
 
 struct VoxelizeCall;
+struct ProjectCall;
 struct BandedCall;
 struct ScanCall;
 struct ConvCall;
+struct RaysCall;
 
 // The CPU kernels of one instruction set. Each returns false for a dtype that it does not have.
 struct CpuKernels {
   bool (*voxelize)(DType dtype, const VoxelizeCall& call, int threads, bool* enough_memory);  // backward if call.grad
+  bool (*project)(DType dtype, const ProjectCall& call, int threads, bool* enough_memory);  // backward if call.grad
   void (*banded)(const BandedCall& call, int threads);
   bool (*scan)(DType dtype, const ScanCall& call, int threads, bool* enough_memory);  // backward if call.grad
   bool (*conv)(DType dtype, const ConvCall& call, int threads, bool* enough_memory);  // backward if call.grad
+  bool (*rays)(DType dtype, const RaysCall& call, int threads, bool* enough_memory);
 };
 
 }  // namespace medgmae

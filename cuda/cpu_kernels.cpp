@@ -1,6 +1,8 @@
 // CPU kernels. setup.py compiles this file once for each instruction set, with MEDGMAE_VARIANT naming it.
 #include "common.h"
 #include "conv/cpu.h"
+#include "projection/walk.h"
+#include "rays/cpu.h"
 #include "scan/gradient.h"
 #include "voxel/banded.h"
 #include "voxel/strips.h"
@@ -30,12 +32,23 @@ bool conv(DType dtype, const ConvCall& call, int threads, bool* enough_memory) {
   });
 }
 
+bool project(DType dtype, const ProjectCall& call, int threads, bool* enough_memory) {
+  return dispatch(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    *enough_memory = call.grad == nullptr ? project_forward<T>(call, threads) : project_gradient<T>(call, threads);
+  });
+}
+
+bool rays(DType dtype, const RaysCall& call, int threads, bool*) {
+  return dispatch(dtype, [&](auto zero) { rays_run<decltype(zero)>(call, threads); });
+}
+
 void banded(const BandedCall& call, int threads) { banded_product(call, threads); }
 
 }  // namespace
 
 namespace MEDGMAE_VARIANT {
-extern const CpuKernels kernels = {voxelize, banded, scan, conv};
+extern const CpuKernels kernels = {voxelize, project, banded, scan, conv, rays};
 }
 
 }  // namespace medgmae

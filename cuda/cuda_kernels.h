@@ -38,6 +38,11 @@ int64_t voxelize_workspace(const VoxelizeCall& call);
 // Renders, or computes gradients if call.grad is set. Every address is on the device.
 Status voxelize(DType dtype, const VoxelizeCall& call, void* workspace, void* stream);
 
+// Bytes of device memory that project needs for this call.
+int64_t project_workspace(DType dtype, const ProjectCall& call);
+// Projects, or computes gradients if call.grad is set. Every address is on the device.
+Status project(DType dtype, const ProjectCall& call, void* workspace, void* stream);
+
 // Bytes of device memory that a scan needs on the current device.
 Status selective_scan_workspace(DType dtype, StreamType type, const ScanCall& call, int64_t* bytes);
 // Scans, or computes gradients if call.grad is there. Every address is on the device.

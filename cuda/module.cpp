@@ -14,6 +14,8 @@
 #endif
 #include "common.h"
 #include "cuda_kernels.h"
+#include "projection/project.h"
+#include "rays/rays.h"
 #include "voxel/banded.h"
 #include "voxel/voxelize.h"
 
@@ -139,6 +141,36 @@ void voxelize(int dtype, int64_t batch, int64_t count, int64_t patches, const st
   run_kernel(&CpuKernels::voxelize, dtype, call, threads, variant);
 }
 
+// Addresses: means, scales, quats, densities, views, and out, or grad and the four gradients.
+ProjectCall project_call(int64_t batch, int64_t count, int64_t views, const std::vector<uintptr_t>& addresses,
+                         const std::array<int, 2>& size, double support, bool parallel, bool affine) {
+  if (batch < 0 || count < 0 || views < 0) throw std::invalid_argument("batch, count and views must be 0 or more");
+  if (addresses.size() != 6 && addresses.size() != 10) throw std::invalid_argument("expected 6 or 10 addresses");
+  if (size[0] < 1 || size[1] < 1 || size[0] > 1 << 24 || size[1] > 1 << 24) throw std::invalid_argument("size must be 1 to 2^24");
+  ProjectCall call = {};
+  call.batch = batch, call.count = count, call.views = views, call.rows = size[0], call.columns = size[1];
+  call.support = support, call.parallel = parallel, call.affine = affine && !parallel;
+  const void* pointers[10] = {};
+  for (size_t i = 0; i < addresses.size(); ++i) pointers[i] = reinterpret_cast<const void*>(addresses[i]);
+  call.means = pointers[0], call.scales = pointers[1], call.quats = pointers[2], call.densities = pointers[3];
+  call.geometry = static_cast<const double*>(pointers[4]);
+  if (addresses.size() == 6) {
+    call.out = const_cast<void*>(pointers[5]);
+    return call;
+  }
+  // As above: an empty tensor may have no address.
+  static const double nothing = 0;
+  call.grad = pointers[5] != nullptr ? pointers[5] : &nothing;
+  call.grad_means = const_cast<void*>(pointers[6]), call.grad_scales = const_cast<void*>(pointers[7]);
+  call.grad_quats = const_cast<void*>(pointers[8]), call.grad_densities = const_cast<void*>(pointers[9]);
+  return call;
+}
+
+void project(int dtype, int64_t batch, int64_t count, int64_t views, const std::vector<uintptr_t>& addresses,
+             const std::array<int, 2>& size, double support, bool parallel, bool affine, int threads, const std::string& variant) {
+  run_kernel(&CpuKernels::project, dtype, project_call(batch, count, views, addresses, size, support, parallel, affine), threads, variant);
+}
+
 void banded(int64_t stack, int64_t rows_in, int64_t rows_out, int64_t length, int64_t taps, uintptr_t first, uintptr_t weights,
             uintptr_t in, uintptr_t out, bool add, int threads, const std::string& variant) {
   check_threads(threads);
@@ -177,6 +209,26 @@ void causal_conv1d(int dtype, const CallSizes& sizes, const CallStreams& streams
   run_kernel(&CpuKernels::conv, dtype, conv_call(sizes, streams, arrays, kConvSegment), threads, variant);
 }
 
+// Addresses: views, spacing, volume, projections, and of the adjoint the edges of its slabs.
+void project_volume(int dtype, const std::array<int64_t, 4>& volume, int64_t views, const std::array<int64_t, 2>& size,
+                    const std::vector<uintptr_t>& addresses, bool parallel, int64_t slab, bool adjoint, int threads,
+                    const std::string& variant) {
+  if (volume[0] < 0 || views < 0 || size[0] < 1 || size[1] < 1 || slab < 1) throw std::invalid_argument("sizes must be positive");
+  for (int k = 1; k < 4; ++k) {
+    if (volume[k] < 2) throw std::invalid_argument("a volume has two voxels or more along every axis, its rim");
+  }
+  if (addresses.size() != (adjoint ? 5 : 4)) throw std::invalid_argument("expected 4 addresses, or 5 of the adjoint");
+  RaysCall call = {};
+  call.batch = volume[0], call.views = views, call.slab = slab, call.parallel = parallel, call.adjoint = adjoint;
+  for (int k = 0; k < 3; ++k) call.volume[k] = volume[size_t(k) + 1];
+  call.size[0] = size[0], call.size[1] = size[1];
+  call.lines = reinterpret_cast<const double*>(addresses[0]), call.spacing = reinterpret_cast<const double*>(addresses[1]);
+  call.projections = reinterpret_cast<void*>(addresses[adjoint ? 2 : 3]), call.voxels = reinterpret_cast<void*>(addresses[adjoint ? 3 : 2]);
+  if (adjoint) call.edges = reinterpret_cast<void*>(addresses[4]);
+  if (volume[0] * views == 0) return;
+  run_kernel(&CpuKernels::rays, dtype, call, threads, variant);
+}
+
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
 int64_t voxelize_cuda_workspace(int64_t batch, int64_t count, int64_t patches, const Sizes& size, const Sizes& patch, bool backward) {
   std::vector<uintptr_t> const addresses(backward ? 10 : 6);
@@ -191,6 +243,22 @@ void voxelize_cuda(int dtype, int64_t batch, int64_t count, int64_t patches, con
   check_dtype(dtype == int(DType::float32) || dtype == int(DType::float64), dtype);
   run_cuda("voxelize", [&] {
     return cuda::voxelize(DType(dtype), call, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
+  });
+}
+
+int64_t project_cuda_workspace(int dtype, int64_t batch, int64_t count, int64_t views, const std::array<int, 2>& size, bool backward) {
+  std::vector<uintptr_t> const addresses(backward ? 10 : 6);
+  return cuda::project_workspace(DType(dtype), project_call(batch, count, views, addresses, size, 0, false, false));
+}
+
+void project_cuda(int dtype, int64_t batch, int64_t count, int64_t views, const std::vector<uintptr_t>& addresses,
+                  const std::array<int, 2>& size, double support, bool parallel, bool affine, uintptr_t workspace,
+                  int64_t workspace_bytes, uintptr_t stream) {
+  ProjectCall const call = project_call(batch, count, views, addresses, size, support, parallel, affine);
+  check_dtype(dtype == int(DType::float32) || dtype == int(DType::float64), dtype);
+  check_workspace(workspace, workspace_bytes, cuda::project_workspace(DType(dtype), call));
+  run_cuda("project", [&] {
+    return cuda::project(DType(dtype), call, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
   });
 }
 #endif
@@ -277,11 +345,14 @@ PYBIND11_MODULE(_C, module) {
   using namespace pybind11::literals;
   module.doc() = "Native kernels of medgmae. Private: medgmae.ops is the interface.";
   // INTERFACE of medgmae/ops/native.py, which takes no other: raise both with every change of what a binding takes or writes.
-  module.attr("interface") = 2;
+  module.attr("interface") = 3;
   module.def("build_info", &medgmae::build_info, "How this module was compiled and what it finds here. Starts the CUDA driver.");
   module.def("voxelize", &medgmae::voxelize, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a, "patch"_a,
              "origin"_a, "step"_a, "support"_a, "widths"_a, "threads"_a, "variant"_a = "",
              "Renders Gaussians on the CPU (6 addresses), or computes their gradients (10).");
+  module.def("project", &medgmae::project, "dtype"_a, "batch"_a, "count"_a, "views"_a, "addresses"_a, "size"_a, "support"_a,
+             "parallel"_a, "affine"_a, "threads"_a, "variant"_a = "",
+             "Projects Gaussians on the CPU (6 addresses), or computes their gradients (10).");
   module.def("banded", &medgmae::banded, "stack"_a, "rows_in"_a, "rows_out"_a, "length"_a, "taps"_a, "first"_a, "weights"_a,
              "input"_a, "out"_a, "add"_a, "threads"_a, "variant"_a = "",
              "Multiplies a stack of float32 matrices by a banded matrix from the left, on the CPU.");
@@ -290,6 +361,8 @@ PYBIND11_MODULE(_C, module) {
              "stream_type"_a, "threads"_a, "variant"_a = "", "Runs a selective scan on the CPU, or its backward if there is a stream 'grad'.");
   module.def("causal_conv1d", &medgmae::causal_conv1d, "dtype"_a, "sizes"_a, "streams"_a, "arrays"_a, "stream_type"_a, "threads"_a, "variant"_a = "",
              "Runs a causal convolution on the CPU, or its backward if there is a stream 'grad'.");
+  module.def("project_volume", &medgmae::project_volume, "dtype"_a, "volume"_a, "views"_a, "size"_a, "addresses"_a, "parallel"_a,
+             "slab"_a, "adjoint"_a, "threads"_a, "variant"_a = "", "Integrates a volume along rays on the CPU, or the adjoint of that.");
 #ifdef MEDGMAE_CUDA_ARCHITECTURES
   module.def("cuda_problem", &medgmae::cuda_problem, "Why the current device cannot load the kernels, in CUDA's words, or None.");
   module.def("voxelize_cuda_workspace", &medgmae::voxelize_cuda_workspace, "batch"_a, "count"_a, "patches"_a, "size"_a, "patch"_a,
@@ -297,6 +370,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("voxelize_cuda", &medgmae::voxelize_cuda, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a,
              "patch"_a, "origin"_a, "step"_a, "support"_a, "widths"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a,
              "voxelize on the current CUDA device; the workspace, like every address, is on the device.");
+  module.def("project_cuda_workspace", &medgmae::project_cuda_workspace, "dtype"_a, "batch"_a, "count"_a, "views"_a, "size"_a,
+             "backward"_a, "Bytes of device memory that project_cuda needs.");
+  module.def("project_cuda", &medgmae::project_cuda, "dtype"_a, "batch"_a, "count"_a, "views"_a, "addresses"_a, "size"_a, "support"_a,
+             "parallel"_a, "affine"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a,
+             "project on the current CUDA device; the workspace, like every address, is on the device.");
   module.def("selective_scan_cuda_workspace", &medgmae::selective_scan_cuda_workspace, "dtype"_a, "sizes"_a, "streams"_a,
              "matrices"_a, "arrays"_a, "stream_type"_a, "Bytes of device memory that selective_scan_cuda needs.");
   module.def("selective_scan_cuda", &medgmae::selective_scan_cuda, "dtype"_a, "sizes"_a, "streams"_a, "matrices"_a, "arrays"_a,

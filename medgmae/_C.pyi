@@ -1,5 +1,7 @@
 """Types of the native module; cuda/module.cpp defines it."""
 
+from collections.abc import Sequence
+
 from medgmae.ops.native import BuildInfo
 
 interface: int
@@ -20,6 +22,19 @@ def voxelize(
     threads: int,
     variant: str = "",
 ) -> None: ...
+def project(
+    dtype: int,
+    batch: int,
+    count: int,
+    views: int,
+    addresses: list[int],
+    size: list[int],
+    support: float,
+    parallel: bool,
+    affine: bool,
+    threads: int,
+    variant: str = "",
+) -> None: ...
 def cuda_problem() -> str | None: ...
 def voxelize_cuda_workspace(
     batch: int, count: int, patches: int, size: list[int], patch: list[int], backward: bool
@@ -36,6 +51,21 @@ def voxelize_cuda(
     step: list[float],
     support: float,
     widths: tuple[float, float],
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> None: ...
+def project_cuda_workspace(dtype: int, batch: int, count: int, views: int, size: list[int], backward: bool) -> int: ...
+def project_cuda(
+    dtype: int,
+    batch: int,
+    count: int,
+    views: int,
+    addresses: list[int],
+    size: list[int],
+    support: float,
+    parallel: bool,
+    affine: bool,
     workspace: int,
     workspace_bytes: int,
     stream: int,
@@ -71,6 +101,18 @@ def causal_conv1d(
     streams: dict[str, tuple[int, int, int, int]],
     arrays: dict[str, tuple[int, int]],
     stream_type: int,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+def project_volume(
+    dtype: int,
+    volume: Sequence[int],
+    views: int,
+    size: Sequence[int],
+    addresses: Sequence[int],
+    parallel: bool,
+    slab: int,
+    adjoint: bool,
     threads: int,
     variant: str = "",
 ) -> None: ...

@@ -81,7 +81,7 @@ _PUBLIC = {
 }
 
 # Modules that a program may use as attributes, without an import of their own.
-_MODULES = ("data", "evaluation", "models", "ops", "training", "visualize")
+_MODULES = ("data", "evaluation", "models", "ops", "tomography", "training", "visualize")
 
 __all__ = ["__version__", *_PUBLIC]
 

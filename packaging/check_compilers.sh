@@ -36,7 +36,7 @@ done
 
 if command -v qemu-aarch64-static >/dev/null; then
     clang -target aarch64-linux-musl -static -DMEDGMAE_VARIANT=generic -c cuda/cpu_kernels.cpp -o "$folder/kernels.o"
-    for driver in driver driver_sequences; do
+    for driver in driver driver_sequences driver_project; do
         clang -target aarch64-linux-musl -static "$folder/kernels.o" -DMEDGMAE_VARIANT=generic tests/sanitize/$driver.cpp -o "$folder/$driver"
         echo -n "aarch64 in qemu: "
         qemu-aarch64-static "$folder/$driver" 40

@@ -238,3 +238,15 @@ def test_segmentation_starts_differ_in_the_encoder_and_fit_their_crops(script: A
         first, last = (example.fit(task, part, start, steps, 1, 1e-3, 0) for steps in (1, 12))
         before, after = (dice_ce_loss(model(scan.data[None]), labels.data[None]) for model in (first, last))
         assert after < 0.9 * before, start
+
+
+@pytest.mark.slow
+def test_a_ct_from_projections(script: Any, tmp_path: Path) -> None:
+    small = ("--views", 6, "--gaussians", 500, "--steps", 10, "--seeds", 1, "--iterations", 2, 2)
+    said = run(script("ct_from_projections"), *small, "--out", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["voxels"]["SART"]["psnr"] > results["voxels"]["FDK"]["psnr"]
+    assert all(f"{name} " in said for name in ("FDK", "SART", "CG", *results["gaussians"]))
+    best = max(results["gaussians"], key=lambda name: results["gaussians"][name][0]["psnr"])
+    assert best == "fitted to SART"
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("planes", "curves"))

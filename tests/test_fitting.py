@@ -25,7 +25,7 @@ from medgmae import (
     write_volume,
 )
 from medgmae.data import Grid
-from medgmae.gaussians.fitting import MOVED_SHARE, Rates, _draw, _Fit
+from medgmae.gaussians.fitting import MOVED_SHARE, Rates, _Fit, draw_places
 
 
 def blobs(size: tuple[int, int, int] = (20, 24, 18), count: int = 6, seed: int = 0) -> Volume:
@@ -110,7 +110,7 @@ def test_the_start_is_round_in_millimetres_and_wider_where_less_happens() -> Non
 
 def test_joining_gaussians_lie_where_the_error_is() -> None:
     scan = blobs()
-    fit = _Fit(scan, 100, 100, GaussianRenderer(3.0), Rates())
+    fit = _Fit(scan, 100, 100, GaussianRenderer(3.0), Rates(), 0.3)
     fit.start(torch.Generator().manual_seed(0))
     fit.step(1)
     assert fit.active == 10
@@ -136,7 +136,7 @@ def test_joining_gaussians_lie_where_the_error_is() -> None:
 def test_places_follow_the_weights() -> None:
     weights = torch.zeros(4, 5, 6)
     weights[0, 1, 2], weights[3, 4, 5] = 1.0, 3.0
-    places = _draw(weights, 4000, torch.Generator().manual_seed(0)).round()
+    places = draw_places(weights, 4000, torch.Generator().manual_seed(0)).round()
     rows, counts = places.unique(dim=0, return_counts=True)
     near = [int(counts[(rows - torch.tensor(p)).abs().amax(1) == 0].sum()) for p in ([0, 1, 2.0], [3, 4, 5.0])]
     assert near == pytest.approx([1000, 3000], abs=25)

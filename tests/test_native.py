@@ -60,7 +60,7 @@ def test_best_variant_that_runs_is_used() -> None:
 def test_self_test_takes_every_path() -> None:
     errors = self_test()
     runnable = [name for name, runs in native_info()["cpu_variants"].items() if runs]
-    operators = ["voxelize", "voxelize in levels", "selective_scan", "causal_conv1d"]
+    operators = ["voxelize", "voxelize in levels", "project", "project in parallel", "selective_scan", "causal_conv1d"]
     paths = itertools.product(runnable, ("float32", "float64"), operators)
     assert {"/".join(("cpu", *path)) for path in paths} <= set(errors)
     assert max(errors.values()) < 1e-5
@@ -195,7 +195,7 @@ def test_types_of_the_module_are_true() -> None:
 
 
 def test_operators_are_functions_and_no_modules() -> None:
-    for name in ("causal_conv1d", "selective_scan", "self_test", "voxelize"):
+    for name in ("causal_conv1d", "project", "selective_scan", "self_test", "voxelize"):
         assert callable(getattr(medgmae.ops, name))
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module(f"medgmae.ops.{name}")

@@ -20,6 +20,7 @@ import medgmae
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = ("slices", "data", "preparation", "probe", "prepared", "training", "finetune", "export", "saliency", "scale")
+NAMES += ("tomography",)
 PAGES = README + "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in NAMES)
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.

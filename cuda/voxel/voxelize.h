@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "../common.h"
+#include "../rotations.h"
 
 namespace medgmae {
 
@@ -44,24 +44,6 @@ struct VoxelFrame {
 template <class T>
 MEDGMAE_HD T lowest_exponent() {
   return sizeof(T) == 4 ? T(-24) : T(-40);
-}
-
-template <class L>
-MEDGMAE_HD void rotation_matrix(const L* q, L* r) {
-  L const w = q[0], x = q[1], y = q[2], z = q[3];
-  r[0] = 1 - 2 * (y * y + z * z), r[1] = 2 * (x * y - w * z), r[2] = 2 * (x * z + w * y);
-  r[3] = 2 * (x * y + w * z), r[4] = 1 - 2 * (x * x + z * z), r[5] = 2 * (y * z - w * x);
-  r[6] = 2 * (x * z - w * y), r[7] = 2 * (y * z + w * x), r[8] = 1 - 2 * (x * x + y * y);
-}
-
-// The quaternion's direction; returns its length, at least 1e-12.
-template <class L, class T>
-MEDGMAE_HD L normalize_quaternion(const T* raw, L* q) {
-  L square = 0;
-  for (int k = 0; k < 4; ++k) square += L(raw[k]) * L(raw[k]);
-  L const root = sqrt(square), length = root > L(1e-12) ? root : L(1e-12);
-  for (int k = 0; k < 4; ++k) q[k] = L(raw[k]) / length;
-  return length;
 }
 
 // R diag(d) R' of a rotation in row order.
@@ -204,7 +186,7 @@ MEDGMAE_HD void add_moments(const VoxelizeCall& call, const VoxelGaussian<L>& g,
 template <class T>
 MEDGMAE_HD void parameter_gradients(const VoxelizeCall& call, int64_t i, const double* m) {
   const T* scale = static_cast<const T*>(call.scales) + 3 * i;
-  double q[4], r[9], inverse[3], p[6], rotation_grad[9], unit_grad[4];
+  double q[4], r[9], inverse[3], p[6], rotation_grad[9], quat_grad[4];
   double const length = normalize_quaternion(static_cast<const T*>(call.quats) + 4 * i, q);
   double const density = static_cast<const T*>(call.densities)[i];
   rotation_matrix(q, r);
@@ -223,16 +205,8 @@ MEDGMAE_HD void parameter_gradients(const VoxelizeCall& call, int64_t i, const d
     static_cast<T*>(call.grad_scales)[3 * i + k] = T(density * quadratic * inverse[k] / double(scale[k]));
     for (int a = 0; a < 3; ++a) rotation_grad[3 * a + k] = -density * column[a] * inverse[k];
   }
-  double const w = q[0], x = q[1], y = q[2], z = q[3];
-  const double* d = rotation_grad;
-  unit_grad[0] = 2 * (-z * d[1] + y * d[2] + z * d[3] - x * d[5] - y * d[6] + x * d[7]);
-  unit_grad[1] = 2 * (y * d[1] + z * d[2] + y * d[3] - 2 * x * d[4] - w * d[5] + z * d[6] + w * d[7] - 2 * x * d[8]);
-  unit_grad[2] = 2 * (-2 * y * d[0] + x * d[1] + w * d[2] + x * d[3] + z * d[5] - w * d[6] + z * d[7] - 2 * y * d[8]);
-  unit_grad[3] = 2 * (-2 * z * d[0] - w * d[1] + x * d[2] + w * d[3] - 2 * z * d[4] + y * d[5] + x * d[6] + y * d[7]);
-  double dot = 0;
-  for (int k = 0; k < 4; ++k) dot += q[k] * unit_grad[k];
-  if (!(length > 1e-12)) dot = 0;  // the length is the constant 1e-12 there
-  for (int k = 0; k < 4; ++k) static_cast<T*>(call.grad_quats)[4 * i + k] = T((unit_grad[k] - q[k] * dot) / length);
+  quaternion_gradient(q, length, rotation_grad, quat_grad);
+  for (int k = 0; k < 4; ++k) static_cast<T*>(call.grad_quats)[4 * i + k] = T(quat_grad[k]);
 }
 
 // The gradients of a Gaussian that cannot be rendered: NaN.

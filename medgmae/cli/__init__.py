@@ -1,6 +1,6 @@
 """The command line: ``medgmae list``, ``info``, ``recommend``, ``features``, ``probe``, ``segment``, ``score``,
 ``slices``, ``reconstruct``, ``latent-map``, ``saliency``, ``gallery``, ``fit``, ``convert``, ``export``, ``verify``,
-``data``, ``pretrain``, ``finetune``, ``predict``, ``runs``.
+``project``, ``reconstruct-ct``, ``data``, ``pretrain``, ``finetune``, ``predict``, ``runs``.
 
 Nothing heavy is imported before a command runs, so that ``medgmae --help`` answers at once.
 """
@@ -30,6 +30,7 @@ from medgmae.cli.saliency import saliency_command
 from medgmae.cli.score import score_command
 from medgmae.cli.segment import segment_command
 from medgmae.cli.slices import slices_command
+from medgmae.cli.tomography import project_command, reconstruct_ct_command
 from medgmae.cli.verify import verify_command
 
 __all__ = ["main"]
@@ -57,6 +58,8 @@ main.add_command(latent_map_command)
 main.add_command(saliency_command)
 main.add_command(gallery_command)
 main.add_command(fit_command)
+main.add_command(project_command)
+main.add_command(reconstruct_ct_command)
 main.add_command(slices_command)
 main.add_command(convert_command)
 main.add_command(export_command)

@@ -79,6 +79,7 @@ def fit_gaussians(
     steps: int = 1000,
     *,
     support: Support = 3.0,
+    thinnest: float = THINNEST,
     rates: Rates | None = None,
     generator: torch.Generator | None = None,
     callback: Callable[[int, float], None] | None = None,
@@ -97,6 +98,8 @@ def fit_gaussians(
         count: Gaussians, K.
         steps: of Adam, each a rendering forward and backward. With 0 the start is returned.
         support: where a Gaussian counts, see :class:`~medgmae.GaussianRenderer`; render the result with the same.
+        thinnest: least standard deviation, in voxels. Below 0.6 or so the values at the voxels say little of what lies
+            between them: where that matters, as for line integrals, ask for as much.
         rates: learning rates.
         generator: source of the places, on the CPU. None: one with seed 0, so that equal calls give equal Gaussians.
         callback: called after every step with the number of steps done and the PSNR in dB before the step, whose peak
@@ -114,7 +117,9 @@ def fit_gaussians(
     """
     if count < 1 or steps < 0:
         raise ValueError(f"count (={count}) must be at least 1 and steps (={steps}) at least 0")
-    fit = _Fit(scan, count, steps, GaussianRenderer(support), rates or Rates())
+    if not thinnest > 0:
+        raise ValueError(f"thinnest (={thinnest}) must be more than 0 voxels")
+    fit = _Fit(scan, count, steps, GaussianRenderer(support), rates or Rates(), thinnest)
     fit.start(torch.Generator().manual_seed(0) if generator is None else generator)
     with progress_bar(steps, "fit", progress, unit="step") as bar:
         for done in range(1, steps + 1):
@@ -143,7 +148,7 @@ def _voxels(scan: Voxels | Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.tensor(spacing, device=values.device)
 
 
-def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def draw_places(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """``count`` places (count, 3) in voxels, (d, h, w), as dense as the weights (D, H, W) are large.
 
     Systematic: equal steps along the running sum, each with its own offset. Repeats are as rare as the weights allow.
@@ -159,11 +164,11 @@ def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.minimum((corners + shifts).clamp(min=0), last).to(weights.device)
 
 
-def _round_gaussians(places: Tensor, scales: Tensor, densities: Tensor) -> _Parameters:
+def _round_gaussians(places: Tensor, scales: Tensor, densities: Tensor, thinnest: float) -> _Parameters:
     """Gaussians that are not turned, from places and standard deviations (n, 3) in voxels and densities (n,)."""
     quats = torch.zeros(len(places), 4, device=places.device)
     quats[:, 0] = 1
-    return _Parameters(places, scales.clamp(min=THINNEST).log(), quats, densities)
+    return _Parameters(places, scales.clamp(min=thinnest).log(), quats, densities)
 
 
 def _at(volume: Tensor, places: Tensor) -> Tensor:
@@ -175,9 +180,17 @@ def _at(volume: Tensor, places: Tensor) -> Tensor:
 class _Fit:
     """The state of one fit. Rows from ``active`` on have not joined yet: they are not rendered and do not move."""
 
-    def __init__(self, scan: Voxels | Tensor, count: int, steps: int, renderer: GaussianRenderer, rates: Rates) -> None:
+    def __init__(
+        self,
+        scan: Voxels | Tensor,
+        count: int,
+        steps: int,
+        renderer: GaussianRenderer,
+        rates: Rates,
+        thinnest: float,
+    ) -> None:
         self.values, self.spacing = _voxels(scan)
-        self.count, self.steps, self.renderer, self.rates = count, steps, renderer, rates
+        self.count, self.steps, self.renderer, self.rates, self.thinnest = count, steps, renderer, rates, thinnest
         self.span = float(self.values.max() - self.values.min())
         self.unit = 1 / (self.values.new_tensor(self.values.shape) - 1).clamp(min=1)
         shares = [(k + 1) / ROUNDS for k in range(ROUNDS)]
@@ -212,7 +225,7 @@ class _Fit:
         self.adam.step()
         self.decline.step()
         with torch.no_grad():
-            self.parameters.log_scales.clamp_(min=math.log(THINNEST))
+            self.parameters.log_scales.clamp_(min=math.log(self.thinnest))
             if done in self.active_after:
                 self._join_and_move(self.values - rendered, self.active_after[done])
         return -10 * math.log10(error) if error > 0 else math.inf
@@ -229,10 +242,11 @@ class _Fit:
     def _first(self) -> _Parameters:
         """Gaussians where the scan has edges, as wide as they are apart: the rows that are active at the start."""
         weights = self._edges() + EDGE_FLOOR * self.span
-        places = _draw(weights, self.active, self.generator)
+        places = draw_places(weights, self.active, self.generator)
         apart = (self.spacing.prod() * weights.sum() / (self.active * _at(weights, places))) ** (1 / 3)  # mm
         values = _at(self.values, places)
-        rows = _round_gaussians(places, FIRST_SCALE * apart[:, None] / self.spacing, values / self.span)
+        scales = FIRST_SCALE * apart[:, None] / self.spacing
+        rows = _round_gaussians(places, scales, values / self.span, self.thinnest)
         # Neighbours overlap: where their sum overshoots the scan, each gets its part of the value.
         overshoot = _at(self.renderer(self._in_axes(rows), self.values.shape)[0, 0], places) / values
         return rows._replace(densities=rows.densities / overshoot.nan_to_num(1.0).clamp(min=1.0))
@@ -252,9 +266,9 @@ class _Fit:
         energy = self.parameters.densities.square().log() + self.parameters.log_scales.sum(1)
         moved = energy[: self.active].topk(round(MOVED_SHARE * self.active), largest=False).indices
         rows = torch.cat([moved, torch.arange(self.active, active, device=moved.device)])
-        places = _draw(residual.square(), len(rows), self.generator)
+        places = draw_places(residual.square(), len(rows), self.generator)
         scales = (JOINING_SCALE * self.spacing.prod() ** (1 / 3) / self.spacing).expand(len(rows), 3)
-        joining = _round_gaussians(places, scales, JOINING_DENSITY / self.span * _at(residual, places))
+        joining = _round_gaussians(places, scales, JOINING_DENSITY / self.span * _at(residual, places), self.thinnest)
         for parameter, values in zip(self.parameters, joining, strict=True):
             parameter[rows] = values
             for average in ("exp_avg", "exp_avg_sq"):

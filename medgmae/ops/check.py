@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from medgmae.ops import conv, scan, voxel
+from medgmae.ops import conv, projection, rays, scan, voxel
 from medgmae.ops.conv.inputs import ConvInputs
 from medgmae.ops.native import device_problem, native_info
+from medgmae.ops.projection.inputs import ProjectInputs
+from medgmae.ops.rays.inputs import RayInputs
 from medgmae.ops.scan.inputs import ScanInputs
 from medgmae.ops.voxel.inputs import VoxelInputs
 
@@ -122,6 +124,14 @@ def _cases() -> Iterator[_Case]:
         means, scales = 0.5 + 0.25 * normal(2, count, 3), (scale * (0.4 * normal(2, count, 3)).exp()).float().double()
         gaussians = means, scales, normal(2, count, 4), normal(2, count)
         yield _Case(name, voxel, VoxelInputs(*gaussians, whole, size, size, support))
+    views = torch.tensor([[[64.0, 3, 1], [-32, -20, -16], [0, 2, 0.5], [1, 0, 2]]], dtype=torch.float64).expand(
+        2, 1, 4, 3
+    )
+    for name, support, parallel in [("project", 3.0, False), ("project in parallel", math.inf, True)]:
+        means, scales = 8 * normal(2, 20, 3), (2 * (0.4 * normal(2, 20, 3)).exp()).float().double()
+        gaussians = means, scales, normal(2, 20, 4), normal(2, 20)
+        inputs = ProjectInputs(*gaussians, views, (17, 21), support, parallel, False)
+        yield _Case(name, projection, inputs)
     scanned = ScanInputs(
         u=normal(2, 70, 20),
         delta=normal(2, 70, 20),
@@ -137,3 +147,6 @@ def _cases() -> Iterator[_Case]:
     )
     yield _Case("selective_scan", scan, scanned)
     yield _Case("causal_conv1d", conv, ConvInputs(normal(2, 70, 20), normal(20, 4), normal(20), True, False))
+    views = torch.tensor([[[-40, 3, 4], [30, -6, -6], [0, 3, 0], [0, 0.5, 3]]], dtype=torch.float64)
+    spacing = torch.tensor([2.0, 1.0, 1.5], dtype=torch.float64)
+    yield _Case("project_volume", rays, RayInputs(normal(2, 8, 9, 10), views, spacing, (5, 5), False))

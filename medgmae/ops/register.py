@@ -121,7 +121,7 @@ class Operator(Generic[Inputs]):
         def run(*values: Any) -> Any:
             lead, inputs = split(values)
             gradients = choose(values[0].device).backward(*lead, inputs)
-            return tuple([inputs[0].new_empty(0) if g is None else g for g in gradients])
+            return _alone([inputs[0].new_empty(0) if g is None else g for g in gradients])
 
         return _without_autocast(run)
 
@@ -140,7 +140,7 @@ class Operator(Generic[Inputs]):
         inputs = self.split(values)[1]
         shapes = [0 if tensor is None else tensor.shape for tensor in inputs[: self.differentiable]]
         owners = [inputs[0] if tensor is None else tensor for tensor in inputs[: self.differentiable]]
-        return tuple(owner.new_empty(shape) for owner, shape in zip(owners, shapes, strict=True))
+        return _alone([owner.new_empty(shape) for owner, shape in zip(owners, shapes, strict=True)])
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep for autograd what the derivative takes."""
@@ -156,6 +156,7 @@ class Operator(Generic[Inputs]):
         # Only the last of several results was used; the first has the shape of the first input.
         grad = torch.zeros_like(saved[len(self.further)]) if grads[0] is None else grads[0]
         gradients = _overload(f"{self.name}_backward")(grad, *grads[1:], *saved, *options)
+        gradients = (gradients,) if isinstance(gradients, Tensor) else gradients
         wanted = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
         return (*wanted, *[None] * (self.tensors - self.differentiable + len(options)))
 
@@ -226,6 +227,11 @@ def _overload(name: str) -> Callable[..., Any]:
     return overload
 
 
+def _alone(results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """One tensor as itself, several as a tuple: so torch wants them."""
+    return results[0] if len(results) == 1 else tuple(results)
+
+
 def _returns(count: int) -> str:
     return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
 
@@ -251,7 +257,7 @@ def _looped(name: str) -> Callable[..., Any]:
         count = info.batch_size
 
         def one(value: Any, dim: int | None, i: int) -> Any:
-            if dim is None:
+            if dim is None or not isinstance(value, Tensor):  # of a list torch gives a dimension for each entry
                 return value
             return value.select(dim, i) if count else value.sum(dim)  # of nothing: zeros, whose result tells the shapes
 

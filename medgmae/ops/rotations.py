@@ -18,6 +18,34 @@ def rotation_matrix(quats: Tensor) -> Tensor:
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
+def rotation_gradient(grad: Tensor, quats: Tensor) -> Tensor:
+    """Gradient to quaternions (..., 4) from one to their rotation matrices (..., 3, 3), through the normalisation.
+
+    Written out for the operators, which run below torch's autograd.
+    """
+    d = grad
+    length: Tensor = quats.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    unit = quats / length
+    w, x, y, z = unit.unbind(-1)
+    by_unit = [
+        x * (d[..., 2, 1] - d[..., 1, 2]) + y * (d[..., 0, 2] - d[..., 2, 0]) + z * (d[..., 1, 0] - d[..., 0, 1]),
+        w * (d[..., 2, 1] - d[..., 1, 2])
+        + y * (d[..., 0, 1] + d[..., 1, 0])
+        + z * (d[..., 0, 2] + d[..., 2, 0])
+        - 2 * x * (d[..., 1, 1] + d[..., 2, 2]),
+        w * (d[..., 0, 2] - d[..., 2, 0])
+        + x * (d[..., 0, 1] + d[..., 1, 0])
+        + z * (d[..., 1, 2] + d[..., 2, 1])
+        - 2 * y * (d[..., 0, 0] + d[..., 2, 2]),
+        w * (d[..., 1, 0] - d[..., 0, 1])
+        + x * (d[..., 0, 2] + d[..., 2, 0])
+        + y * (d[..., 1, 2] + d[..., 2, 1])
+        - 2 * z * (d[..., 0, 0] + d[..., 1, 1]),
+    ]
+    direction = 2 * torch.stack(by_unit, dim=-1)
+    return (direction - unit * (unit * direction).sum(-1, keepdim=True)) / length
+
+
 def quaternions(rotation: Tensor) -> Tensor:
     """Unit quaternions (..., 4), (w, x, y, z) with w >= 0, of rotation matrices (..., 3, 3).
 

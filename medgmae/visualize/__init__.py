@@ -8,11 +8,14 @@ from medgmae.visualize.figures import fit_figure, latent_map_figure, reconstruct
 from medgmae.visualize.gallery import gallery_figure
 from medgmae.visualize.images import images_figure
 from medgmae.visualize.predictions import classification_figure, regression_figure
+from medgmae.visualize.tomography import ct_figure, descent_figure
 from medgmae.visualize.views import views_figure
 
 __all__ = [
     "check_figure",
     "classification_figure",
+    "ct_figure",
+    "descent_figure",
     "fit_figure",
     "gallery_figure",
     "images_figure",

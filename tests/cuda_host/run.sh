@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 flags=(-std=c++17 -O1 -g -pthread -fno-omit-frame-pointer -Wall -Wextra -Wno-unknown-pragmas -fno-sanitize-recover=all)
-for program in races scan_races; do
+for program in races scan_races project_races; do
     for check in thread address,undefined,float-cast-overflow; do
         "${CXX:-g++}" "${flags[@]}" "-fsanitize=$check" "tests/cuda_host/$program.cpp" -o "$folder/$program"
         echo -n "$program, $check: "

@@ -46,6 +46,8 @@ def run(case: Case) -> None:
         selfmedmae_unetr,
         tangerine,
         tangerine_scans,
+        tomography,
+        tomography_voxels,
         voxelfm,
     )
 

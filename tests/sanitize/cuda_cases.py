@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from medgmae.ops import causal_conv1d, native_info, selective_scan, voxelize
+from medgmae.ops import causal_conv1d, native_info, project, selective_scan, voxelize
 
 
 def run(dtype: torch.dtype, count: int, size: tuple[int, int, int], support: str | float | None, scale: float) -> None:
@@ -19,6 +19,20 @@ def run(dtype: torch.dtype, count: int, size: tuple[int, int, int], support: str
     patches = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
     patch = (size[0], 1, size[2])
     voxelize(*inputs, size, support=support, patches=patches, patch_size=patch).sum().backward()
+
+
+def shadows(dtype: torch.dtype, count: int, size: tuple[int, int], beam: str, scale: float) -> None:
+    """Forward and backward of Gaussians in three views, one of them without area."""
+    random = torch.Generator().manual_seed(count)
+    shapes = (2, count, 3), (2, count, 3), (2, count, 4), (2, count)
+    values = [torch.randn(*shape, generator=random, dtype=torch.float64) for shape in shapes]
+    values[0], values[1] = 20 * values[0], scale * values[1].exp()
+    inputs = [value.to("cuda", dtype).requires_grad_() for value in values]
+    first = [90.0, 3, 1] if beam == "cone" else [-1.0, 0.1, 0]
+    view = [first, [-90.0, -size[1], -size[0]], [0, 2.0, 0.1], [0, 0.2, 2.0]]
+    views = torch.tensor([view, view, [*view[:3], view[2]]], dtype=torch.float64, device="cuda")
+    for support, affine in ((2.5, False), (None, True)):
+        project(*inputs, views, size, beam=beam, support=support, affine=affine).square().sum().backward()
 
 
 def scan(dtype: torch.dtype, shape: tuple[int, int, int], states: int, groups: int, reverse: bool) -> None:
@@ -47,7 +61,11 @@ def main() -> None:
         for support in ("box", 3.0, None):
             run(dtype, 7, (9, 17, 19), support, 0.1)
             run(dtype, 1, (1, 1, 33), support, 0.01)
+        for beam in ("cone", "parallel"):
+            shadows(dtype, 7, (17, 70), beam, 5.0)
+            shadows(dtype, 40, (1, 9), beam, 60.0)
     run(torch.float32, 5000, (33, 16, 40), "box", 0.02)
+    shadows(torch.float32, 5000, (33, 70), "cone", 1.0)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         scan(dtype, (2, 70, 150), 16, 1, False)
         scan(dtype, (1, 33, 67), 5, 3, True)

@@ -18,7 +18,7 @@ for variant in generic avx2 avx512; do
     esac
     build=("${CXX:-g++}" "${flags[@]}" "${extra[@]}" -DMEDGMAE_VARIANT=$variant)
     "${build[@]}" -c cuda/cpu_kernels.cpp -o "$folder/kernels.o"
-    for driver in driver driver_sequences; do
+    for driver in driver driver_sequences driver_project; do
         "${build[@]}" "$folder/kernels.o" tests/sanitize/$driver.cpp -o "$folder/$driver"
         echo -n "$variant: "
         "$folder/$driver" "$cases" "$first"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medgmae.ops.rotations import rotation_matrix
+from medgmae.ops.rotations import rotation_gradient, rotation_matrix
 from medgmae.ops.voxel.inputs import VoxelInputs
 
 # Weights below exp(-80) are 0: exp of less is many times slower on a CPU. They are not left at exp(-80), because the
@@ -155,27 +155,7 @@ def _through_precision(grad: Tensor, scales: Tensor, quats: Tensor) -> tuple[Ten
     rotation = rotation_matrix(quats)
     turned = grad @ rotation
     grad_scales = -2 * (rotation * turned).sum(-2) / scales.square() / scales  # a cube could be 0
-    d = 2 * turned / scales.unsqueeze(-2).square()
-    length = quats.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    unit = quats / length
-    w, x, y, z = unit.unbind(-1)
-    by_unit = [
-        x * (d[..., 2, 1] - d[..., 1, 2]) + y * (d[..., 0, 2] - d[..., 2, 0]) + z * (d[..., 1, 0] - d[..., 0, 1]),
-        w * (d[..., 2, 1] - d[..., 1, 2])
-        + y * (d[..., 0, 1] + d[..., 1, 0])
-        + z * (d[..., 0, 2] + d[..., 2, 0])
-        - 2 * x * (d[..., 1, 1] + d[..., 2, 2]),
-        w * (d[..., 0, 2] - d[..., 2, 0])
-        + x * (d[..., 0, 1] + d[..., 1, 0])
-        + z * (d[..., 1, 2] + d[..., 2, 1])
-        - 2 * y * (d[..., 0, 0] + d[..., 2, 2]),
-        w * (d[..., 1, 0] - d[..., 0, 1])
-        + x * (d[..., 0, 2] + d[..., 2, 0])
-        + y * (d[..., 1, 2] + d[..., 2, 1])
-        - 2 * z * (d[..., 0, 0] + d[..., 1, 1]),
-    ]
-    direction = 2 * torch.stack(by_unit, dim=-1)
-    grad_quats = (direction - unit * (unit * direction).sum(-1, keepdim=True)) / length
+    grad_quats = rotation_gradient(2 * turned / scales.unsqueeze(-2).square(), quats)
     return grad_scales, grad_quats
 
 

@@ -1,0 +1,347 @@
+// The CPU projector: the walk over views, rows of the detector and Gaussians, forward and backward. Work is shared out so that no
+// two threads write the same number and every sum has its order: the result does not depend on the number of threads.
+#pragma once
+
+#include "../cpu_memory.h"
+#include "strips.h"
+
+#include "direct.h"
+
+namespace medgmae {
+namespace {
+
+constexpr int64_t kViewsMemory = int64_t(1) << 26;  // bytes of what is kept of several views at a time
+
+typedef ProjectGaussian<Doubles> Whitened;
+
+inline int64_t groups_of(const ProjectCall& call) { return (call.count + kGroup - 1) / kGroup; }
+
+// Gaussians of group g of a set.
+inline int lanes_of(const ProjectCall& call, int64_t g) {
+  int64_t const left = call.count - g * kGroup;
+  return left < kGroup ? int(left) : kGroup;
+}
+
+inline int64_t image_pixels(const ProjectCall& call) { return int64_t(call.rows) * call.columns; }
+
+// A row of a buffer, which may be read and written up to a vector beyond its end.
+inline int64_t buffer_stride(const ProjectCall& call) { return (call.columns + 63) / 64 * 64 + 80; }
+
+// Group number i of all sets; lanes without a Gaussian repeat the last one.
+template <class T>
+Whitened whiten_group(const ProjectCall& call, int64_t i) {
+  int64_t const set = i / groups_of(call), group = i % groups_of(call), first = set * call.count + group * kGroup;
+  const T* const arrays[4] = {static_cast<const T*>(call.means), static_cast<const T*>(call.scales), static_cast<const T*>(call.quats),
+                              static_cast<const T*>(call.densities)};
+  int const widths[4] = {3, 3, 4, 1}, lanes = lanes_of(call, group);
+  return whiten<T, Doubles>([&](int array, int k) {
+    Doubles v;
+    for (int n = 0; n < kGroup; ++n) v[n] = double(arrays[array][(first + (n < lanes ? n : lanes - 1)) * widths[array] + k]);
+    return v;
+  });
+}
+
+template <class T>
+Group group_in_view(const ProjectCall& call, const ProjectFrame<Doubles>& f, Doubles factor, int lanes) {
+  Group g;
+  double const support = visible_support<T>(call.support);
+  g.u = f.u, g.v = f.v, g.gamma = f.gamma, g.kappa = f.kappa, g.k00 = f.k00, g.amplitude = f.amplitude * factor;
+  for (int k = 0; k < 5; ++k) g.l[k] = f.l[k];
+  g.reach = project_reach(f, support);
+  for (int i = 0; i < kGroup; ++i) {
+    g.range[i] = {0, -1, false};
+    if (i >= lanes || !(lane(f.depth, i) > 0)) continue;
+    const ProjectReach<Doubles>& r = g.reach;
+    g.range[i] = reached_rows(lane(f.v, i), {lane(r.a2, i), lane(r.h0, i), lane(r.h1, i), lane(r.e0, i), lane(r.e1, i), lane(r.e2, i)},
+                              call.rows);
+  }
+  return g;
+}
+
+// Calls visit(rows, first row) for blocks of the rows [first, last] of Gaussian i of a group.
+template <class T, class Visit>
+void for_row_blocks(const ProjectCall& call, const Group& g, int i, int first, int last, RowTable<T>* table, Visit visit) {
+  for (int row = first; row <= last; row += kRowBlock) {
+    int const rows = last - row + 1 < kRowBlock ? last - row + 1 : kRowBlock;
+    fill_rows(g, i, row, rows, call.columns, table);
+    visit(rows, row);
+  }
+}
+
+inline ProjectGaussian<double> one_of(const Whitened& group, int i) {
+  ProjectGaussian<double> g;
+  const Doubles* const from = reinterpret_cast<const Doubles*>(&group);
+  for (size_t k = 0; k < sizeof(g) / sizeof(double); ++k) reinterpret_cast<double*>(&g)[k] = lane(from[k], i);
+  return g;
+}
+
+// As render_band, of one Gaussian whose shadow is no ellipse.
+template <class T>
+void render_direct(const ProjectCall& call, const ProjectView& view, const ProjectGaussian<double>& g, int first, int last, T* image,
+                   int64_t stride) {
+  for (int row = first; row <= last; ++row, image += stride) {
+    for (int u = 0; u < call.columns; u += kGroup) {
+      Doubles const weight = direct_pixel<Doubles>(view, g, call.support, ramp(double(u)), row).weight;
+      for (int k = 0; k < kGroup; ++k) image[u + k] += T(g.density * weight[k]);
+    }
+  }
+}
+
+// Adds the Gaussians to the rows [first, last] of a view, which begin at `image`.
+template <class T>
+void render_band(const ProjectCall& call, const ProjectView& view, const Whitened* gaussians, const Group* groups, int first, int last,
+                 T* image, int64_t stride) {
+  RowTable<T> table;
+  Strips<T> strips;
+  for (int64_t n = 0; n < groups_of(call); ++n) {
+    const Group& g = groups[n];
+    for (int i = 0; i < kGroup; ++i) {
+      int const top = g.range[i].first > first ? g.range[i].first : first, bottom = g.range[i].last < last ? g.range[i].last : last;
+      if (top > bottom) continue;
+      if (g.range[i].open) {
+        render_direct(call, view, one_of(gaussians[n], i), first, last, image, stride);
+        continue;
+      }
+      if (view.flat && prepare_strips(g, i, visible_support<T>(call.support), call.columns, lane(g.amplitude, i), &strips)) {
+        if (is_wide(strips)) add_strips<T, 2>(strips, call.rows, first, last, image, stride);
+        else add_strips<T, 1>(strips, call.rows, first, last, image, stride);
+        continue;
+      }
+      Profile<T> const p = profile_of<T>(g, i);
+      for_row_blocks(call, g, i, top, bottom, &table, [&](int rows, int row) {
+        T* const at = image + (row - first) * stride;
+        if (view.flat) add_rows<T, Shape::flat>(p, table, rows, at, stride);
+        else add_rows<T, Shape::cone>(p, table, rows, at, stride);
+      });
+    }
+  }
+}
+
+// out = in |w| for a row of a view; in a flat one, out = in.
+template <class T>
+void times_rays(const ProjectCall& call, const ProjectView& view, int row, const T* in, T* out) {
+  if (view.flat) {
+    memcpy(out, in, size_t(call.columns) * sizeof(T));
+    return;
+  }
+  double const start = ray_square(view, 0, row), bend = dot3(view.column, view.column);
+  double const slope = ray_square(view, 1, row) - start - bend;
+  for (int u = 0; u < call.columns; u += kGroup) {
+    Doubles const at = ramp(double(u)), length = root_lanes(start + at * (slope + at * bend));
+    T factor[kGroup];
+    store_as(factor, length);
+    for (int k = 0; k < kGroup && u + k < call.columns; ++k) out[u + k] = in[u + k] * factor[k];
+  }
+}
+
+// How views are taken together, and detectors divided.
+struct ViewPlan {
+  int64_t together;  // views of all sets whose groups, or images, are kept at a time
+  int band, bands;   // rows, and how many
+};
+
+inline ViewPlan plan_views(const ProjectCall& call, int64_t bytes_per_view, int threads) {
+  ViewPlan plan;
+  int64_t const all = call.batch * call.views, fit = kViewsMemory / (bytes_per_view + 1) + 1;
+  plan.together = fit < all ? fit : all;
+  int64_t const wanted = threads == 1 ? 1 : (4 * int64_t(threads) + plan.together - 1) / (plan.together > 0 ? plan.together : 1);
+  int const most = (call.rows + 7) / 8, bands = wanted < most ? int(wanted) : most;
+  plan.band = (call.rows + bands - 1) / bands, plan.bands = (call.rows + plan.band - 1) / plan.band;
+  return plan;
+}
+
+// Whether set b has a Gaussian that cannot be projected.
+inline bool is_spoiled(const ProjectCall& call, const Whitened* gaussians, int64_t b) {
+  Doubles sum = {};
+  for (int64_t n = 0; n < groups_of(call); ++n) sum += gaussians[b * groups_of(call) + n].spoiled;
+  bool spoiled = false;
+  for (int i = 0; i < kGroup; ++i) spoiled = spoiled || !(sum[i] == 0);
+  return spoiled;
+}
+
+template <class T>
+void project_band(const ProjectCall& call, const Whitened* gaussians, const Group* groups, bool spoiled, int64_t view, int first,
+                  int last, T* buffer) {
+  int64_t const stride = buffer_stride(call);
+  memset(buffer, 0, size_t(stride * (last - first + 1)) * sizeof(T));
+  ProjectView const geometry = project_view(call, view);
+  if (!spoiled) render_band<T>(call, geometry, gaussians, groups, first, last, buffer, stride);
+  T* const out = static_cast<T*>(call.out) + view * image_pixels(call);
+  for (int row = first; row <= last; ++row) {
+    T* const to = out + int64_t(row) * call.columns;
+    times_rays(call, geometry, row, buffer + (row - first) * stride, to);
+    for (int u = 0; spoiled && u < call.columns; ++u) to[u] = T(NAN);
+  }
+}
+
+// False if there is not enough memory.
+template <class T>
+bool project_forward(const ProjectCall& call, int threads) {
+  int64_t const groups = groups_of(call), all = call.batch * call.views;
+  ViewPlan const plan = plan_views(call, groups * int64_t(sizeof(Group)), threads);
+  ThreadMemory<Whitened> gaussians(call.batch * groups + 1);
+  ThreadMemory<Group> kept(plan.together * groups + 1);
+  ThreadMemory<bool> spoiled(call.batch + 1);
+  bool enough = gaussians.at != nullptr && kept.at != nullptr && spoiled.at != nullptr;
+  if (!enough) return false;
+#pragma omp parallel num_threads(threads)
+  {
+    FlushSubnormals flush;
+    ThreadMemory<T> buffer(plan.band * buffer_stride(call));
+    if (buffer.at == nullptr) {
+#pragma omp atomic write
+      enough = false;
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < call.batch * groups; ++i) gaussians.at[i] = whiten_group<T>(call, i);
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < call.batch; ++b) spoiled.at[b] = is_spoiled(call, gaussians.at, b);
+    for (int64_t start = 0; start < all; start += plan.together) {
+      int64_t const views = all - start < plan.together ? all - start : plan.together;
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < views * groups; ++i) {
+        int64_t const view = start + i / groups, group = i % groups;
+        const Whitened& g = gaussians.at[view / call.views * groups + group];
+        ProjectView const geometry = project_view(call, view);
+        kept.at[i] = group_in_view<T>(call, project_frame(geometry, g), g.density, lanes_of(call, group));
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < views * plan.bands; ++i) {
+        int64_t const view = start + i / plan.bands;
+        int const first = int(i % plan.bands) * plan.band, end = first + plan.band;
+        if (buffer.at == nullptr) continue;
+        int64_t const set = view / call.views;
+        project_band<T>(call, gaussians.at + set * groups, kept.at + i / plan.bands * groups, spoiled.at[set], view, first,
+                        (end < call.rows ? end : call.rows) - 1, buffer.at);
+      }
+    }
+  }
+  return enough;
+}
+
+// Moments of Gaussian i of a group over an image.
+template <class T>
+void gaussian_moments(const ProjectCall& call, const ProjectView& view, const Group& g, int i, const T* image, Doubles* moments) {
+  int64_t const stride = buffer_stride(call);
+  Strips<T> strips;
+  if (view.flat && prepare_strips(g, i, visible_support<T>(call.support), call.columns, 1, &strips)) {
+    double found[6];
+    if (is_wide(strips)) sum_strips<T, 2>(strips, call.rows, image, stride, found);
+    else sum_strips<T, 1>(strips, call.rows, image, stride, found);
+    for (int k = 0; k < 6; ++k) reinterpret_cast<double*>(moments + k)[i] = found[k];
+    return;
+  }
+  RowTable<T> table;
+  MomentSums<T> sums = {};
+  Profile<T> const p = profile_of<T>(g, i);
+  for_row_blocks(call, g, i, g.range[i].first, g.range[i].last, &table, [&](int rows, int row) {
+    const T* const at = image + row * stride;
+    if (view.flat) sum_rows<T, Shape::flat>(p, table, rows, at, stride, &sums);
+    else sum_rows<T, Shape::cone>(p, table, rows, at, stride, &sums);
+  });
+  T totals[16];
+  for (int k = 0; k < 16; k += kLanes<T>) medgmae::sums<T>(sums.of + k), store(totals + k, sums.of[k]);
+  for (int k = 0; k < kProjectMoments; ++k) reinterpret_cast<double*>(moments + k)[i] = double(totals[k]);
+}
+
+// Adds the gradients of one Gaussian whose shadow is no ellipse.
+template <class T>
+void direct_gradient(const ProjectCall& call, const ProjectView& view, const ProjectGaussian<double>& g, const T* image,
+                     ProjectTotals<double>* totals) {
+  Doubles moments[kDirectMoments] = {};
+  for (int row = 0; row < call.rows; ++row, image += buffer_stride(call)) {
+    for (int u = 0; u < call.columns; u += kGroup) {
+      DirectPixel<Doubles> const pixel = direct_pixel<Doubles>(view, g, call.support, ramp(double(u)), row);
+      Doubles grad;
+      for (int k = 0; k < kGroup; ++k) grad[k] = pixel.weight[k] != 0 ? double(image[u + k]) : 0.0;  // what is outside may be NaN
+      add_direct(pixel, grad * pixel.weight, moments);
+    }
+  }
+  double sums[kDirectMoments];
+  for (int k = 0; k < kDirectMoments; ++k) sums[k] = sum<double>(moments[k]);
+  direct_chain(g, sums, totals);
+}
+
+// Adds the gradients of a group in some views to its totals.
+template <class T>
+void group_gradient(const ProjectCall& call, const Whitened& gaussian, int64_t first, int64_t views, int lanes, const T* images,
+                    ProjectTotals<Doubles>* totals) {
+  int64_t const pixels = buffer_stride(call) * call.rows;
+  Doubles* const to = reinterpret_cast<Doubles*>(totals);
+  for (int64_t v = 0; v < views; ++v) {
+    ProjectView const view = project_view(call, first + v);
+    ProjectFrame<Doubles> const frame = project_frame(view, gaussian);
+    Group const group = group_in_view<T>(call, frame, splat(1.0), lanes);
+    Doubles moments[kProjectMoments] = {};
+    Mask<double> reached = {};
+    for (int i = 0; i < lanes; ++i) {
+      if (group.range[i].first > group.range[i].last) continue;
+      if (group.range[i].open) {
+        ProjectTotals<double> part = {};
+        direct_gradient(call, view, one_of(gaussian, i), images + v * pixels, &part);
+        for (int k = 0; k < kProjectTotals; ++k) to[k][i] += reinterpret_cast<double*>(&part)[k];
+        continue;
+      }
+      reached[i] = -1;
+      gaussian_moments<T>(call, view, group, i, images + v * pixels, moments);
+    }
+    ProjectTotals<Doubles> part = {};
+    project_chain(view, frame, moments, &part);
+    const Doubles* const from = reinterpret_cast<const Doubles*>(&part);
+    for (int k = 0; k < kProjectTotals; ++k) to[k] += keep<double>(reached, from[k]);  // others may be no numbers
+  }
+}
+
+// The gradients of a group's Gaussians from its totals.
+template <class T>
+void finish_group(const ProjectCall& call, int64_t i, const Whitened& gaussian, const ProjectTotals<Doubles>& totals) {
+  int64_t const set = i / groups_of(call), group = i % groups_of(call);
+  for (int n = 0; n < lanes_of(call, group); ++n) {
+    int64_t const number = set * call.count + group * kGroup + n;
+    ProjectTotals<double> one;
+    const Doubles* const from = reinterpret_cast<const Doubles*>(&totals);
+    for (int k = 0; k < kProjectTotals; ++k) reinterpret_cast<double*>(&one)[k] = lane(from[k], n);
+    if (lane(gaussian.spoiled, n) == 0) project_gradients<T>(call, number, one);
+    else nan_project_gradients<T>(call, number);
+  }
+}
+
+// False if there is not enough memory.
+template <class T>
+bool project_gradient(const ProjectCall& call, int threads) {
+  int64_t const groups = groups_of(call), stride = buffer_stride(call), image = stride * call.rows;
+  ViewPlan const plan = plan_views(call, image * int64_t(sizeof(T)), threads);
+  int64_t const together = plan.together < call.views ? plan.together : call.views;
+  ThreadMemory<Whitened> gaussians(call.batch * groups + 1);
+  ThreadMemory<ProjectTotals<Doubles>> totals(call.batch * groups + 1);
+  ThreadMemory<T> images(together * image + 64);
+  if (gaussians.at == nullptr || totals.at == nullptr || images.at == nullptr) return false;
+#pragma omp parallel num_threads(threads)
+  {
+    FlushSubnormals flush;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < call.batch * groups; ++i) gaussians.at[i] = whiten_group<T>(call, i), totals.at[i] = ProjectTotals<Doubles>{};
+    for (int64_t start = 0; start < call.batch * call.views;) {
+      int64_t const set = start / call.views, rest = (set + 1) * call.views - start, views = rest < together ? rest : together;
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < views * call.rows; ++i) {
+        const T* const grad = static_cast<const T*>(call.grad) + (start * call.rows + i) * call.columns;
+        T* const to = images.at + i * stride;
+        times_rays(call, project_view(call, start + i / call.rows), int(i % call.rows), grad, to);
+        memset(to + call.columns, 0, size_t(stride - call.columns) * sizeof(T));
+      }
+#pragma omp for schedule(dynamic, 4)
+      for (int64_t n = 0; n < groups; ++n) {
+        int64_t const i = set * groups + n;
+        group_gradient<T>(call, gaussians.at[i], start, views, lanes_of(call, n), images.at, totals.at + i);
+      }
+      start += views;
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < call.batch * groups; ++i) finish_group<T>(call, i, gaussians.at[i], totals.at[i]);
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace medgmae

@@ -1,0 +1,1 @@
+"""3D Gaussians projected along rays onto detectors, with gradients."""
