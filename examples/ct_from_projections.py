@@ -156,7 +156,8 @@ def main(**given: Any) -> None:
             row, result = descend(data, truth, start, options, seed)
             rows.setdefault(start[0], []).append(row)
             if seed == 0:
-                curves[start[0]] = result.curve
+                made = row["start_seconds"]
+                curves[start[0]] = [look._replace(seconds=made + look.seconds) for look in result.curve]
                 drawn = result if drawn is None else drawn
         ends = [row["psnr"] for row in rows[start[0]]]
         first, seconds = rows[start[0]][0]["start_psnr"], statistics.median(row["seconds"] for row in rows[start[0]])
