@@ -104,6 +104,25 @@ def test_iterations_come_nearer_and_repeat_bit_by_bit() -> None:
     assert error(better) < errors["cg"][1]
 
 
+def test_a_body_that_is_wider_than_the_detector_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    whole = scan(360, 12, **CONE)
+    fdk(whole, GRID)
+    assert not caplog.records
+    narrow = circular_geometry([0.3 + 0.5 * k for k in range(12)], (40, 16), 3.0, **CONE)
+    cg(project(ball()[0], narrow), GRID, 1, progress=False)
+    assert "of the body on the grid is outside of the detector" in caplog.text
+
+
+def test_points_are_seen_where_their_rays_meet_the_detector() -> None:
+    for lengths in (CONE, {}):
+        geometry = circular_geometry([0.3, 2.0], (9, 7), (3.0, 2.0), offset_mm=(4.0, -2.0), **lengths)
+        source, corner, column, row = geometry.views[1]
+        pixel = corner + 5 * column + 2.5 * row
+        point = source + 0.6 * (pixel - source) if lengths else pixel - 50 * source
+        found = geometry.pixels(point[None])[1, 0]
+        torch.testing.assert_close(found, torch.tensor([2.5, 5.0], dtype=torch.float64))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     few = scan(360, 4, **CONE)
     other = Volume(torch.zeros(1, 4, 4, 4), Grid((4, 4, 4)))

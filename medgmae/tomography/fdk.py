@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medgmae.data import Grid, Volume, VolumeError
 from medgmae.tomography.geometry import ProjectionGeometry
-from medgmae.tomography.projections import Projections
+from medgmae.tomography.projections import Projections, check_coverage
 
 _log = logging.getLogger("medgmae")
 # Of a full turn, the largest gap between neighbouring views that still closes it, in mean steps.
@@ -47,6 +47,7 @@ def fdk(projections: Projections, grid: Grid) -> Volume:
     Raises:
         VolumeError: fewer than two views, sources that are on no circle, or too short an arc.
     """
+    check_coverage(projections, grid)
     geometry = projections.geometry
     orbit = orbit_of(geometry)
     weights = view_weights(geometry, orbit)  # (V, columns)

@@ -94,6 +94,18 @@ class ProjectionGeometry:
         steps = self.views[:, 2:].norm(dim=2).mean(0).tolist()
         return steps[1], steps[0]
 
+    def pixels(self, points: Tensor) -> Tensor:
+        """Where points (n, 3) in millimetres are seen: (V, n, 2), (row, column), which need not be whole."""
+        source, corner, column, row = (part[:, None] for part in self.views.unbind(1))
+        normal = torch.linalg.cross(column, row)
+        along = source.expand(-1, len(points), -1) if self.beam == "parallel" else points.double() - source
+        start = points.double().expand(len(self), -1, -1) if self.beam == "parallel" else source
+        t = ((corner - start) * normal).sum(-1, keepdim=True) / (along * normal).sum(-1, keepdim=True)
+        place, square = start + t * along - corner, (normal * normal).sum(-1)
+        columns = (torch.linalg.cross(row, normal) * place).sum(-1) / square
+        rows = (torch.linalg.cross(normal, column) * place).sum(-1) / square
+        return torch.stack([rows, columns], dim=-1)
+
     def binned(self, factor: int) -> ProjectionGeometry:
         """The geometry of means of ``factor`` x ``factor`` pixels; rows and columns left over are cut off."""
         rows, columns = (n // factor for n in self.size)

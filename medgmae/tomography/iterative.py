@@ -12,7 +12,7 @@ from medgmae.data import Grid, Volume, VolumeError
 from medgmae.ops.progress import progress_bar
 from medgmae.ops.rays.operator import back_project_volume, project_volume
 from medgmae.tomography.geometry import ProjectionGeometry
-from medgmae.tomography.projections import Projections
+from medgmae.tomography.projections import Projections, check_coverage
 
 Watch = Callable[[int, Volume, float], None]
 """Called after each iteration with its number, the volume and the seconds so far."""
@@ -83,6 +83,7 @@ def sart(
         watch: called after each iteration.
         progress: show a progress bar; by default in terminals and notebooks.
     """
+    check_coverage(projections, grid)
     x = _first(start, grid)
     views = [Rays(grid, projections.geometry[[k]]) for k in range(len(projections))]
     ones = torch.ones(grid.size)
@@ -124,6 +125,7 @@ def cg(
         watch: called after each iteration.
         progress: show a progress bar; by default in terminals and notebooks.
     """
+    check_coverage(projections, grid)
     x, rays = _first(start, grid), Rays(grid, projections.geometry)
     residual = projections.data - rays.forward(x) if start is not None else projections.data.clone()
     gradient = rays.back(residual)

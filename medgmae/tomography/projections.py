@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medgmae.data import VolumeError
+from medgmae.data import Grid, VolumeError
 from medgmae.tomography.geometry import ProjectionGeometry
+
+_log = logging.getLogger("medgmae")
 
 # Attenuation of water in 1/mm at the usual mean energies of CT, about 70 keV.
 MU_WATER = 0.02
 # No patient attenuates by exp(-30).
 MOST = 30.0
+_AIR = 0.02  # line integral of what is no body
+_LOST = 0.05  # part of a body that may be outside of the detector
 _RIM = 0.1  # share of a detector's sides that is looked at for the unattenuated beam
 
 
@@ -148,3 +153,27 @@ def add_noise(projections: Projections, photons: float, generator: torch.Generat
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     counts = torch.poisson(photons * (-projections.data.double()).exp(), generator=generator)
     return Projections(line_integrals(counts, photons), projections.geometry)
+
+
+def check_coverage(projections: Projections, grid: Grid) -> None:
+    """Log a warning where bodies on a grid would reach beyond the detector, as attenuation without an end.
+
+    Looked at are 9 x 9 x 9 places of the grid, those with a body: which attenuate more than air in every view that has
+    them on its detector.
+    """
+    axes = [torch.linspace(0, n - 1, 9, dtype=torch.float64) for n in grid.size]
+    points = torch.from_numpy(grid.world(torch.cartesian_prod(*axes).numpy()))
+    places = projections.geometry.pixels(points).round().long()  # (V, n, 2)
+    rows, columns = projections.geometry.size
+    inside = ((places >= 0) & (places < torch.tensor([rows, columns]))).all(-1)
+    view = torch.arange(len(projections))[:, None]
+    seen = projections.data[view, places[..., 0].clamp(0, rows - 1), places[..., 1].clamp(0, columns - 1)]
+    body = ((seen > _AIR) | ~inside).all(0)
+    lost = body & ~inside.all(0)
+    share = float(lost.sum()) / max(int(body.sum()), 1)
+    if share > _LOST:
+        _log.warning(
+            "%.0f %% of the body on the grid is outside of the detector in some view: expect a bright rim, and values "
+            "that are too high towards it; take a grid or a detector that holds the body",
+            100 * share,
+        )
