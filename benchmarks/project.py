@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ def row_of(scale: float, threads: int, peak: float, options: argparse.Namespace)
             ways[f"{name}, {kind}"] = lambda run=run, some=some, c=c: run(some, cone[0], SIZE, SUPPORT, c)  # type: ignore[misc]
     times = take_turns(ways, options.rounds)
     visits = pairs(parameters, cone[0], SIZE, SUPPORT)
-    row: dict[str, Any] = {"scale": scale, "threads": threads, "pairs": visits, "machine": machine()}
+    row: dict[str, Any] = {"scale": scale, "threads": threads, "pairs": visits, "load": os.getloadavg()[0]}
     row["ms"] = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     row["best_ms"] = {name: 1e3 * min(values) for name, values in times.items()}
     for name, (_, _, factor) in rivals.items():
