@@ -25,13 +25,19 @@ MEDGMAE_HD L normalize_quaternion(const T* raw, L* q) {
   return length;
 }
 
+// The gradient to a unit quaternion, from one to its rotation matrix; the quaternion's own direction is not taken out.
+template <class L>
+MEDGMAE_HD void unit_quaternion_gradient(const L* q, const L* d, L* out) {
+  L const w = q[0], x = q[1], y = q[2], z = q[3];
+  out[0] = 2.0 * (-z * d[1] + y * d[2] + z * d[3] - x * d[5] - y * d[6] + x * d[7]);
+  out[1] = 2.0 * (y * d[1] + z * d[2] + y * d[3] - 2.0 * x * d[4] - w * d[5] + z * d[6] + w * d[7] - 2.0 * x * d[8]);
+  out[2] = 2.0 * (-2.0 * y * d[0] + x * d[1] + w * d[2] + x * d[3] + z * d[5] - w * d[6] + z * d[7] - 2.0 * y * d[8]);
+  out[3] = 2.0 * (-2.0 * z * d[0] - w * d[1] + x * d[2] + w * d[3] - 2.0 * z * d[4] + y * d[5] + x * d[6] + y * d[7]);
+}
+
 // The gradient to a quaternion of direction q and that length, from one to its rotation matrix.
 MEDGMAE_HD void quaternion_gradient(const double* q, double length, const double* d, double* out) {
-  double const w = q[0], x = q[1], y = q[2], z = q[3];
-  out[0] = 2 * (-z * d[1] + y * d[2] + z * d[3] - x * d[5] - y * d[6] + x * d[7]);
-  out[1] = 2 * (y * d[1] + z * d[2] + y * d[3] - 2 * x * d[4] - w * d[5] + z * d[6] + w * d[7] - 2 * x * d[8]);
-  out[2] = 2 * (-2 * y * d[0] + x * d[1] + w * d[2] + x * d[3] + z * d[5] - w * d[6] + z * d[7] - 2 * y * d[8]);
-  out[3] = 2 * (-2 * z * d[0] - w * d[1] + x * d[2] + w * d[3] - 2 * z * d[4] + y * d[5] + x * d[6] + y * d[7]);
+  unit_quaternion_gradient(q, d, out);
   double dot = 0;
   for (int k = 0; k < 4; ++k) dot += q[k] * out[k];
   if (!(length > 1e-12)) dot = 0;  // the length is the constant 1e-12 there

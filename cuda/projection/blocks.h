@@ -90,15 +90,22 @@ MEDGMAE_DEVICE PixelBox pixel_box(const ProjectCall& call, const ProjectView& vi
   return box;
 }
 
-// One thread to a Gaussian.
+// Loads numbers of Gaussian i of all sets, as whiten wants them.
 template <class T>
-MEDGMAE_DEVICE void whiten_one(const ProjectCall& call, const ProjectWork& work, int64_t i) {
-  if (i >= call.batch * call.count) return;
-  work.gaussians[i] = whiten<T, double>([&](int array, int k) {
+struct GaussianLoader {
+  const ProjectCall& call;
+  int64_t i;
+  MEDGMAE_MEMBER double operator()(int array, int k) const {
     const void* const arrays[4] = {call.means, call.scales, call.quats, call.densities};
     int const width = array == 3 ? 1 : array == 2 ? 4 : 3;
     return double(static_cast<const T*>(arrays[array])[i * width + k]);
-  });
+  }
+};
+
+// One thread to a Gaussian.
+template <class T>
+MEDGMAE_DEVICE void whiten_one(const ProjectCall& call, const ProjectWork& work, int64_t i) {
+  if (i < call.batch * call.count) work.gaussians[i] = whiten<T, double>(GaussianLoader<T>{call, i});
 }
 
 // One thread to a Gaussian in a view.

@@ -105,8 +105,9 @@ MEDGMAE_DEVICE void finish_project_one(const ProjectCall& call, const ProjectWor
     if (kind == kOpen) direct_chain(g, moments, &totals);
     spoiled = spoiled || kind == kSpoiled;
   }
-  if (spoiled) nan_project_gradients<T>(call, i);
-  else project_gradients<T>(call, i, totals);
+  double gradients[11];
+  project_gradients<double>(GaussianLoader<T>{call, i}, totals, gradients);
+  write_project_gradients<T>(call, i, [&](int k) { return spoiled ? double(NAN) : gradients[k]; });
 }
 
 }  // namespace medgmae

@@ -122,15 +122,24 @@ MEDGMAE_HD V beyond_range(V inverse_square) {
   return inverse_square * (sizeof(T) == 4 ? 5.2829452999e269 : 1.0);  // 2^(1023 - 127)
 }
 
+// The direction of a quaternion and its rotation; returns its length, at least 1e-12.
+template <class V, class Load>
+MEDGMAE_HD V load_rotation(const Load& load, V* q, V* r) {
+  V square = V{};
+  for (int k = 0; k < 4; ++k) q[k] = load(2, k), square += q[k] * q[k];
+  V const length = Arithmetic<V>::at_least(Arithmetic<V>::root(square), 1e-12), inverse = 1.0 / length;
+  for (int k = 0; k < 4; ++k) q[k] = q[k] * inverse;
+  rotation_matrix(q, r);
+  return length;
+}
+
 // T is the type of the arrays; load(array, k) gives number k of the Gaussian in the arrays means, scales, quats, densities.
 template <class T, class V, class Load>
-MEDGMAE_HD ProjectGaussian<V> whiten(Load load) {
+MEDGMAE_HD ProjectGaussian<V> whiten(const Load& load) {
   ProjectGaussian<V> g;
-  V q[4], r[9], square = V{}, spoiled = V{};
-  for (int k = 0; k < 4; ++k) q[k] = load(2, k), square += q[k] * q[k], spoiled += q[k] * 0.0;
-  V const length = Arithmetic<V>::at_least(Arithmetic<V>::root(square), 1e-12), turn = 1.0 / length;
-  for (int k = 0; k < 4; ++k) q[k] = q[k] * turn;
-  rotation_matrix(q, r);
+  V q[4], r[9];
+  load_rotation<V>(load, q, r);
+  V spoiled = r[1] * 0.0;  // all four numbers are in it
   for (int k = 0; k < 3; ++k) {
     V const scale = load(1, k), inverse = 1.0 / scale;
     spoiled += scale * 0.0 + beyond_range<T>(V(inverse * inverse)) * 0.0;
@@ -274,35 +283,34 @@ MEDGMAE_HD void project_chain(const ProjectView& view, const ProjectFrame<V>& f,
   }
 }
 
-// The gradients of Gaussian i of all sets from its totals, through A = diag(1 / s) R' and the normalised quaternion.
-template <class T>
-MEDGMAE_HD void project_gradients(const ProjectCall& call, int64_t i, const ProjectTotals<double>& totals) {
-  const T* scale = static_cast<const T*>(call.scales) + 3 * i;
-  double q[4], r[9], by_rotation[9], quat[4];
-  double const length = normalize_quaternion(static_cast<const T*>(call.quats) + 4 * i, q);
-  double const density = static_cast<const T*>(call.densities)[i];
-  rotation_matrix(q, r);
+// The gradients of a Gaussian from its totals, through A = diag(1 / s) R' and the normalised quaternion: eleven numbers in the
+// order of the arrays. load as for whiten.
+template <class V, class Load>
+MEDGMAE_HD void project_gradients(const Load& load, const ProjectTotals<V>& totals, V* out) {
+  V q[4], r[9], by_rotation[9], dot = V{};
+  V const length = load_rotation<V>(load, q, r), density = load(3, 0), shorter = 1.0 / length;
   for (int k = 0; k < 3; ++k) {
-    double const inverse = 1.0 / double(scale[k]);
-    double by_scale = 0;
+    V const inverse = 1.0 / load(1, k);
+    V by_scale = V{};
     for (int j = 0; j < 3; ++j) {
-      double const by_a = density * totals.a[3 * k + j] * inverse;
-      by_scale -= by_a * r[3 * j + k] * inverse, by_rotation[3 * j + k] = by_a;
+      V const by_a = density * totals.a[3 * k + j] * inverse;
+      by_scale -= by_a * r[3 * j + k], by_rotation[3 * j + k] = by_a;
     }
-    static_cast<T*>(call.grad_scales)[3 * i + k] = T(by_scale);
-    static_cast<T*>(call.grad_means)[3 * i + k] = T(density * totals.mean[k]);
+    out[k] = density * totals.mean[k], out[3 + k] = by_scale * inverse;
   }
-  static_cast<T*>(call.grad_densities)[i] = T(totals.density);
-  quaternion_gradient(q, length, by_rotation, quat);
-  for (int k = 0; k < 4; ++k) static_cast<T*>(call.grad_quats)[4 * i + k] = T(quat[k]);
+  unit_quaternion_gradient(q, by_rotation, out + 6);
+  for (int k = 0; k < 4; ++k) dot += q[k] * out[6 + k];
+  dot = Arithmetic<V>::where_at_most(-length, -1.000001e-12, dot);  // a shorter one's length is the constant 1e-12
+  for (int k = 0; k < 4; ++k) out[6 + k] = (out[6 + k] - q[k] * dot) * shorter;
+  out[10] = totals.density;
 }
 
-// The gradients of a Gaussian that cannot be projected: NaN.
-template <class T>
-MEDGMAE_HD void nan_project_gradients(const ProjectCall& call, int64_t i) {
-  for (int k = 0; k < 3; ++k) static_cast<T*>(call.grad_means)[3 * i + k] = static_cast<T*>(call.grad_scales)[3 * i + k] = T(NAN);
-  for (int k = 0; k < 4; ++k) static_cast<T*>(call.grad_quats)[4 * i + k] = T(NAN);
-  static_cast<T*>(call.grad_densities)[i] = T(NAN);
+// Writes the gradients of Gaussian i of all sets, get(0) to get(10).
+template <class T, class Get>
+MEDGMAE_HD void write_project_gradients(const ProjectCall& call, int64_t i, Get get) {
+  for (int k = 0; k < 3; ++k) static_cast<T*>(call.grad_means)[3 * i + k] = T(get(k)), static_cast<T*>(call.grad_scales)[3 * i + k] = T(get(3 + k));
+  for (int k = 0; k < 4; ++k) static_cast<T*>(call.grad_quats)[4 * i + k] = T(get(6 + k));
+  static_cast<T*>(call.grad_densities)[i] = T(get(10));
 }
 
 }  // namespace medgmae

@@ -209,19 +209,25 @@ inline void sum_rows(const Profile<T>& p, const RowTable<T>& table, int rows, co
   for (int k = 0; k < kProjectMoments; ++k) s[k] = sums->of[k];
   for (int i = 0; i < rows; ++i, image += stride) {
     int const count = table.count[i];
+    if (count == 0) continue;
     const T* at = image + table.first[i];
-    T const dv = table.dv[i];
-    Vec<T> j = ramp(T(0));
+    T const dv = table.dv[i], square = dv * dv;
+    // Sums of rows before those over rows: fewer additions in a chain, so less rounding.
+    Vec<T> j = ramp(T(0)), t_row = {}, q_row = {}, qx_row = {}, qxx_row = {}, r_row = {}, rx_row = {}, rxx_row = {};
     for (int left = count; left > 0; left -= kLanes<T>, at += kLanes<T>, j += T(kLanes<T>)) {
       PixelLanes<T> const pixel = pixel_lanes<T, shape>(p, table, i, j);
       Mask<T> const inside = first_lanes<T>(left);
       Vec<T> const t = keep<T>(inside, load(at)) * pixel.weight, q = shape == Shape::flat ? t : t * pixel.inverse;
-      Vec<T> const qx = q * pixel.x, qv = q * dv;
-      s[0] += t, s[1] += qx, s[2] += qv, s[3] += qx * pixel.x, s[4] += qx * dv, s[5] += qv * dv;
+      Vec<T> const qx = q * pixel.x;
+      t_row += t, q_row += q, qx_row += qx, qxx_row += qx * pixel.x;
       if constexpr (shape != Shape::flat) {
-        Vec<T> const r = q * (pixel.exponent * T(-1 / kExponentUnit<T>) - T(0.5)), rx = r * pixel.x, rv = r * dv;
-        s[6] += r, s[7] += rx, s[8] += rv, s[9] += rx * pixel.x, s[10] += rx * dv, s[11] += rv * dv;
+        Vec<T> const r = q * (pixel.exponent * T(-1 / kExponentUnit<T>) - T(0.5)), rx = r * pixel.x;
+        r_row += r, rx_row += rx, rxx_row += rx * pixel.x;
       }
+    }
+    s[0] += t_row, s[1] += qx_row, s[2] += q_row * dv, s[3] += qxx_row, s[4] += qx_row * dv, s[5] += q_row * square;
+    if constexpr (shape != Shape::flat) {
+      s[6] += r_row, s[7] += rx_row, s[8] += r_row * dv, s[9] += rxx_row, s[10] += rx_row * dv, s[11] += r_row * square;
     }
   }
   for (int k = 0; k < kProjectMoments; ++k) sums->of[k] = s[k];

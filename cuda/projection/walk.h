@@ -27,19 +27,25 @@ inline int64_t image_pixels(const ProjectCall& call) { return int64_t(call.rows)
 // A row of a buffer, which may be read and written up to a vector beyond its end.
 inline int64_t buffer_stride(const ProjectCall& call) { return (call.columns + 63) / 64 * 64 + 80; }
 
-// Group number i of all sets; lanes without a Gaussian repeat the last one.
+// The numbers of a group's Gaussians, as whiten wants them; lanes without a Gaussian repeat the last one.
 template <class T>
-Whitened whiten_group(const ProjectCall& call, int64_t i) {
-  int64_t const set = i / groups_of(call), group = i % groups_of(call), first = set * call.count + group * kGroup;
-  const T* const arrays[4] = {static_cast<const T*>(call.means), static_cast<const T*>(call.scales), static_cast<const T*>(call.quats),
-                              static_cast<const T*>(call.densities)};
-  int const widths[4] = {3, 3, 4, 1}, lanes = lanes_of(call, group);
-  return whiten<T, Doubles>([&](int array, int k) {
-    Doubles v;
-    for (int n = 0; n < kGroup; ++n) v[n] = double(arrays[array][(first + (n < lanes ? n : lanes - 1)) * widths[array] + k]);
-    return v;
-  });
-}
+struct GroupLoader {
+  Doubles numbers[4][4];
+  GroupLoader(const ProjectCall& call, int64_t i) {
+    int64_t const set = i / groups_of(call), group = i % groups_of(call), first = set * call.count + group * kGroup;
+    int const last = lanes_of(call, group) - 1;
+    load_array(call.means, 3, first, last, numbers[0]), load_array(call.scales, 3, first, last, numbers[1]);
+    load_array(call.quats, 4, first, last, numbers[2]), load_array(call.densities, 1, first, last, numbers[3]);
+  }
+  static void load_array(const void* array, int width, int64_t first, int last, Doubles* to) {
+    const T* const from = static_cast<const T*>(array) + first * width;
+    for (int n = 0; n < kGroup; ++n) {
+      const T* const row = from + (n < last ? n : last) * width;
+      for (int k = 0; k < width; ++k) reinterpret_cast<double*>(to + k)[n] = double(row[k]);
+    }
+  }
+  const Doubles& operator()(int array, int k) const { return numbers[array][k]; }
+};
 
 template <class T>
 Group group_in_view(const ProjectCall& call, const ProjectFrame<Doubles>& f, Doubles factor, int lanes) {
@@ -193,7 +199,7 @@ bool project_forward(const ProjectCall& call, int threads) {
       enough = false;
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < call.batch * groups; ++i) gaussians.at[i] = whiten_group<T>(call, i);
+    for (int64_t i = 0; i < call.batch * groups; ++i) gaussians.at[i] = whiten<T, Doubles>(GroupLoader<T>(call, i));
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < call.batch; ++b) spoiled.at[b] = is_spoiled(call, gaussians.at, b);
     for (int64_t start = 0; start < all; start += plan.together) {
@@ -295,14 +301,12 @@ void group_gradient(const ProjectCall& call, const Whitened& gaussian, int64_t f
 // The gradients of a group's Gaussians from its totals.
 template <class T>
 void finish_group(const ProjectCall& call, int64_t i, const Whitened& gaussian, const ProjectTotals<Doubles>& totals) {
-  int64_t const set = i / groups_of(call), group = i % groups_of(call);
+  int64_t const set = i / groups_of(call), group = i % groups_of(call), first = set * call.count + group * kGroup;
+  Doubles gradients[11];
+  project_gradients<Doubles>(GroupLoader<T>(call, i), totals, gradients);
+  for (Doubles& gradient : gradients) gradient += gaussian.spoiled;  // 0, or NaN
   for (int n = 0; n < lanes_of(call, group); ++n) {
-    int64_t const number = set * call.count + group * kGroup + n;
-    ProjectTotals<double> one;
-    const Doubles* const from = reinterpret_cast<const Doubles*>(&totals);
-    for (int k = 0; k < kProjectTotals; ++k) reinterpret_cast<double*>(&one)[k] = lane(from[k], n);
-    if (lane(gaussian.spoiled, n) == 0) project_gradients<T>(call, number, one);
-    else nan_project_gradients<T>(call, number);
+    write_project_gradients<T>(call, first + n, [&](int k) { return lane(gradients[k], n); });
   }
 }
 
@@ -320,7 +324,7 @@ bool project_gradient(const ProjectCall& call, int threads) {
   {
     FlushSubnormals flush;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < call.batch * groups; ++i) gaussians.at[i] = whiten_group<T>(call, i), totals.at[i] = ProjectTotals<Doubles>{};
+    for (int64_t i = 0; i < call.batch * groups; ++i) gaussians.at[i] = whiten<T, Doubles>(GroupLoader<T>(call, i)), totals.at[i] = ProjectTotals<Doubles>{};
     for (int64_t start = 0; start < call.batch * call.views;) {
       int64_t const set = start / call.views, rest = (set + 1) * call.views - start, views = rest < together ? rest : together;
 #pragma omp for schedule(static)

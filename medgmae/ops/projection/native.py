@@ -15,6 +15,7 @@ def forward(inputs: ProjectInputs, *, variant: str = "", threads: int | None = N
 
     ``variant``: CPU instruction set, "" for the best; ``threads``: ``native.threads()`` if None.
     """
+    check_views(inputs.views, inputs.parallel)
     out = inputs.means.new_empty([*inputs.views.shape[:2], *inputs.size])
     _run(inputs, [out], variant, threads)
     return out
@@ -33,7 +34,6 @@ def _run(inputs: ProjectInputs, others: list[Tensor], variant: str, threads: int
     """Call the kernel with the result, or with a gradient and its four results."""
     assert _C is not None
     views = inputs.views.to(torch.float64)
-    check_views(views, inputs.parallel)
     # Held until the kernel is done; what it writes is dense.
     contiguous = [tensor.contiguous() for tensor in (*inputs[:4], views, *others)]
     _C.project(
