@@ -26,7 +26,7 @@ MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")
 # MONAI takes ten seconds to import, features of forty scans half a minute, and a fit a minute; what is trained is
-# trained in test_pretrain.py and test_finetune.py too.
+# trained in test_pretrain.py and test_finetune.py too. What stands here as a command and in Python runs in Python.
 SLOW = (
     "monai",
     "medgmae fit",
@@ -35,6 +35,11 @@ SLOW = (
     "medgmae probe",
     "--out build/side",
     "build/aorta_run",
+    "medgmae latent-map",
+    "medgmae saliency",
+    "medgmae export",
+    "segment_scan(",
+    "patch_labels(aorta",
 )
 
 
