@@ -82,7 +82,7 @@ class Best:
 
 def psnr(volume: medgmae.Volume, truth: medgmae.Volume) -> float:
     """In dB."""
-    return tomography.psnr(volume, truth, PEAK)
+    return medgmae.psnr(volume.data, truth.data, data_range=PEAK)
 
 
 def descend(

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, list[str]] = {
     "checkpoints": ["_version", "layers", "models.encoder", "models.parts", "models.registry", "ops.onnx"],
     "inference": ["models.encoder", "models.parts", "layers", "gaussians", "data", "ops.progress"],
     "factory": ["checkpoints", "models", "data"],
-    "tomography": ["ops", "data", "gaussians", "inference"],
+    "tomography": ["ops", "data", "gaussians", "inference", "losses"],
     "visualize": ["inference", "evaluation", "data"],
     "training": [
         "_version",

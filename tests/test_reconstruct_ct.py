@@ -25,7 +25,6 @@ from medgmae.tomography import (
     fdk,
     predict_gaussians,
     project,
-    psnr,
     reconstruct_ct,
     render_attenuation,
     start_gaussians,
@@ -43,6 +42,10 @@ def phantom() -> Volume:
     near = [(places - torch.tensor(c)).norm(dim=1) for c in ([3.0, -4.0, 0.0], [-6.0, 2.0, 4.0])]
     values = 0.02 * torch.sigmoid((15 - near[0]) / 2) + 0.01 * torch.sigmoid((7 - near[1]) / 2)
     return Volume(values.reshape(1, *GRID.size), GRID)
+
+
+def psnr(volume: Volume, truth: Volume, peak: float) -> float:
+    return medgmae.psnr(volume.data, truth.data, data_range=peak)
 
 
 def scan() -> Projections:

@@ -140,6 +140,12 @@ def reconstruct_ct_command(projections: Path, **options: Any) -> None:
     tomography = medgmae.tomography
     if options["ply"] and options["method"] != "gaussians":
         raise click.UsageError(f"--ply needs --method gaussians, got {options['method']}")
+    if options["start"] not in ("fdk", "sart") and not options["start"].startswith("gaussians:"):
+        ply = Path(options["start"])
+        if ply.suffix != ".ply" or not ply.is_file():
+            raise click.UsageError(
+                f"--start is {shown(ply)}; expected fdk, sart, gaussians:TAG or a .ply file that is there"
+            )
     keep_inputs([projections], [options["out"], options["ply"]])
     use_threads(options["threads"])
     data = tomography.read_projections(
@@ -150,11 +156,7 @@ def reconstruct_ct_command(projections: Path, **options: Any) -> None:
     first, gaussians, curve = _reconstructed(data, grid, truth, options)
     seconds = time.perf_counter() - begin
     found = curve.volume if curve is not None else first
-    in_hu = {
-        name: volume.with_data(tomography.to_hounsfield(volume.data, options["mu_water"]))
-        for name, volume in {options["method"]: found}.items()
-    }
-    result = in_hu[options["method"]]
+    result = found.with_data(tomography.to_hounsfield(found.data, options["mu_water"]))
     write_volume(result, options["out"], options["overwrite"])
     if options["ply"] and gaussians is not None:
         write_gaussians(gaussians, options["ply"], options["overwrite"])
@@ -170,7 +172,7 @@ def reconstruct_ct_command(projections: Path, **options: Any) -> None:
     }
     if truth is not None:
         peak = 3000 * options["mu_water"] / 1000
-        facts["psnr"] = round(tomography.psnr(found, truth, peak), 3)
+        facts["psnr"] = round(medgmae.psnr(found.data, truth.data, data_range=peak), 3)
     if options["png"]:
         _draw(result, first, truth, options, facts)
     echo_result(facts, options["as_json"])
@@ -209,11 +211,9 @@ def _reconstructed(
     elif start.startswith("gaussians:"):
         model = model_with_weights(start.partition(":")[2].partition(".")[0], start.partition(":")[2])
         gaussians = tomography.predict_gaussians(model, first, mu_water=options["mu_water"])
-    elif start in ("fdk", "sart"):
+    else:
         generator = torch.Generator().manual_seed(options["seed"])
         gaussians = tomography.start_gaussians(first, options["count"], generator=generator)
-    else:
-        raise click.BadParameter(f"--start is {start!r}; expected fdk, sart, gaussians:TAG or a .ply file")
     descent = tomography.Descent(rounds=options["rounds"], tv=options["tv"])
     result = tomography.reconstruct_ct(
         data,

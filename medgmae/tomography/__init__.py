@@ -13,7 +13,7 @@ from medgmae.tomography.projections import (
     to_hounsfield,
 )
 from medgmae.tomography.reading import read_projections
-from medgmae.tomography.reconstruction import Descent, Reconstruction, psnr, reconstruct_ct, render_attenuation
+from medgmae.tomography.reconstruction import Descent, Reconstruction, reconstruct_ct, render_attenuation
 from medgmae.tomography.starts import predict_gaussians, start_gaussians
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "line_integrals",
     "predict_gaussians",
     "project",
-    "psnr",
     "read_geometry",
     "read_projections",
     "reconstruct_ct",

@@ -24,7 +24,6 @@ FORMAT = "medgmae-projections-1"
 
 # A source nearer to the axis than this is written in metres, as NAF's files are.
 NEAREST_MM = 10.0
-MAX_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
