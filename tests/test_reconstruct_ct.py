@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import medgmae
 from medgmae.cli import main
@@ -169,6 +170,12 @@ def test_total_variation_is_that_of_the_rendered_volume() -> None:
         _Descent(scan(), flat, start(), 10, Descent(tv=1.0), 0)
 
 
+def test_thirty_steps_bring_the_residual_to_a_fifth() -> None:
+    begin = start_gaussians(phantom(), 200, "random", progress=False)
+    result = reconstruct_ct(scan(), GRID, begin, steps=30, descent=replace(FAST, views=10), progress=False)
+    assert result.curve[-1].residual < result.curve[0].residual / 5
+
+
 def test_a_budget_ends_it() -> None:
     result = reconstruct_ct(scan(), GRID, start(), steps=100_000, budget_s=0.5, progress=False)
     assert 1 <= len(result.curve) < 1000
@@ -177,13 +184,31 @@ def test_a_budget_ends_it() -> None:
 def test_a_model_predicts_a_start() -> None:
     model = medgmae.create_model("gmae_vit_nano_patch8_32").eval()
     volume = medgmae.data.crop_or_pad(phantom(), 32)
-    found = predict_gaussians(model, volume, progress=False)
+    block = {"orientation": "RAS", "window": [-1000, 1000]}
+    found = predict_gaussians(model, volume, block, progress=False)
     assert found.means.shape[0] == 1
-    seen = volume.with_data((volume.data / 0.04).clamp(0, 1))
+    seen = medgmae.data.reorient(volume.with_data((volume.data / 0.04).clamp(0, 1)), "RAS")
     expected = medgmae.reconstruct_scan(model, seen, mask_ratio=0.0, progress=False).gaussians
     torch.testing.assert_close(found.densities, expected.densities * 0.04)
-    with pytest.raises(VolumeError, match="lower end at -1000 HU"):
-        predict_gaussians(model, volume, window=(-175.0, 250.0))
+    torch.testing.assert_close(found.means, expected.means)
+    model.pretrained_cfg = {"input": block}
+    assert torch.equal(predict_gaussians(model, volume, progress=False).means, found.means)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (None, "no weight card that says what it was trained on; pass input="),
+        ({"window": [-175, 250]}, "lower end at -1000 HU"),
+        ({"window": {"percentiles": [0, 99]}}, "lower end at -1000 HU"),
+        ({"orientation": "RAS"}, "window of the model's input is None"),
+        ({"window": [-1000, 1000], "range": [-1, 1]}, "expected 0 to 1 and 'none'"),
+        ({"window": [-1000, 1000], "normalize": "zscore"}, "expected 0 to 1 and 'none'"),
+    ],
+)
+def test_an_input_that_cannot_be_scaled_back(block: Any, message: str) -> None:
+    with pytest.raises(VolumeError, match=message):
+        predict_gaussians(medgmae.create_model("gmae_vit_nano_patch8_32"), phantom(), block)
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -252,6 +277,11 @@ def test_the_commands(files: Path) -> None:
         *("--start", files / "g.ply", "--steps", 5, "--rounds", 0),
     )
     assert again["gaussians"] == 120
+    half = ["--start", files / "g.ply", "--steps", 8, "--state", files / "s.safetensors", "--seed", 3]
+    run("reconstruct-ct", files / "p.npy", *shared, "--out", files / "half.nii.gz", *half)
+    on = ["--resume", files / "s.safetensors", "--steps", 12, "--state", files / "t.safetensors"]
+    run("reconstruct-ct", files / "p.npy", *shared, "--out", files / "on.nii.gz", *on)
+    assert [int(load_file(files / f"{name}.safetensors")["done"]) for name in "st"] == [8, 12]
     noisy = run(
         *("project", files / "ct.nii.gz", "--geometry", files / "g.json", "--out", files / "n.npy", "--photons", 1e4),
     )
@@ -265,6 +295,9 @@ def test_the_commands(files: Path) -> None:
     [
         (["--start", "nearest"], "expected fdk, sart, gaussians:TAG or a .ply file"),
         (["--method", "cg", "--ply", "x.ply"], "--ply needs --method gaussians"),
+        (["--method", "sart", "--state", "x.safetensors"], "--state needs --method gaussians"),
+        (["--resume", "g.json"], "g.json holds no tensors"),
+        (["--start", "gaussians:gmae_vit_nano_patch8_32"], "alone is an untrained model"),
         (["--budget", "soon"], "expected a time such as 90s or 2m"),
     ],
 )

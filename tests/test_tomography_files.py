@@ -247,6 +247,13 @@ def test_intensities(tmp_path: Path) -> None:
     np.save(tmp_path / "counts.npy", -np.ones((4, *SIZE), dtype=np.float32))
     with pytest.raises(VolumeError, match="140 intensities are negative"):
         read_projections(tmp_path / "counts.npy", circle(), i0=1e4)
+    counts = 1e4 * np.exp(-integrals().numpy())
+    np.save(tmp_path / "counts.npy", counts.clip(max=6000.0))
+    with pytest.raises(VolumeError, match=r"are exactly 6000, below i0, 10000: the detector was saturated"):
+        read_projections(tmp_path / "counts.npy", circle(), i0=1e4)
+    np.save(tmp_path / "counts.npy", counts)
+    with pytest.raises(VolumeError, match="are above i0, 2000, by more than noise"):
+        read_projections(tmp_path / "counts.npy", circle(), i0=2000)
     with pytest.raises(VolumeError, match="pass geometry="):
         read_projections(tmp_path / "counts.npy")
     with pytest.raises(VolumeError, match="no such file"):

@@ -14,9 +14,11 @@ from medgmae.cli.common import echo_result, reports_errors, shown
 from medgmae.cli.files import complete, keep_inputs, write_figure, write_gaussians, write_volume
 from medgmae.cli.options import (
     VOLUMES,
+    Machine,
+    ModelChoice,
     file_option,
     json_option,
-    model_with_weights,
+    open_model,
     overwrite_option,
     seed_option,
     threads_option,
@@ -113,8 +115,8 @@ def project_command(
 @click.option(
     "--start",
     default="sart",
-    help="Of Gaussians: fdk or sart, from whose volume they are placed; gaussians:TAG, a Gaussian masked autoencoder "
-    "that predicts them from that of fdk; or a .ply file.",
+    help="Of Gaussians: fdk or sart, from whose volume they are placed; gaussians:TAG or gaussians:RUN, a Gaussian "
+    "masked autoencoder that predicts them from that of fdk; or a .ply file.",
 )
 @click.option("--gaussians", "count", type=click.IntRange(1), default=20_000, help="How many Gaussians.")
 @click.option("--steps", type=click.IntRange(1), default=500, help="Steps of Adam; iterations of sart and cg.")
@@ -126,6 +128,12 @@ def project_command(
 @click.option("--truth", type=click.Path(path_type=Path, exists=True), help="The CT to compare with; also the grid.")
 @seed_option("views and places")
 @file_option("--ply", (".ply",), "Write the Gaussians, in LPS millimetres.")
+@file_option("--state", (".safetensors",), "Write where the descent of Gaussians ended, for --resume.")
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Go on from the --state of an earlier run of the same projections, whose steps and seconds count.",
+)
 @file_option("--png", (".png",), "Write a picture.")
 @_MU
 @overwrite_option
@@ -138,15 +146,17 @@ def reconstruct_ct_command(projections: Path, **options: Any) -> None:
     3D Gaussians are moved until their exact projections come close; or filtered back-projection, SART, CG on voxels.
     """
     tomography = medgmae.tomography
-    if options["ply"] and options["method"] != "gaussians":
-        raise click.UsageError(f"--ply needs --method gaussians, got {options['method']}")
+    for name in ("ply", "state", "resume"):
+        if options[name] and options["method"] != "gaussians":
+            raise click.UsageError(f"--{name} needs --method gaussians, got {options['method']}")
     if options["start"] not in ("fdk", "sart") and not options["start"].startswith("gaussians:"):
         ply = Path(options["start"])
         if ply.suffix != ".ply" or not ply.is_file():
             raise click.UsageError(
                 f"--start is {shown(ply)}; expected fdk, sart, gaussians:TAG or a .ply file that is there"
             )
-    keep_inputs([projections], [options["out"], options["ply"]])
+    read = [path for path in (projections, options["geometry"], options["truth"]) if path is not None]
+    keep_inputs(read, [options["out"], options["ply"], options["state"]])
     use_threads(options["threads"])
     data = tomography.read_projections(
         projections, options["geometry"], beam=options["beam"], i0=options["i0"], unit_mm=options["unit_mm"]
@@ -160,6 +170,11 @@ def reconstruct_ct_command(projections: Path, **options: Any) -> None:
     write_volume(result, options["out"], options["overwrite"])
     if options["ply"] and gaussians is not None:
         write_gaussians(gaussians, options["ply"], options["overwrite"])
+    if options["state"] and curve is not None:
+        from safetensors.torch import save_file
+
+        with complete(options["state"], options["overwrite"]) as place:
+            save_file(curve.state, place)
     facts: dict[str, Any] = {
         "projections": shown(projections),
         "views": len(data),
@@ -206,10 +221,14 @@ def _reconstructed(
     first = tomography.sart(data, grid, 4) if method != "fdk" and start == "sart" else tomography.fdk(data, grid)
     if method == "fdk":
         return first, None, None
-    if start.endswith(".ply"):
+    resume = _state(options["resume"]) if options["resume"] else None
+    if resume is not None:
+        gaussians = None
+    elif start.endswith(".ply"):
         gaussians = medgmae.Gaussians.load_ply(start, "world")
     elif start.startswith("gaussians:"):
-        model = model_with_weights(start.partition(":")[2].partition(".")[0], start.partition(":")[2])
+        choice = ModelChoice(start.partition(":")[2], weights=None, random_weights=False)
+        model, _ = open_model(choice, Machine("cpu", options["threads"]))
         gaussians = tomography.predict_gaussians(model, first, mu_water=options["mu_water"])
     else:
         generator = torch.Generator().manual_seed(options["seed"])
@@ -225,8 +244,21 @@ def _reconstructed(
         truth=truth,
         peak=3000 * options["mu_water"] / 1000,
         seed=options["seed"],
+        resume=resume,
     )
     return first, result.gaussians, result
+
+
+def _state(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise click.BadParameter(
+            f"{shown(path)} holds no tensors ({error}); expected what --state wrote", param_hint="--resume"
+        ) from error
 
 
 def _draw(

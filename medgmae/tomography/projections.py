@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ MU_WATER = 0.02
 MOST = 30.0
 _AIR = 0.02  # line integral of what is no body
 _LOST = 0.05  # part of a body that may be outside of the detector
+_MANY = 0.01  # part of the pixels beyond what a beam can give
 _RIM = 0.1  # share of a detector's sides that is looked at for the unattenuated beam
 
 
@@ -117,7 +119,8 @@ def line_integrals(intensities: Tensor, i0: float) -> Tensor:
     """-log(I / I0) of intensities (V, H, W), of which less than one count is taken for one.
 
     Raises:
-        VolumeError: ``i0`` that is not positive, or negative intensities.
+        VolumeError: ``i0`` that is not positive, negative intensities, many beyond ``i0``, or a detector that was
+            saturated below it.
     """
     if not i0 > 0:
         raise VolumeError(f"i0 is {i0}; expected the positive number of counts that arrive where nothing attenuates")
@@ -128,8 +131,30 @@ def line_integrals(intensities: Tensor, i0: float) -> Tensor:
             f"{negative} intensities are negative, the least {float(counts.min()):.4g}; expected counts: subtract the "
             "detector's offset first, or leave i0 out for line integrals"
         )
+    _refuse_saturated(counts, i0)
     floor = 1.0 if i0 > 1 else 1e-6  # parts of the beam have no counts
     return -(counts.clamp(min=floor) / i0).log().float()
+
+
+def _refuse_saturated(counts: Tensor, i0: float) -> None:
+    """Nothing exceeds the beam but by noise; and many pixels of exactly the largest number are a detector's end."""
+    if counts.numel() == 0:
+        return
+    most = float(counts.max())
+    noise = 10 * math.sqrt(i0) if i0 > 1 else 0.4  # of parts of the beam nothing says how many photons they were
+    beyond = float((counts > 1.1 * i0 + noise).double().mean())
+    if beyond > _MANY:
+        raise VolumeError(
+            f"{100 * beyond:.0f} % of the intensities are above i0, {i0:g}, by more than noise: the largest is "
+            f"{most:.4g}; expected the counts that arrive where nothing attenuates, pass a larger i0 (--i0)"
+        )
+    saturated = float((counts == most).double().mean())
+    if _MANY < saturated < 1 and most < 0.95 * i0:
+        raise VolumeError(
+            f"{100 * saturated:.0f} % of the intensities are exactly {most:.6g}, below i0, {i0:g}: the detector was "
+            "saturated there, and what it did not count cannot be known; expose less, or pass i0 (--i0) of "
+            f"{most:.6g} if that is the beam that nothing attenuates"
+        )
 
 
 def to_hounsfield(attenuation: Tensor, mu_water: float = MU_WATER) -> Tensor:

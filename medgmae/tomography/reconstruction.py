@@ -90,7 +90,7 @@ def render_attenuation(gaussians: Gaussians, grid: Grid, support: float | None =
 def reconstruct_ct(
     projections: Projections,
     grid: Grid,
-    start: Gaussians,
+    start: Gaussians | None,
     *,
     steps: int = 500,
     budget_s: float | None = None,
@@ -112,14 +112,15 @@ def reconstruct_ct(
     Args:
         projections: line integrals.
         grid: of the volume in the result; its spacing is the unit of the rates.
-        start: (1, K, ...) in LPS millimetres, densities in 1/mm: see :func:`~medgmae.tomography.start_gaussians`.
+        start: (1, K, ...) in LPS millimetres, densities in 1/mm: see :func:`~medgmae.tomography.start_gaussians`. Not
+            needed, and not looked at, with ``resume``.
         steps: of Adam.
         budget_s: seconds after which it ends early; rates fall with the larger share of steps or seconds that is over.
         descent: rates and rounds.
         truth: to look at while it runs; never used otherwise.
         peak: of the PSNR, in 1/mm: 0.06 for 3000 HU at 0.02 1/mm.
         look_every: steps between two looks at the truth.
-        resume: ``state`` of an earlier result, whose steps count.
+        resume: ``state`` of an earlier result, whose steps and seconds count.
         seed: of the views and places.
         callback: called after every step.
         progress: show a progress bar with residual and PSNR; by default in terminals and notebooks.
@@ -127,6 +128,10 @@ def reconstruct_ct(
     Raises:
         VolumeError: no Gaussians, numbers that are not finite, or a descent that diverges.
     """
+    if resume is not None:
+        start = _gaussians_of(resume)
+    if start is None:
+        raise VolumeError("there is nothing to begin with; expected start= Gaussians, or resume=")
     run = _Descent(projections, grid, start, steps, descent or Descent(), seed)
     if resume is not None:
         run.resume(resume)
@@ -303,9 +308,6 @@ class _Descent:
 
     def resume(self, state: dict[str, Tensor]) -> None:
         """Go on where another descent of the same projections ended."""
-        missing = [name for name in (*self.NAMES, "done", "seconds", "span", "generator") if name not in state]
-        if missing:
-            raise VolumeError(f"resume lacks {', '.join(missing)}; expected the state of a Reconstruction")
         self.done, self.seconds, self.span = int(state["done"]), float(state["seconds"]), float(state["span"])
         self.generator.set_state(state["generator"])
         self._set([state[name].clone() for name in self.NAMES])
@@ -313,6 +315,19 @@ class _Descent:
             parts = {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.")}
             if parts:
                 self.adam.state[parameter] = {part: value.clone() for part, value in parts.items()}
+
+
+def _gaussians_of(state: dict[str, Tensor]) -> Gaussians:
+    """Those of a state.
+
+    Raises:
+        VolumeError: it is not one.
+    """
+    missing = [name for name in (*_Descent.NAMES, "done", "seconds", "span", "generator") if name not in state]
+    if missing:
+        raise VolumeError(f"resume lacks {', '.join(missing)}; expected the state of a Reconstruction")
+    means, log_scales, quats, densities = (state[name][None] for name in _Descent.NAMES)
+    return Gaussians(means, log_scales.exp(), quats, densities * state["span"].float())
 
 
 def _product(first: Tensor, second: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from medgmae.data import Volume, VolumeError, crop_or_pad
+from medgmae.data.preparation import Preparation
 from medgmae.gaussians.fitting import FIRST_SCALE, fit_gaussians
 from medgmae.gaussians.rendering import Gaussians
 from medgmae.inference.reconstruction import reconstruct_scan
@@ -105,7 +107,7 @@ def _nearest(points: Tensor, count: int = 3) -> Tensor:
 def predict_gaussians(
     model: nn.Module,
     volume: Volume,
-    window: tuple[float, float] = (-1000.0, 1000.0),
+    input: Mapping[str, Any] | None = None,
     mu_water: float = MU_WATER,
     *,
     overlap: float = 0.5,
@@ -113,13 +115,15 @@ def predict_gaussians(
 ) -> Gaussians:
     """What a Gaussian masked autoencoder makes of a first reconstruction, all of whose patches it sees.
 
-    The volume is windowed to 0..1, the model predicts the Gaussians of windows (see
-    :func:`~medgmae.reconstruct_scan`), and their densities are scaled back to attenuation.
+    The volume is turned, resampled and windowed as the model's weight card says, the model predicts the Gaussians of
+    windows (see :func:`~medgmae.reconstruct_scan`), and their densities are scaled back to attenuation.
 
     Args:
-        model: a :class:`~medgmae.GaussianMAE` whose input is 0..1.
-        volume: attenuation in 1/mm, at the spacing that the model was trained at.
-        window: Hounsfield units that are 0 and 1 for the model. The lower one must be -1000, air: no Gaussians are 0.
+        model: a :class:`~medgmae.GaussianMAE`.
+        volume: attenuation in 1/mm.
+        input: what the model was trained on, an input block as :func:`~medgmae.create_transform` takes it, of
+            Hounsfield units; None: that of its weight card. Its window must begin at -1000 HU, which is air, and
+            become 0 to 1: where there are no Gaussians there is 0.
         mu_water: attenuation of water in 1/mm.
         overlap: of the windows.
         progress: show a progress bar over the windows.
@@ -128,16 +132,27 @@ def predict_gaussians(
         (1, K, ...) in LPS millimetres; K is the model's number times the number of windows.
 
     Raises:
-        VolumeError: another lower end of the window.
+        VolumeError: nothing is known of the model's input, or it has another window.
         TypeError: the model predicts no Gaussians.
     """
-    low, high = window
-    if low != -1000:
-        raise VolumeError(f"window is {window}; expected its lower end at -1000 HU: without Gaussians there is air")
-    scaled = (to_hounsfield(volume.data.float(), mu_water) - low) / (high - low)
-    seen = volume.with_data(scaled.clamp(0, 1))
-    found = reconstruct_scan(model, seen, mask_ratio=0.0, overlap=overlap, progress=progress)
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("input") if input is None else input
+    if not known:
+        raise VolumeError(
+            "the model has no weight card that says what it was trained on; pass input=, such as "
+            "{'spacing': [3, 3, 3], 'resample': {}, 'window': [-1000, 1000]}"
+        )
+    prepare = Preparation(known, whole=True)
+    window, normalize = prepare.input["window"], prepare.input["normalize"]
+    if window is None or isinstance(window, Mapping) or window[0] != -1000:
+        raise VolumeError(f"window of the model's input is {window}; expected its lower end at -1000 HU, air")
+    if tuple(prepare.input["range"]) != (0, 1) or normalize != "none":
+        raise VolumeError(
+            f"the model's input is mapped to {prepare.input['range']} and normalised by {normalize!r}; expected "
+            "0 to 1 and 'none': nothing else can be scaled back to attenuation"
+        )
+    in_hu = volume.with_data(to_hounsfield(volume.data.float(), mu_water))
+    found = reconstruct_scan(model, prepare(in_hu), mask_ratio=0.0, overlap=overlap, progress=progress)
     if found.gaussians is None:
         raise TypeError(f"expected a model that predicts Gaussians, got {type(model).__name__}")
-    parts = found.gaussians
-    return Gaussians(parts.means, parts.scales, parts.quats, parts.densities * (mu_water * (high - low) / 1000))
+    parts, reach = found.gaussians, window[1] - window[0]
+    return Gaussians(parts.means, parts.scales, parts.quats, parts.densities * (mu_water * reach / 1000))
