@@ -1,6 +1,6 @@
 """CT from few X-ray projections: 3D Gaussians by the way they begin, against filtered back-projection, SART and CG.
 
-    python examples/ct_from_projections.py [--views 20] [--photons 1e5] [--budget 20] [--seeds 3] [--out build/ct]
+    python examples/ct_from_projections.py [--views 20] [--photons 1e5] [--budget 20] [--seeds 3] [--rtk]
 
 The chest CT of examples/data is projected at its own 1.5 mm by the projector of volumes, not by that of Gaussians, with
 the noise of ``--photons`` (0 for none), and reconstructed on a grid of 3 mm; truth is the CT resampled to that grid.
@@ -139,6 +139,7 @@ def descend(
 @click.option("--budget", type=float, default=20.0, help="Seconds of each descent.")
 @click.option("--seeds", type=int, default=3)
 @click.option("--iterations", type=int, nargs=2, default=(10, 16), help="Of SART and CG.")
+@click.option("--rtk", is_flag=True, help="SART and CG of RTK too; needs medgmae[rtk].")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/ct"))
 def main(**given: Any) -> None:
     """Print a table; write results.json and pictures."""
@@ -146,6 +147,10 @@ def main(**given: Any) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     data, truth = measured(options.views, options.photons)
     voxels, volumes = on_voxels(data, truth, options.iterations)
+    if options.rtk:
+        from rtk_methods import at_their_best
+
+        voxels |= at_their_best(data, truth.grid, options.iterations, lambda: Best(truth))
     options.level = voxels["FDK"]["psnr"]
     for name, row in voxels.items():
         click.echo(f"{name:18} {row['psnr']:6.2f} dB {row['seconds']:6.1f} s")

@@ -26,8 +26,8 @@ Watch = Callable[[int, Volume, float], None]
 AXES = [1, 2, 0]  # of our frame, in RTK's order
 PARALLEL_SID = 1e4  # mm; RTK starts parallel rays that far from the axis, so it has to be outside of the volume
 NEAR_MM = 1e-4  # by which views may differ from those of RTK's circle
-# Voxels of air around ours. RTK's volume ends at the centres of the outermost voxels, ours falls to 0 one voxel further:
-# without them RTK could not explain the projections of a body that the grid cuts off.
+# Voxels of air around ours. RTK's volume ends at the centres of the outermost voxels, ours falls to 0 one voxel
+# further: without them RTK could not explain the projections of a body that the grid cuts off.
 AROUND = 1
 
 
@@ -55,7 +55,7 @@ def toolkit() -> tuple[Any, Any]:
         import itk
         from itk import RTK
     except ImportError as error:
-        raise ImportError("comparing with RTK needs itk-rtk, which is not installed: pip install medgmae[rtk]") from error
+        raise ImportError("this needs itk-rtk, which is not installed: pip install medgmae[rtk]") from error
     itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(torch.get_num_threads())
     return itk, RTK
 
@@ -184,8 +184,8 @@ def sart(
 ) -> Volume:
     """Attenuation in 1/mm by SART, nowhere negative, with RTK's own back-projector.
 
-    An iteration is a run of its own that begins with the last one's volume and 0 around it: this filter has no mask, and
-    what it puts around the grid would be missing in it.
+    An iteration is a run of its own that begins with the last one's volume and 0 around it: this filter has no mask,
+    and what it puts around the grid would be missing in it.
 
     Args:
         projections: line integrals.
@@ -214,9 +214,7 @@ def sart(
     return found
 
 
-def cg(
-    projections: tomography.Projections, grid: Grid, iterations: int = 10, *, watch: Watch | None = None
-) -> Volume:
+def cg(projections: tomography.Projections, grid: Grid, iterations: int = 10, *, watch: Watch | None = None) -> Volume:
     """Attenuation in 1/mm by conjugate gradients with Joseph's projector and its adjoint, 0 around the grid.
 
     Args:
@@ -254,11 +252,11 @@ def cg(
 
 def at_their_best(
     projections: tomography.Projections, grid: Grid, iterations: tuple[int, int], best: Callable[[], Any]
-) -> tuple[dict[str, Any], dict[str, Volume]]:
-    """Rows and volumes of RTK's SART and CG at the iteration that ``best()``, a watch, finds: its row and volume."""
-    rows, volumes = {}, {}
+) -> dict[str, dict[str, Any]]:
+    """Rows of RTK's SART and CG at the best of so many iterations; ``best()`` is a watch that finds it, with a row."""
+    rows = {}
     for name, run, count in (("RTK SART", sart, iterations[0]), ("RTK CG", cg, iterations[1])):
         watch = best()
         run(projections, grid, count, watch=watch)
-        rows[name], volumes[name] = {**watch.row, "of": count}, watch.volume
-    return rows, volumes
+        rows[name] = {**watch.row, "of": count}
+    return rows
