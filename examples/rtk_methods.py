@@ -195,12 +195,13 @@ def sart(
         watch: called after each iteration with its number, the volume and the seconds so far.
     """
     itk, rtk = toolkit()
-    begin, kind = time.perf_counter(), itk.Image[itk.F, 3]
-    scan = as_rtk(projections.geometry)
+    kind, scan = itk.Image[itk.F, 3], as_rtk(projections.geometry)
+    filters = rtk.SARTConeBeamReconstructionFilter[kind, kind]  # the first look loads RTK, which takes seconds
+    begin = time.perf_counter()
     data, found = stack(projections.data, scan), Volume(torch.zeros(1, *grid.size), grid)
     for number in range(1, iterations + 1):
         first = image_of(found.data[0], grid, scan)
-        method = rtk.SARTConeBeamReconstructionFilter[kind, kind].New()
+        method = filters.New()
         method.SetLambda(relaxation)
         method.SetEnforcePositivity(True)
         method.SetInput(0, first)
@@ -224,11 +225,11 @@ def cg(projections: tomography.Projections, grid: Grid, iterations: int = 10, *,
         watch: called after each iteration with its number, the volume and the seconds so far.
     """
     itk, rtk = toolkit()
-    begin, done = time.perf_counter(), 0
     scan = as_rtk(projections.geometry)
+    method = rtk.ConjugateGradientConeBeamReconstructionFilter[itk.Image[itk.F, 3]].New()
+    begin, done = time.perf_counter(), 0
     data, empty = stack(projections.data, scan), image_of(torch.zeros(grid.size), grid, scan)
     mask = image_of(torch.ones(grid.size), grid, scan)
-    method = rtk.ConjugateGradientConeBeamReconstructionFilter[itk.Image[itk.F, 3]].New()
 
     def seen() -> None:
         nonlocal done
