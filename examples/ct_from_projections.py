@@ -1,6 +1,6 @@
 """CT from few X-ray projections: 3D Gaussians by the way they begin, against filtered back-projection, SART and CG.
 
-    python examples/ct_from_projections.py [--views 20] [--photons 1e5] [--seeds 3] [--out build/ct]
+    python examples/ct_from_projections.py [--views 20] [--photons 1e5] [--seeds 3] [--rtk] [--out build/ct]
     medgmae pretrain --recipe examples/gaussians_ct.toml --data examples/data/ct_abdomen.nii.gz --out build/predictor
     python examples/ct_from_projections.py --predictor build/predictor      # one more start: Gaussians of that model
 
@@ -70,14 +70,14 @@ def on_voxels(
     seconds = time.perf_counter() - begin
     found: dict[str, Any] = {"FDK": {**scores(volumes["FDK"], truth), "seconds": seconds}}
     for name, run, count in (("SART", tomography.sart, iterations[0]), ("CG", tomography.cg, iterations[1])):
-        watch = Iterations(truth)
+        watch = Best(truth)
         run(data, truth.grid, count, watch=watch, progress=False)
         found[name], volumes[name] = {**watch.row, "curve": watch.curve}, watch.volume
     return found, volumes
 
 
-class Iterations:
-    """Looks at every iteration, and keeps the best."""
+class Best:
+    """The best iteration so far, and the PSNR of all."""
 
     def __init__(self, truth: medgmae.Volume) -> None:
         self.truth, self.volume, self.row = truth, truth, {"psnr": -math.inf}
@@ -159,6 +159,10 @@ def descend(
 def experiment(data: tomography.Projections, truth: medgmae.Volume, options: Any) -> tuple[dict[str, Any], Any]:
     """All methods on one set of projections: their numbers, and volumes to draw."""
     voxels, volumes = on_voxels(data, truth, options.iterations)
+    if options.rtk:
+        from rtk_methods import at_their_best
+
+        voxels |= at_their_best(data, truth.grid, options.iterations, lambda: Best(truth))
     for name, row in voxels.items():
         click.echo(f"{name:18} {row['psnr']:6.2f} dB {row['tissue_error_hu']:6.1f} HU {row['seconds']:6.1f} s")
     best = max(voxels["SART"]["psnr"], voxels["CG"]["psnr"])
@@ -196,6 +200,7 @@ def experiment(data: tomography.Projections, truth: medgmae.Volume, options: Any
 @click.option("--predictor", type=click.Path(path_type=Path, exists=True), help="A run of medgmae pretrain.")
 @click.option("--seeds", type=int, default=3)
 @click.option("--iterations", type=int, nargs=2, default=(10, 16), help="Of SART and CG.")
+@click.option("--rtk", is_flag=True, help="SART and CG of RTK too; needs medgmae[rtk].")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/ct"))
 def main(**given: Any) -> None:
     """Print a table; write results.json and pictures."""

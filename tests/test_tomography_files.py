@@ -23,6 +23,7 @@ from medgmae.tomography import (
     read_projections,
     rtk_geometry,
 )
+from medgmae.tomography.geometry_files import Detector
 
 ANGLES = [0.0, 0.5, 1.2, 4.0]
 SIZE = (5, 7)
@@ -90,6 +91,25 @@ def test_an_rtk_scan(tmp_path: Path) -> None:
     (tmp_path / "geometry.xml").write_text(text.replace("<GantryAngle>30.0</GantryAngle>", ""))
     with pytest.raises(VolumeError, match="view 1 lacks GantryAngle"):
         read_projections(tmp_path / "stack.mha", tmp_path / "geometry.xml")
+
+
+def test_rtk_leaves_out_what_is_0_in_every_view(tmp_path: Path) -> None:
+    """A parallel beam's distance to the detector, and the angle of a view at 0 degrees."""
+    path, detector = tmp_path / "geometry.xml", Detector(SIZE, (3.0, 2.0))
+    shared = "<SourceToIsocenterDistance>600</SourceToIsocenterDistance>"
+    text = "<RTKThreeDCircularGeometry>{}</RTKThreeDCircularGeometry>"
+    path.write_text(text.format(shared + "<Projection/>"))
+    found = read_geometry(path, detector)
+    expected = rtk_geometry(torch.tensor([[600.0, *[0.0] * 8]]), SIZE, (3.0, 2.0))
+    assert found.beam == "parallel"
+    assert torch.equal(found.views, expected.views)
+    path.write_text(text.format("<Projection/>"))
+    with pytest.raises(VolumeError, match="view 0 lacks SourceToIsocenterDistance"):
+        read_geometry(path, detector)
+    distance = "<SourceToDetectorDistance>900</SourceToDetectorDistance>"
+    path.write_text(text.format(f"{shared}<Projection>{distance}</Projection><Projection/>"))
+    with pytest.raises(VolumeError, match="view 1 lacks SourceToDetectorDistance"):
+        read_geometry(path, detector)
 
 
 def test_views_of_two_beams_are_refused() -> None:

@@ -38,6 +38,8 @@ _RTK = {
     "SourceOffsetY": 0.0,
 }
 """The nine numbers of a view and what RTK takes where a file leaves one out; None: it must be there."""
+# RTK writes neither where it is 0 in every view: the first of a parallel beam, the second of a single view.
+_UNWRITTEN = ("SourceToDetectorDistance", "GantryAngle")
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,12 @@ def _of_xml(content: bytes, detector: Detector) -> ProjectionGeometry:
     root = ET.fromstring(content)
     if root.tag != "RTKThreeDCircularGeometry":
         raise VolumeError(f"its root is <{root.tag}>; expected <RTKThreeDCircularGeometry>")
+    views = root.findall("Projection")
+    shared = {name: 0.0 for name in _UNWRITTEN if all(view.find(name) is None for view in views)}
     # What all views share stands once, above them.
-    shared = {name: float(found) for name in _RTK if (found := root.findtext(name)) is not None}
+    shared |= {name: float(found) for name in _RTK if (found := root.findtext(name)) is not None}
     rows = []
-    for number, view in enumerate(root.findall("Projection")):
+    for number, view in enumerate(views):
         own = {name: float(found) for name in _RTK if (found := view.findtext(name)) is not None}
         row = [own.get(name, shared.get(name, usual)) for name, usual in _RTK.items()]
         if None in row:
