@@ -27,8 +27,8 @@ from medgmae.training import (
     finetune,
     read_recipe,
     recipes,
+    results,
 )
-from medgmae.training import results
 from medgmae.training.finetune import completed
 from medgmae.training.targets import read_targets
 from medgmae.training.tuned import tuned_model

@@ -51,12 +51,10 @@ def warm(processes: int, folder: Path, *args: str) -> tuple[list[int], str]:
     place |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
     said = folder / "said"
     with said.open("w") as file:
-        started = [
-            warm_python.Process(
-                "-m", "medgmae", *args, stdout=file, stderr=file, env={**os.environ, **place, "RANK": r, "LOCAL_RANK": r}
-            )
-            for r in map(str, range(processes))
-        ]
+        started = []
+        for rank in map(str, range(processes)):
+            environment = {**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}
+            started.append(warm_python.Process("-m", "medgmae", *args, stdout=file, stderr=file, env=environment))
     return [process.wait(300) for process in started], said.read_text()
 
 

@@ -28,7 +28,8 @@ MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")
 # MONAI takes ten seconds to import, features of forty scans half a minute, and a fit a minute; what is trained is
-# trained in test_pretrain.py and test_finetune.py too, and archives come in parts in test_cli_parquet.py. What stands here as a command and in Python runs in Python.
+# trained in test_pretrain.py and test_finetune.py too, and archives come in parts in test_cli_parquet.py. What stands
+# here as a command and in Python runs in Python.
 SLOW = (
     "monai",
     "medgmae fit",
