@@ -27,6 +27,7 @@ from medgmae.training import (
     finetune,
     read_recipe,
     recipes,
+    results,
 )
 from medgmae.training.finetune import completed
 from medgmae.training.targets import read_targets
@@ -49,6 +50,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tune(tune_settings(), data, tmp_path_factory.mktemp("runs") / "undisturbed")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of many runs: a picture takes longer than the training, and is looked at in other tests."""
+    monkeypatch.setattr(results, "_draw", lambda *_: None)
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -126,6 +133,7 @@ def test_folds_hold_every_case_out_once_and_patients_stay_together(data: Path, t
     assert torch.allclose(several(data.parent / "case0.nii.gz"), each.mean(0), atol=1e-6)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_folds_of_the_table_are_taken(data: Path, tmp_path: Path) -> None:
     run = tune(tune_settings(folds=3, fold="fold", **{"training.steps": 3}), data, tmp_path / "run")
     expected = {row["id"]: row["fold"] for row in table(data)}
@@ -154,8 +162,9 @@ def test_a_resumed_run_is_the_same(data: Path, undisturbed: Path, tmp_path: Path
     assert metrics(out) == metrics(undisturbed)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_folds_go_on_where_they_ended(data: Path, tmp_path: Path) -> None:
-    settings = tune_settings(folds=3, **{"training.steps": 6})
+    settings = tune_settings(folds=2, **{"training.steps": 6})
     whole, out = tune(settings, data, tmp_path / "whole"), tmp_path / "cut"
 
     def send() -> None:
@@ -181,6 +190,7 @@ def test_the_chosen_weights_are_the_result(data: Path, tmp_path: Path) -> None:
     assert metrics(run)["step"] == min(losses, key=lambda step: losses[step])
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_weights_with_the_best_of_two_scores_are_results_of_their_own(data: Path, tmp_path: Path) -> None:
     """TANGERINE keeps the weights with the best AUC and those with the best loss; here they are of different steps."""
     changes = {"tuning.select": ["auc", "loss"], "training.steps": 12, "training.lr": 3e-3}
@@ -204,6 +214,7 @@ def test_weights_with_the_best_of_two_scores_are_results_of_their_own(data: Path
         finetune(settings, [], one / "best_loss", resume=True, machine=MACHINE)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_ends_between_two_files_of_a_checkpoint_is_the_same(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

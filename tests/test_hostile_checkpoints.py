@@ -28,12 +28,13 @@ SCALAR = (
     b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\x02\0\0\0O8K\0K\x01\x87R"
     b"c_codecs\nencode\nX\x08\0\0\0" + bytes(8) + b"X\x06\0\0\0latin1\x86R\x86R"
 )
+DEPTH = 250_000  # Python ends with a crash when it hashes tuples in one another, 200,000 deep
 PUSHES = {
     "scalar of objects": SCALAR,
     "dtype of 2 GB": b"cnumpy\ndtype\nX\x0b\0\0\0V2000000000K\0K\x01\x87R",
     "bytearray of 8 GB": b"cbuiltins\nbytearray\n\x8a\x05" + (8 * 10**9).to_bytes(5, "little") + b"\x85R",
-    "deep tuple": b")" + b"\x85" * 400_000,
-    "deep set": b"cbuiltins\nset\n](" + b")" + b"\x85" * 400_000 + b"e\x85R",
+    "deep tuple": b")" + b"\x85" * DEPTH,
+    "deep set": b"cbuiltins\nset\n](" + b")" + b"\x85" * DEPTH + b"e\x85R",
 }
 
 

@@ -119,9 +119,9 @@ def unpack(wheel: Path, environment: Path) -> Path:
     return environment / "bin/python"
 
 
-def probe(python: Path, cwd: Path, **environment: str) -> dict[str, object]:
-    """Ask the medgmae of an environment about itself, from a folder that has no medgmae in it."""
-    return json.loads(run(python, "-W", "error", "-c", PROBE, cwd=cwd, **environment))
+def probe(python: Path, cwd: Path, more: str = "", **environment: str) -> dict[str, object]:
+    """Ask the medgmae of an environment about itself, from a folder that has no medgmae in it; and do ``more``."""
+    return json.loads(run(python, "-W", "error", "-c", PROBE + more, cwd=cwd, **environment))
 
 
 @pytest.fixture(scope="module")
@@ -279,11 +279,10 @@ def test_without_native_module_the_wheel_is_pure_python(unpacked: Path, tmp_path
     tree = shutil.copytree(unpacked, tmp_path / "tree")
     wheel = build("wheel", tree, tmp_path, MEDGMAE_NATIVE="0")
     assert wheel.name.endswith("py3-none-any.whl")
-    found = probe(unpack(wheel, tmp_path / "env"), tmp_path)
+    found = probe(unpack(wheel, tmp_path / "env"), tmp_path, USE)
     assert found["info"]["loaded"] is False
     assert "pip install" in found["info"]["error"]
     assert found["models"] == medgmae.list_models()
-    run(tmp_path / "env/bin/python", "-c", USE, cwd=tmp_path)
 
 
 def test_windows_gets_the_package_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,14 @@ def prepared(scans: list[Listed], out: Path, **options: Any) -> Any:
     return prepare_scans(scans, out, options.pop("input", INPUT), progress=False, **options)
 
 
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scans that take long enough to prepare that a run can be ended in between; packing them takes seconds."""
+    folder = tmp_path_factory.mktemp("twelve")
+    saved(folder, 12, (60, 128, 128))
+    return folder
+
+
 def inodes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_ino for path in folder.glob("*.b2nd")}
 
@@ -224,20 +232,19 @@ if __name__ == "__main__":
 """
 
 
-def child(tmp_path: Path, workers: int) -> warm_python.Process:
+def child(scans: Path, tmp_path: Path, workers: int) -> warm_python.Process:
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    command = [script, Path(__file__).parent, tmp_path / "scans", tmp_path / "out", str(workers)]
+    command = [script, Path(__file__).parent, scans, tmp_path / "out", str(workers)]
     with (tmp_path / "said").open("w") as errors:
         return warm_python.Process(*command, stderr=errors, new_session=True)
 
 
 @pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGINT, 1)])
-def test_a_run_that_was_ended_goes_on(tmp_path: Path, how: signal.Signals, workers: int) -> None:
+def test_a_run_that_was_ended_goes_on(twelve: Path, tmp_path: Path, how: signal.Signals, workers: int) -> None:
     """SIGKILL at any moment, SIGINT to the parent alone: its processes end too."""
-    saved(tmp_path / "scans", 12, (60, 128, 128))
     out = tmp_path / "out"
-    run = child(tmp_path, workers)
+    run = child(twelve, tmp_path, workers)
     while len(list(out.glob("*.b2nd"))) < 2:
         assert run.poll() is None, (tmp_path / "said").read_text()
         time.sleep(0.002)
@@ -250,7 +257,7 @@ def test_a_run_that_was_ended_goes_on(tmp_path: Path, how: signal.Signals, worke
     kept = inodes(out)
     assert 2 <= len(kept) < 12
     assert not is_prepared(out)
-    done = prepared([Listed(path, path.name) for path in sorted((tmp_path / "scans").glob("*.nii.gz"))], out)
+    done = prepared([Listed(path, path.name) for path in sorted(twelve.glob("*.nii.gz"))], out)
     assert kept.items() <= inodes(out).items()
     assert len(done.scans) == 12
     assert sorted(path.name for path in out.iterdir()) == sorted(
@@ -260,10 +267,9 @@ def test_a_run_that_was_ended_goes_on(tmp_path: Path, how: signal.Signals, worke
         scan.volume()
 
 
-def test_a_process_that_was_killed_is_said(tmp_path: Path) -> None:
+def test_a_process_that_was_killed_is_said(twelve: Path, tmp_path: Path) -> None:
     """As the kernel does where memory runs out."""
-    saved(tmp_path / "scans", 12, (60, 128, 128))
-    run = child(tmp_path, 1)
+    run = child(twelve, tmp_path, 1)
     while not list((tmp_path / "out").glob("*.b2nd")):
         assert run.poll() is None, (tmp_path / "said").read_text()
         time.sleep(0.002)

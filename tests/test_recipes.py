@@ -83,8 +83,8 @@ def test_every_recipe_trains_on_scans(name: str, tmp_path: Path) -> None:
         data = [DATA / "ct_abdomen.nii.gz"]
     else:
         data = [DATA / "ct_abdomen.nii.gz", DATA / "mr_brain_t1.nii.gz"]
-    small = settings.lasting(steps=20).changed({**SMALL[name], "training.batch_size": 4})
-    folder = pretrain(small, data, tmp_path / "run", machine=replace(MACHINE, checkpoint_every=20, log_every=5))
+    small = settings.lasting(steps=8).changed({**SMALL[name], "training.batch_size": 4})
+    folder = pretrain(small, data, tmp_path / "run", machine=replace(MACHINE, checkpoint_every=8, log_every=2))
     torch.set_num_threads(threads)
     losses = [line["loss"] for line in numbers(folder) if "loss" in line]
     assert len(losses) == 4

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 # What takes long to import, is not ours, and is not set by an environment of the test's own, as huggingface_hub is.
 # medgmae itself begins anew in every process.
 PRELOADED = ["numpy", "torch", "torch._dynamo", "safetensors.torch", "SimpleITK", "matplotlib.backends.backend_agg"]
+PRELOADED += ["torchvision"]  # most of the seconds of timm, which training imports
 
 
 def serve(path: str) -> None:

@@ -20,7 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import accelerate  # noqa: F401 - with timm, most of what a process of training imports: the forked ones have it
 import checkout  # noqa: F401 - sets the path and the number of threads
+import timm  # noqa: F401
 import torch
 import tuning_runs
 from training_runs import MACHINE, outcome, scans, settings_of
