@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medgmae.data import Grid, Volume, VolumeError
-from medgmae.gaussians.fitting import JOINING_DENSITY, JOINING_SCALE, MOVED_SHARE, draw_places
+from medgmae.gaussians.fitting import JOINING_SCALE, MOVED_SHARE, draw_places
 from medgmae.gaussians.rendering import GaussianRenderer, Gaussians
 from medgmae.losses import psnr
 from medgmae.ops.progress import progress_bar
@@ -107,7 +107,8 @@ def reconstruct_ct(
 
     Adam moves, turns, scales and weighs the Gaussians; each step sees some random views and the mean squared residual
     of their pixels. Densities may become negative. Where rounds are asked for, further Gaussians join at places drawn
-    by the residual, spread back over its lines, and those that add the least move there.
+    by the residual, spread back over its lines, and those that add the least move there, as dense together as leaves
+    the least residual.
 
     Args:
         projections: line integrals.
@@ -255,22 +256,27 @@ class _Descent:
         return torch.stack([block.diff(dim=axis).abs().mean() for axis in range(3)]).mean()
 
     def _join(self, count: int) -> None:
-        """New Gaussians, and those that add the least, to places drawn by the residual spread back over its lines."""
-        spread = self._residual()
-        scale = JOINING_SCALE * self.voxel
+        """New Gaussians, and those that add the least, to places drawn by the residual spread back over its lines.
+
+        They take the densities that it has there, times the one factor that leaves the least of the residual: where
+        many join in one place, each has less.
+        """
         values = self.parameters
         energy = values[3].square().log() + values[1].sum(1)
         moved = energy.topk(round(MOVED_SHARE * len(energy)), largest=False).indices
+        values[3][moved] = 0
+        residual = self.projections.data - self._views(self.gaussians())
+        spread = self._spread(residual)
         places = draw_places(spread.square(), len(moved) + count, self.generator)
         nearest = places.round().long()
         quats = torch.zeros(len(places), 4)
         quats[:, 0] = 1
-        rows = [
-            torch.from_numpy(self.grid.world(places.numpy())).float(),
-            torch.full((len(places), 3), math.log(scale)),
-            quats,
-            JOINING_DENSITY / self.span * spread[tuple(nearest.unbind(1))],
-        ]
+        means = torch.from_numpy(self.grid.world(places.numpy())).float()
+        log_scales = torch.full((len(places), 3), math.log(JOINING_SCALE * self.voxel))
+        densities = spread[tuple(nearest.unbind(1))]
+        added = self._views(Gaussians(means[None], log_scales.exp()[None], quats[None], densities[None]))
+        factor = (added * residual).sum() / added.square().sum().clamp(min=1e-30)
+        rows = [means, log_scales, quats, factor.clamp(0, 1) * densities / self.span]
         old = [dict(self.adam.state[p]) for p in values]
         joined = []
         for value, row in zip(values, rows, strict=True):
@@ -286,14 +292,16 @@ class _Descent:
                 fresh[name] = torch.cat([average, average.new_zeros(count, *average.shape[1:])])
             self.adam.state[parameter] = fresh
 
-    def _residual(self) -> Tensor:
+    def _views(self, gaussians: Gaussians) -> Tensor:
+        """Line integrals (V, rows, columns) of all views, one after the other."""
+        geometry = self.projections.geometry
+        return torch.cat([self._project(gaussians, geometry.views[k : k + 1], geometry) for k in range(len(geometry))])
+
+    def _spread(self, residual: Tensor) -> Tensor:
         """(D, H, W), 1/mm: the mean over all lines through a voxel of their residuals over their lengths."""
-        geometry, current = self.projections.geometry, self.gaussians()
-        seen = torch.cat([self._project(current, geometry.views[k : k + 1], geometry) for k in range(len(geometry))])
-        rays = Rays(self.grid, geometry)
+        rays = Rays(self.grid, self.projections.geometry)
         lengths = rays.forward(torch.ones(self.grid.size))
         share = rays.back((lengths > 0).float()).clamp(min=1e-6)
-        residual = self.projections.data - seen
         return rays.back(torch.where(lengths > 0, residual / lengths.clamp(min=1e-6), 0.0)) / share
 
     def state(self) -> dict[str, Tensor]:
