@@ -206,24 +206,8 @@ MEDGMAE_HD ProjectReach<V> project_reach(const ProjectFrame<V>& f, double suppor
   return r;
 }
 
-// Rows that a frame may reach. An open one, which is no ellipse, reaches all: cuda/projection/direct.h is for those.
-struct ProjectRange {
-  int first, last;
-  bool open;
-};
-
 MEDGMAE_HD int pixel_within(double at, int low, int high) {
   return at > double(low) ? at < double(high) ? int(at) : high : low;
-}
-
-MEDGMAE_HD ProjectRange reached_rows(double v, const ProjectReach<double>& r, int rows) {
-  ProjectRange range = {0, rows - 1, true};
-  if (!(r.a2 > 0 && r.e2 < 0)) return range;
-  range.open = false;
-  double const root = sqrt(r.e1 * r.e1 - 4 * r.e0 * r.e2), middle = v - 0.5 * r.e1 / r.e2, half = -0.5 * root / r.e2;
-  range.first = pixel_within(ceil(middle - half - 1e-6), 0, rows);
-  range.last = pixel_within(floor(middle + half + 1e-6) + 1, 0, rows) - 1;
-  return range;
 }
 
 // Standard deviations beyond which a weight is left out: those of the support, but none that cannot be seen.

@@ -47,6 +47,12 @@ struct Arithmetic<Doubles> {
   static inline Doubles where_at_most(Doubles x, double limit, Doubles value) { return keep<double>(x <= limit, value); }
 };
 
+// x, but at least 0 and at most high; 0 for NaN.
+inline Doubles between(Doubles x, double high) {
+  x = x > 0.0 ? x : Doubles{};
+  return x < high ? x : splat(high);
+}
+
 inline double lane(const Doubles& v, int i) {
   double x;
   memcpy(&x, reinterpret_cast<const char*>(&v) + sizeof(double) * size_t(i), sizeof(x));
@@ -95,20 +101,26 @@ inline Doubles power_lanes(Doubles x) { return exp_lanes(x); }
 struct Group {
   Doubles u, v, gamma, kappa, k00, l[5], amplitude;  // with the density in a forward
   ProjectReach<Doubles> reach;
-  ProjectRange range[kGroup];
+  int32_t first[kGroup], last[kGroup];   // rows
+  int32_t open[kGroup], narrow[kGroup];  // 1: no ellipse, of any rows; no row is longer than a vector
 };
 
 enum class Shape { cone, flat };
 
-constexpr int kRowBlock = 64;
+// A function of its own: inlined, its loop would share the registers with what is around it.
+#define MEDGMAE_ALONE __attribute__((noinline)) static
 
-// Rows of one Gaussian.
+constexpr int kRowBlock = 64;
+constexpr int kRowsTogether = 2;  // rows whose pixels are computed side by side: one alone waits for its own results
+
+// Rows of one Gaussian, and rows without pixels behind them up to a multiple of kRowsTogether.
 template <class T>
 struct RowTable {
-  T start[kRowBlock], fixed[kRowBlock];  // x of the first pixel, -kappa dv^2 / 2
-  T level[kRowBlock], tilt[kRowBlock];   // L of the first pixel, and its slope there
-  T dv[kRowBlock];
-  int32_t first[kRowBlock], count[kRowBlock];
+  static constexpr int kSize = kRowBlock + (kGroup > kRowsTogether ? kGroup : kRowsTogether);
+  T start[kSize], fixed[kSize];           // x of the first pixel, -kappa dv^2 / 2
+  T level[kSize], tilt[kSize];            // L of the first pixel, and its slope there
+  T dv[kSize], last[kSize];               // last: number of the last pixel, counted from the first; -1: none
+  int32_t first[kSize];
 };
 
 // One Gaussian, whose weights are amplitude power((curve x^2 + fixed) / L) / sqrt(L).
@@ -134,67 +146,88 @@ inline void fill_rows(const Group& g, int i, int first, int rows, int columns, R
   double const e0 = lane(g.reach.e0, i), e1 = lane(g.reach.e1, i), e2 = lane(g.reach.e2, i);
   double const unit = -0.5 * double(kExponentUnit<T>) * kappa, end = columns;
   for (int r = 0; r < rows; r += kGroup) {
-    Doubles const dv = ramp(double(first + r)) - v, centre = gamma * dv + u;
+    Doubles const number = ramp(double(r)), dv = number + (first - v);
+    Doubles const centre = gamma * dv + u;
     Doubles const square = e0 + dv * (e1 + e2 * dv), middle = centre + (h0 + h1 * dv);
     Doubles const half = root_lanes(square > 0.0 ? square : Doubles{}) * inverse;
     Doubles from = -floor_lanes(half - middle), to = floor_lanes(middle + half) + 1.0;
-    from = from > 0.0 ? from : Doubles{}, from = from < end ? from : splat(end);
-    to = to < end ? to : splat(end);
-    Doubles count = to > from ? to - from : Doubles{};
-    count = square >= 0.0 ? count : Doubles{};
-    Doubles const du = from - u;
-    store_as(table->start + r, from - centre), store_as(table->fixed + r, unit * (dv * dv)), store_as(table->dv + r, dv);
-    store_as(table->level + r, 1.0 + dv * (l1 + l4 * dv) + du * (l0 + l3 * dv + l2 * du));
-    store_as(table->tilt + r, l0 + l3 * dv + 2.0 * l2 * du);
-    store_as(table->first + r, from), store_as(table->count + r, count);
+    from = between(from, end), to = to < end ? to : splat(end);
+    // A row without pixels is computed beside others: at its pixel -1, where x = 0 and L = 1 + bend whatever the Gaussian.
+    Mask<double> const seen = (to > from) & (square >= 0.0) & (number < double(rows));
+    Doubles const du = from - u, level = dv * (l1 + l4 * dv) + du * (l0 + l3 * dv + l2 * du);
+    store_as(table->start + r, seen ? from - centre : splat(1.0)), store_as(table->fixed + r, keep<double>(seen, unit * (dv * dv)));
+    store_as(table->level + r, 1.0 + keep<double>(seen, level));
+    store_as(table->tilt + r, keep<double>(seen, l0 + l3 * dv + 2.0 * l2 * du));
+    store_as(table->dv + r, dv), store_as(table->last + r, seen ? to - from - 1.0 : splat(-1.0));
+    store_as(table->first + r, from);
   }
 }
 
 inline Doubles at_most_lanes(Doubles x, double high) { return x < high ? x : splat(high); }
 
-// The first `count` lanes, all of them if there are more.
-template <class T>
-inline Mask<T> first_lanes(int count) {
-  return ramp(T(0)) < T(count);
-}
-
+// A vector of pixels in each of several rows.
 template <class T>
 struct PixelLanes {
-  Vec<T> x, exponent, inverse, weight;  // 1 / L; amplitude 1
+  Vec<T> x[kRowsTogether], exponent[kRowsTogether], inverse[kRowsTogether], weight[kRowsTogether];  // 1 / L; amplitude 1
 };
 
-// Pixels j of row i, counted from the row's first. Lanes behind the row repeat its last pixel: beyond it numbers may have no meaning.
+template <class Visit>
+inline void for_rows(Visit visit) {
+  for (int k = 0; k < kRowsTogether; ++k) visit(k);
+}
+
+// Pixels j of the rows from i on, counted from each row's first. Lanes behind a row repeat its last pixel: beyond it numbers may have
+// no meaning. Every step is taken for all rows, since one row alone waits for the results of its last step.
 template <class T, Shape shape>
 inline PixelLanes<T> pixel_lanes(const Profile<T>& p, const RowTable<T>& rows, int i, Vec<T> j) {
   PixelLanes<T> out;
-  j = at_most_lanes(j, T(rows.count[i] - 1));
-  out.x = j + rows.start[i];
-  out.exponent = (out.x * p.curve) * out.x + rows.fixed[i];
+  Vec<T> at[kRowsTogether], root[kRowsTogether];
+  for_rows([&](int k) { at[k] = at_most_lanes(j, rows.last[i + k]); });
+  for_rows([&](int k) { out.x[k] = at[k] + rows.start[i + k]; });
+  for_rows([&](int k) { out.exponent[k] = (out.x[k] * p.curve) * out.x[k] + rows.fixed[i + k]; });
   if constexpr (shape == Shape::flat) {
-    out.inverse = splat(T(1));
-    out.weight = power_lanes(out.exponent);
+    for_rows([&](int k) { out.inverse[k] = splat(T(1)), out.weight[k] = power_lanes(out.exponent[k]); });
     return out;
   }
-  Vec<T> const root = inverse_root(j * (j * p.bend + rows.tilt[i]) + rows.level[i]);
-  out.inverse = root * root;
-  out.exponent = out.exponent * out.inverse;
-  out.weight = power_lanes(out.exponent) * root;
+  for_rows([&](int k) { root[k] = at[k] * (at[k] * p.bend + rows.tilt[i + k]) + rows.level[i + k]; });
+  for_rows([&](int k) { root[k] = inverse_root(root[k]); });
+  for_rows([&](int k) { out.inverse[k] = root[k] * root[k]; });
+  for_rows([&](int k) { out.exponent[k] = out.exponent[k] * out.inverse[k]; });
+  for_rows([&](int k) { out.weight[k] = power_lanes(out.exponent[k]); });
+  for_rows([&](int k) { out.weight[k] = out.weight[k] * root[k]; });
   return out;
 }
 
-// Adds a Gaussian to rows of an image that begin at `image`, `stride` apart, and may be written up to a vector beyond a row's end.
-template <class T, Shape shape>
-inline void add_rows(const Profile<T>& p, const RowTable<T>& table, int rows, T* image, int64_t stride) {
-  for (int i = 0; i < rows; ++i, image += stride) {
-    int const count = table.count[i];
-    T* at = image + table.first[i];
+// Calls visit(i, offset, j) for rows i, i + 1, ... that are taken together and vectors of their pixels j, which lie in row i + k of an
+// image from at[k] + offset on, and end(i) behind them. Narrow: no row is longer than a vector, which is known before the rows are.
+template <class T, bool narrow, class Image, class Visit, class End>
+inline void for_vectors(const RowTable<T>& table, int rows, Image* image, int64_t stride, Visit visit, End end) {
+  for (int i = 0; i < rows; i += kRowsTogether) {
+    Image* at[kRowsTogether];
+    T last = T(0);
+    for_rows([&](int k) { at[k] = image + (i + k) * stride + table.first[i + k]; });
+    if (!narrow) for_rows([&](int k) { last = table.last[i + k] > last ? table.last[i + k] : last; });
+    int done = 0;
     Vec<T> j = ramp(T(0));
-    for (int left = count; left > 0; left -= kLanes<T>, at += kLanes<T>, j += T(kLanes<T>)) {
-      PixelLanes<T> const pixel = pixel_lanes<T, shape>(p, table, i, j);
-      Mask<T> const inside = first_lanes<T>(left);
-      store(at, load(at) + keep<T>(inside, pixel.weight * p.amplitude));
-    }
+    do {
+      visit(i, at, done, j);
+      done += kLanes<T>, j += T(kLanes<T>);
+    } while (!narrow && done <= int(last));
+    end(i);
   }
+}
+
+// Adds a Gaussian to rows of an image that begin at `image`, `stride` apart; of a buffer, since vectors reach beyond the rows' ends.
+template <class T, Shape shape, bool narrow>
+MEDGMAE_ALONE void add_rows(const Profile<T>& p, const RowTable<T>& table, int rows, T* image, int64_t stride) {
+  auto const visit = [&](int i, T* const* at, int offset, Vec<T> j) {
+    PixelLanes<T> const pixel = pixel_lanes<T, shape>(p, table, i, j);
+    for_rows([&](int k) {
+      T* const to = at[k] + offset;
+      store(to, load(to) + keep<T>(j <= table.last[i + k], pixel.weight[k] * p.amplitude));
+    });
+  };
+  for_vectors<T, narrow>(table, rows, image, stride, visit, [](int) {});
 }
 
 // Sums of one Gaussian, as project.h numbers them.
@@ -203,33 +236,50 @@ struct MomentSums {
   Vec<T> of[16];  // the last four are 0
 };
 
-template <class T, Shape shape>
-inline void sum_rows(const Profile<T>& p, const RowTable<T>& table, int rows, const T* image, int64_t stride, MomentSums<T>* sums) {
+// The sums over all lanes.
+template <class T>
+inline void total_sums(MomentSums<T> sums, T* totals) {
+  for (int k = 0; k < 16; k += kLanes<T>) medgmae::sums<T>(sums.of + k), store(totals + k, sums.of[k]);
+}
+
+// Sums over one row.
+template <class T>
+struct RowSums {
+  Vec<T> t, q, qx, qxx, r, rx, rxx;
+};
+
+template <class T, Shape shape, bool narrow>
+MEDGMAE_ALONE void sum_rows(const Profile<T>& p, const RowTable<T>& table, int rows, const T* image, int64_t stride, MomentSums<T>* sums) {
+  constexpr bool cone = shape == Shape::cone;
   Vec<T> s[kProjectMoments];
   for (int k = 0; k < kProjectMoments; ++k) s[k] = sums->of[k];
-  for (int i = 0; i < rows; ++i, image += stride) {
-    int const count = table.count[i];
-    if (count == 0) continue;
-    const T* at = image + table.first[i];
-    T const dv = table.dv[i], square = dv * dv;
-    // Sums of rows before those over rows: fewer additions in a chain, so less rounding.
-    Vec<T> j = ramp(T(0)), t_row = {}, q_row = {}, qx_row = {}, qxx_row = {}, r_row = {}, rx_row = {}, rxx_row = {};
-    for (int left = count; left > 0; left -= kLanes<T>, at += kLanes<T>, j += T(kLanes<T>)) {
-      PixelLanes<T> const pixel = pixel_lanes<T, shape>(p, table, i, j);
-      Mask<T> const inside = first_lanes<T>(left);
-      Vec<T> const t = keep<T>(inside, load(at)) * pixel.weight, q = shape == Shape::flat ? t : t * pixel.inverse;
-      Vec<T> const qx = q * pixel.x;
-      t_row += t, q_row += q, qx_row += qx, qxx_row += qx * pixel.x;
-      if constexpr (shape != Shape::flat) {
-        Vec<T> const r = q * (pixel.exponent * T(-1 / kExponentUnit<T>) - T(0.5)), rx = r * pixel.x;
-        r_row += r, rx_row += rx, rxx_row += rx * pixel.x;
+  // Sums of rows before those over rows: fewer additions in a chain, so less rounding.
+  RowSums<T> of_row[kRowsTogether] = {};
+  auto const add = [](Vec<T>* sum, Vec<T> value) { *sum = narrow ? value : *sum + value; };
+  auto const visit = [&](int i, const T* const* at, int offset, Vec<T> j) {
+    PixelLanes<T> const pixel = pixel_lanes<T, shape>(p, table, i, j);
+    for_rows([&](int k) {
+      RowSums<T>& row = of_row[k];
+      Vec<T> const x = pixel.x[k], t = keep<T>(j <= table.last[i + k], load(at[k] + offset)) * pixel.weight[k];
+      Vec<T> const q = cone ? t * pixel.inverse[k] : t, qx = q * x;
+      add(&row.t, t), add(&row.q, q), add(&row.qx, qx), add(&row.qxx, qx * x);
+      if constexpr (cone) {
+        Vec<T> const r = q * (pixel.exponent[k] * T(-1 / kExponentUnit<T>) - T(0.5)), rx = r * x;
+        add(&row.r, r), add(&row.rx, rx), add(&row.rxx, rx * x);
       }
-    }
-    s[0] += t_row, s[1] += qx_row, s[2] += q_row * dv, s[3] += qxx_row, s[4] += qx_row * dv, s[5] += q_row * square;
-    if constexpr (shape != Shape::flat) {
-      s[6] += r_row, s[7] += rx_row, s[8] += r_row * dv, s[9] += rxx_row, s[10] += rx_row * dv, s[11] += r_row * square;
-    }
-  }
+    });
+  };
+  auto const end = [&](int i) {
+    for_rows([&](int k) {
+      T const dv = table.dv[i + k];
+      RowSums<T> const row = of_row[k];
+      Vec<T> const qv = row.q * dv, rv = row.r * dv;
+      of_row[k] = RowSums<T>{};
+      s[0] += row.t, s[1] += row.qx, s[2] += qv, s[3] += row.qxx, s[4] += row.qx * dv, s[5] += qv * dv;
+      if constexpr (cone) s[6] += row.r, s[7] += row.rx, s[8] += rv, s[9] += row.rxx, s[10] += row.rx * dv, s[11] += rv * dv;
+    });
+  };
+  for_vectors<T, narrow>(table, rows, image, stride, visit, end);
   for (int k = 0; k < kProjectMoments; ++k) sums->of[k] = s[k];
 }
 

@@ -12,6 +12,7 @@ namespace medgmae {
 namespace {
 
 constexpr int kBlockRows = 16;
+constexpr int kStepRows = 4;  // blocks are multiples of it: what is below the last row of one lies outside the support
 
 // Columns of a vector, and the rows that the support reaches in them.
 struct StripTable {
@@ -36,9 +37,9 @@ template <class T>
 inline bool prepare_strips(const Group& g, int i, double support, int columns, double amplitude, Strips<T>* s) {
   s->u = lane(g.u, i), s->v = lane(g.v, i), s->gamma = lane(g.gamma, i), s->kappa = lane(g.kappa, i), s->k00 = lane(g.k00, i);
   s->k01 = -s->gamma * s->k00, s->k11 = s->kappa + s->gamma * s->gamma * s->k00, s->support = support;
-  if (!(s->k11 < 1.5 && s->k00 < 1e6 && s->k11 <= 16 * s->kappa && s->kappa > 1e-12 && support >= 2)) return false;
+  if (!(s->k11 < 1.3 && s->k00 < 1e6 && s->k11 <= 16 * s->kappa && s->kappa > 1e-12 && support >= 2)) return false;
   double const fit = 3.5 / sqrt(s->k11) + 1, reach = support * sqrt(s->k11 / (s->k00 * s->kappa));
-  s->rows = fit < kBlockRows ? int(fit) : kBlockRows;
+  s->rows = fit < kBlockRows ? int(fit) / kStepRows * kStepRows : kBlockRows;
   s->begin = pixel_within(ceil(s->u - reach - 1e-6), 0, columns), s->end = pixel_within(floor(s->u + reach + 1e-6) + 1, 0, columns);
   double const size = fabs(amplitude);
   s->sign = T(amplitude < 0 ? -1 : 1), s->threshold = T(size * exp(-0.5 * support * support)), s->next = T(exp(-s->k11 * s->rows));
@@ -77,9 +78,13 @@ struct StripLanes {
   Vec<T> value[kWide], down[kWide];
 };
 
-// Of the first block of a strip, or of the next one.
+// Of the first block of a strip, or of the next one; of one that is not needed itself only what the next one needs.
 template <class T, int kWide>
-inline void start_block(const Strips<T>& s, double column, double row, bool first, StripLanes<T, kWide>* lanes) {
+inline void start_block(const Strips<T>& s, double column, double row, bool first, bool needed, StripLanes<T, kWide>* lanes) {
+  if (!first) {
+    for (int k = 0; k < kWide; ++k) lanes->down[k] *= s.next;
+    if (!needed) return;
+  }
   double const dv = row - s.v, unit = kExponentUnit<T>;
   T const fixed = T(-0.5 * unit * s.kappa * dv * dv), curve = T(-0.5 * unit * s.k00), slope = T(-s.k01);
   Vec<T> x = ramp(T(column - s.u - s.gamma * dv));
@@ -91,46 +96,50 @@ inline void start_block(const Strips<T>& s, double column, double row, bool firs
       // power_lanes has twice the error.
       Vec<T> const step = slope * x - T(s.kappa * dv), least = splat(T(-40)), most = splat(T(40));
       lanes->down[k] = exp_lanes(step < least ? least : step > most ? most : step);
-    } else {
-      lanes->down[k] *= s.next;
     }
   }
 }
 
-// Calls visit(lanes, block's first row, its rows, strip's first column) for all blocks of a Gaussian.
+// Calls visit(lanes, block's first row, its rows, strip's first column) for the blocks of a Gaussian that meet the rows [low, high].
+// Blocks begin where they would without these limits, so that the bits are the same.
 template <class T, int kWide, class Visit>
-inline void for_blocks(const Strips<T>& s, int rows, Visit visit) {
+inline void for_blocks(const Strips<T>& s, int rows, int low, int high, Visit visit) {
   StripTable table;
   for (int from = s.begin; from < s.end; from += kGroup * kWide * kLanes<T>) {
     fill_strips<T, kWide>(s, from, rows, &table);
     for (int k = 0; k < table.count; ++k) {
       int const first = int(table.first[k]), last = int(table.last[k]);
+      if (first > high || last < low) continue;
       StripLanes<T, kWide> lanes = {};
-      for (int row = first; row <= last; row += s.rows) {
-        start_block(s, table.column[k], row, row == first, &lanes);
+      for (int row = first; row <= last && row <= high; row += s.rows) {
+        bool const needed = row + s.rows > low;
+        start_block(s, table.column[k], row, row == first, needed, &lanes);
         int const left = last - row + 1;
-        visit(lanes, row, left < s.rows ? left : s.rows, int(table.column[k]));
+        if (needed) visit(lanes, row, left < s.rows ? left : s.rows, int(table.column[k]));
       }
     }
   }
 }
 
-// Adds a Gaussian to the rows [low, high] of a view of so many rows; they begin at `image`. Blocks begin where they would without
-// these limits, so that the bits are the same.
+// Adds a Gaussian to the rows [low, high] of a view of so many rows; they begin at `image`, and up to kStepRows - 1 on both sides
+// of them are written as well.
 template <class T, int kWide>
 inline void add_strips(const Strips<T>& s, int rows, int low, int high, T* image, int64_t stride) {
-  for_blocks<T, kWide>(s, rows, [&](StripLanes<T, kWide> lanes, int row, int count, int column) {
-    int const begin = row < low ? low - row : 0, end = row + count - 1 > high ? high - row + 1 : count;
-    for (int i = 0; i < begin && i < end; ++i) {
+  for_blocks<T, kWide>(s, rows, low, high, [&](StripLanes<T, kWide> lanes, int row, int count, int column) {
+    int const begin = row < low ? (low - row) / kStepRows * kStepRows : 0, end = row + count - 1 > high ? high - row + 1 : count;
+    for (int i = 0; i < begin; ++i) {
       for (int k = 0; k < kWide; ++k) lanes.value[k] *= lanes.down[k];
     }
     T* at = image + int64_t(row + begin - low) * stride + column;
-    for (int i = begin; i < end; ++i, at += stride) {
-      for (int k = 0; k < kWide; ++k) {
-        Vec<T> const weight = lanes.value[k] * s.scaled[i];
-        T* const to = at + k * kLanes<T>;
-        store(to, load(to) + s.sign * keep<T>(weight >= s.threshold, weight));
-        lanes.value[k] *= lanes.down[k];
+    for (int i = begin; i < end; i += kStepRows) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kStepRows; ++r, at += stride) {
+        for (int k = 0; k < kWide; ++k) {
+          Vec<T> const weight = lanes.value[k] * s.scaled[i + r];
+          T* const to = at + k * kLanes<T>;
+          store(to, load(to) + s.sign * keep<T>(weight >= s.threshold, weight));
+          lanes.value[k] *= lanes.down[k];
+        }
       }
     }
   });
@@ -139,28 +148,38 @@ inline void add_strips(const Strips<T>& s, int rows, int low, int high, T* image
 // Moments 0 to 5 of a Gaussian over an image.
 template <class T, int kWide>
 inline void sum_strips(const Strips<T>& s, int rows, const T* image, int64_t stride, double* moments) {
-  Vec<T> total[6] = {};  // 1, du, dv, du^2, du dv, dv^2
-  for_blocks<T, kWide>(s, rows, [&](StripLanes<T, kWide> lanes, int row, int count, int column) {
+  MomentSums<T> total = {};  // 1, du, dv, du^2, du dv, dv^2
+  for_blocks<T, kWide>(s, rows, 0, rows - 1, [&](StripLanes<T, kWide> lanes, int row, int count, int column) {
     Vec<T> zero[kWide] = {}, one[kWide] = {}, two[kWide] = {};
     const T* at = image + int64_t(row) * stride + column;
-    for (int i = 0; i < count; ++i, at += stride) {
-      for (int k = 0; k < kWide; ++k) {
-        Vec<T> const weight = lanes.value[k] * s.scaled[i];
-        Vec<T> const t = keep<T>(weight >= s.threshold, load(at + k * kLanes<T>)) * weight, ti = t * T(i);
-        zero[k] += t, one[k] += ti, two[k] += ti * T(i);
-        lanes.value[k] *= lanes.down[k];
+    for (int i = 0; i < count; i += kStepRows) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kStepRows; ++r, at += stride) {
+        for (int k = 0; k < kWide; ++k) {
+          Vec<T> const weight = lanes.value[k] * s.scaled[i + r];
+          zero[k] += keep<T>(weight >= s.threshold, load(at + k * kLanes<T>)) * weight, one[k] += zero[k], two[k] += one[k];
+          lanes.value[k] *= lanes.down[k];
+        }
       }
+    }
+    // Sums of sums, n - i and (n - i) (n - i + 1) / 2 times row i, become those of i and of i^2.
+    T const n = T((count + kStepRows - 1) / kStepRows * kStepRows);
+    for (int k = 0; k < kWide; ++k) {
+      two[k] = T(2) * two[k] - one[k] + n * (n * zero[k] - T(2) * one[k]);
+      one[k] = n * zero[k] - one[k];
     }
     T const dv = T(row - s.v);
     Vec<T> du = ramp(T(column - s.u));
     for (int k = 0; k < kWide; ++k, du += T(kLanes<T>)) {
       Vec<T> const tv = one[k] + zero[k] * dv, tu = zero[k] * du;
-      total[0] += zero[k], total[1] += tu, total[2] += tv, total[3] += tu * du, total[4] += tv * du;
-      total[5] += two[k] + dv * (one[k] + tv);
+      total.of[0] += zero[k], total.of[1] += tu, total.of[2] += tv, total.of[3] += tu * du, total.of[4] += tv * du;
+      total.of[5] += two[k] + dv * (one[k] + tv);
     }
   });
+  T totals[16];
+  total_sums(total, totals);
   double m[6];
-  for (int k = 0; k < 6; ++k) m[k] = double(sum<T>(total[k]));
+  for (int k = 0; k < 6; ++k) m[k] = double(totals[k]);
   double const c = s.gamma;  // from du to x = du - gamma dv
   moments[0] = m[0], moments[1] = m[1] - c * m[2], moments[2] = m[2], moments[3] = m[3] - c * (2 * m[4] - c * m[5]);
   moments[4] = m[4] - c * m[5], moments[5] = m[5];

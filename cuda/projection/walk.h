@@ -27,6 +27,10 @@ inline int64_t image_pixels(const ProjectCall& call) { return int64_t(call.rows)
 // A row of a buffer, which may be read and written up to a vector beyond its end.
 inline int64_t buffer_stride(const ProjectCall& call) { return (call.columns + 63) / 64 * 64 + 80; }
 
+// Rows of a buffer for so many of a view: the last of those that are computed together may lie below them, in a forward also above.
+constexpr int kSpareRows = 4;
+inline int64_t buffer_rows(int64_t rows) { return rows + kSpareRows; }
+
 // The numbers of a group's Gaussians, as whiten wants them; lanes without a Gaussian repeat the last one.
 template <class T>
 struct GroupLoader {
@@ -50,17 +54,18 @@ struct GroupLoader {
 template <class T>
 Group group_in_view(const ProjectCall& call, const ProjectFrame<Doubles>& f, Doubles factor, int lanes) {
   Group g;
-  double const support = visible_support<T>(call.support);
+  double const support = visible_support<T>(call.support), rows = call.rows;
   g.u = f.u, g.v = f.v, g.gamma = f.gamma, g.kappa = f.kappa, g.k00 = f.k00, g.amplitude = f.amplitude * factor;
   for (int k = 0; k < 5; ++k) g.l[k] = f.l[k];
   g.reach = project_reach(f, support);
-  for (int i = 0; i < kGroup; ++i) {
-    g.range[i] = {0, -1, false};
-    if (i >= lanes || !(lane(f.depth, i) > 0)) continue;
-    const ProjectReach<Doubles>& r = g.reach;
-    g.range[i] = reached_rows(lane(f.v, i), {lane(r.a2, i), lane(r.h0, i), lane(r.h1, i), lane(r.e0, i), lane(r.e1, i), lane(r.e2, i)},
-                              call.rows);
-  }
+  const ProjectReach<Doubles>& r = g.reach;
+  Mask<double> const seen = (f.depth > 0.0) & (ramp(0.0) < double(lanes)), ellipse = (r.a2 > 0.0) & (r.e2 < 0.0);
+  Doubles const inverse = 0.5 / r.e2, middle = f.v - r.e1 * inverse, half = root_lanes(r.e1 * r.e1 - 4.0 * r.e0 * r.e2) * -inverse;
+  Doubles first = -floor_lanes(half - middle + 1e-6), end = floor_lanes(middle + half + 1e-6) + 1.0;
+  first = keep<double>(ellipse, between(first, rows)), end = ellipse ? between(end, rows) : splat(rows);
+  store_as(g.first, first), store_as(g.last, keep<double>(seen, end) - 1.0), store_as(g.open, keep<double>(~ellipse, splat(1.0)));
+  Doubles const fitting = (kLanes<T> - 1.001) * r.a2;  // n + 1 pixels may lie within n
+  store_as(g.narrow, keep<double>(4.0 * r.e0 - 2.0 * r.e1 * r.e1 * inverse < fitting * fitting, splat(1.0)));
   return g;
 }
 
@@ -102,9 +107,9 @@ void render_band(const ProjectCall& call, const ProjectView& view, const Whitene
   for (int64_t n = 0; n < groups_of(call); ++n) {
     const Group& g = groups[n];
     for (int i = 0; i < kGroup; ++i) {
-      int const top = g.range[i].first > first ? g.range[i].first : first, bottom = g.range[i].last < last ? g.range[i].last : last;
+      int const top = g.first[i] > first ? g.first[i] : first, bottom = g.last[i] < last ? g.last[i] : last;
       if (top > bottom) continue;
-      if (g.range[i].open) {
+      if (g.open[i]) {
         render_direct(call, view, one_of(gaussians[n], i), first, last, image, stride);
         continue;
       }
@@ -116,8 +121,9 @@ void render_band(const ProjectCall& call, const ProjectView& view, const Whitene
       Profile<T> const p = profile_of<T>(g, i);
       for_row_blocks(call, g, i, top, bottom, &table, [&](int rows, int row) {
         T* const at = image + (row - first) * stride;
-        if (view.flat) add_rows<T, Shape::flat>(p, table, rows, at, stride);
-        else add_rows<T, Shape::cone>(p, table, rows, at, stride);
+        if (view.flat) add_rows<T, Shape::flat, false>(p, table, rows, at, stride);
+        else if (g.narrow[i]) add_rows<T, Shape::cone, true>(p, table, rows, at, stride);
+        else add_rows<T, Shape::cone, false>(p, table, rows, at, stride);
       });
     }
   }
@@ -136,7 +142,11 @@ void times_rays(const ProjectCall& call, const ProjectView& view, int row, const
     Doubles const at = ramp(double(u)), length = root_lanes(start + at * (slope + at * bend));
     T factor[kGroup];
     store_as(factor, length);
-    for (int k = 0; k < kGroup && u + k < call.columns; ++k) out[u + k] = in[u + k] * factor[k];
+    if (u + kGroup <= call.columns) {
+      for (int k = 0; k < kGroup; ++k) out[u + k] = in[u + k] * factor[k];
+    } else {
+      for (int k = 0; u + k < call.columns; ++k) out[u + k] = in[u + k] * factor[k];
+    }
   }
 }
 
@@ -150,7 +160,7 @@ inline ViewPlan plan_views(const ProjectCall& call, int64_t bytes_per_view, int 
   ViewPlan plan;
   int64_t const all = call.batch * call.views, fit = kViewsMemory / (bytes_per_view + 1) + 1;
   plan.together = fit < all ? fit : all;
-  int64_t const wanted = threads == 1 ? 1 : (4 * int64_t(threads) + plan.together - 1) / (plan.together > 0 ? plan.together : 1);
+  int64_t const wanted = threads == 1 ? 1 : (2 * int64_t(threads) + plan.together - 1) / (plan.together > 0 ? plan.together : 1);
   int const most = (call.rows + 7) / 8, bands = wanted < most ? int(wanted) : most;
   plan.band = (call.rows + bands - 1) / bands, plan.bands = (call.rows + plan.band - 1) / plan.band;
   return plan;
@@ -169,6 +179,7 @@ template <class T>
 void project_band(const ProjectCall& call, const Whitened* gaussians, const Group* groups, bool spoiled, int64_t view, int first,
                   int last, T* buffer) {
   int64_t const stride = buffer_stride(call);
+  buffer += kSpareRows * stride;
   memset(buffer, 0, size_t(stride * (last - first + 1)) * sizeof(T));
   ProjectView const geometry = project_view(call, view);
   if (!spoiled) render_band<T>(call, geometry, gaussians, groups, first, last, buffer, stride);
@@ -185,15 +196,18 @@ template <class T>
 bool project_forward(const ProjectCall& call, int threads) {
   int64_t const groups = groups_of(call), all = call.batch * call.views;
   ViewPlan const plan = plan_views(call, groups * int64_t(sizeof(Group)), threads);
-  ThreadMemory<Whitened> gaussians(call.batch * groups + 1);
-  ThreadMemory<Group> kept(plan.together * groups + 1);
+  // One block for both: freed memory of many blocks goes back to the system, and to be given it anew takes as long as projecting.
+  int64_t const own = call.batch * groups + 1, bytes = plan.together * groups * int64_t(sizeof(Group));
+  int64_t const further = bytes / int64_t(sizeof(Whitened)) + 1;
+  ThreadMemory<Whitened> gaussians(own + further);
   ThreadMemory<bool> spoiled(call.batch + 1);
-  bool enough = gaussians.at != nullptr && kept.at != nullptr && spoiled.at != nullptr;
+  bool enough = gaussians.at != nullptr && spoiled.at != nullptr;
   if (!enough) return false;
+  Group* const kept = reinterpret_cast<Group*>(gaussians.at + own);
 #pragma omp parallel num_threads(threads)
   {
     FlushSubnormals flush;
-    ThreadMemory<T> buffer(plan.band * buffer_stride(call));
+    ThreadMemory<T> buffer((buffer_rows(plan.band) + kSpareRows) * buffer_stride(call));
     if (buffer.at == nullptr) {
 #pragma omp atomic write
       enough = false;
@@ -209,7 +223,7 @@ bool project_forward(const ProjectCall& call, int threads) {
         int64_t const view = start + i / groups, group = i % groups;
         const Whitened& g = gaussians.at[view / call.views * groups + group];
         ProjectView const geometry = project_view(call, view);
-        kept.at[i] = group_in_view<T>(call, project_frame(geometry, g), g.density, lanes_of(call, group));
+        kept[i] = group_in_view<T>(call, project_frame(geometry, g), g.density, lanes_of(call, group));
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < views * plan.bands; ++i) {
@@ -217,7 +231,7 @@ bool project_forward(const ProjectCall& call, int threads) {
         int const first = int(i % plan.bands) * plan.band, end = first + plan.band;
         if (buffer.at == nullptr) continue;
         int64_t const set = view / call.views;
-        project_band<T>(call, gaussians.at + set * groups, kept.at + i / plan.bands * groups, spoiled.at[set], view, first,
+        project_band<T>(call, gaussians.at + set * groups, kept + i / plan.bands * groups, spoiled.at[set], view, first,
                         (end < call.rows ? end : call.rows) - 1, buffer.at);
       }
     }
@@ -240,13 +254,14 @@ void gaussian_moments(const ProjectCall& call, const ProjectView& view, const Gr
   RowTable<T> table;
   MomentSums<T> sums = {};
   Profile<T> const p = profile_of<T>(g, i);
-  for_row_blocks(call, g, i, g.range[i].first, g.range[i].last, &table, [&](int rows, int row) {
+  for_row_blocks(call, g, i, g.first[i], g.last[i], &table, [&](int rows, int row) {
     const T* const at = image + row * stride;
-    if (view.flat) sum_rows<T, Shape::flat>(p, table, rows, at, stride, &sums);
-    else sum_rows<T, Shape::cone>(p, table, rows, at, stride, &sums);
+    if (view.flat) sum_rows<T, Shape::flat, false>(p, table, rows, at, stride, &sums);
+    else if (g.narrow[i]) sum_rows<T, Shape::cone, true>(p, table, rows, at, stride, &sums);
+    else sum_rows<T, Shape::cone, false>(p, table, rows, at, stride, &sums);
   });
   T totals[16];
-  for (int k = 0; k < 16; k += kLanes<T>) medgmae::sums<T>(sums.of + k), store(totals + k, sums.of[k]);
+  total_sums(sums, totals);
   for (int k = 0; k < kProjectMoments; ++k) reinterpret_cast<double*>(moments + k)[i] = double(totals[k]);
 }
 
@@ -272,7 +287,7 @@ void direct_gradient(const ProjectCall& call, const ProjectView& view, const Pro
 template <class T>
 void group_gradient(const ProjectCall& call, const Whitened& gaussian, int64_t first, int64_t views, int lanes, const T* images,
                     ProjectTotals<Doubles>* totals) {
-  int64_t const pixels = buffer_stride(call) * call.rows;
+  int64_t const pixels = buffer_stride(call) * buffer_rows(call.rows);
   Doubles* const to = reinterpret_cast<Doubles*>(totals);
   for (int64_t v = 0; v < views; ++v) {
     ProjectView const view = project_view(call, first + v);
@@ -281,8 +296,8 @@ void group_gradient(const ProjectCall& call, const Whitened& gaussian, int64_t f
     Doubles moments[kProjectMoments] = {};
     Mask<double> reached = {};
     for (int i = 0; i < lanes; ++i) {
-      if (group.range[i].first > group.range[i].last) continue;
-      if (group.range[i].open) {
+      if (group.first[i] > group.last[i]) continue;
+      if (group.open[i]) {
         ProjectTotals<double> part = {};
         direct_gradient(call, view, one_of(gaussian, i), images + v * pixels, &part);
         for (int k = 0; k < kProjectTotals; ++k) to[k][i] += reinterpret_cast<double*>(&part)[k];
@@ -310,39 +325,47 @@ void finish_group(const ProjectCall& call, int64_t i, const Whitened& gaussian, 
   }
 }
 
+// What the backward keeps of a group.
+struct GroupSums {
+  Whitened gaussians;
+  ProjectTotals<Doubles> totals;
+};
+
 // False if there is not enough memory.
 template <class T>
 bool project_gradient(const ProjectCall& call, int threads) {
-  int64_t const groups = groups_of(call), stride = buffer_stride(call), image = stride * call.rows;
+  int64_t const groups = groups_of(call), stride = buffer_stride(call), rows = buffer_rows(call.rows), image = stride * rows;
   ViewPlan const plan = plan_views(call, image * int64_t(sizeof(T)), threads);
   int64_t const together = plan.together < call.views ? plan.together : call.views;
-  ThreadMemory<Whitened> gaussians(call.batch * groups + 1);
-  ThreadMemory<ProjectTotals<Doubles>> totals(call.batch * groups + 1);
-  ThreadMemory<T> images(together * image + 64);
-  if (gaussians.at == nullptr || totals.at == nullptr || images.at == nullptr) return false;
+  ThreadMemory<GroupSums> sums(call.batch * groups + 1);
+  ThreadMemory<T> images(together * image + stride);
+  if (sums.at == nullptr || images.at == nullptr) return false;
 #pragma omp parallel num_threads(threads)
   {
     FlushSubnormals flush;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < call.batch * groups; ++i) gaussians.at[i] = whiten<T, Doubles>(GroupLoader<T>(call, i)), totals.at[i] = ProjectTotals<Doubles>{};
+    for (int64_t i = 0; i < call.batch * groups; ++i) {
+      sums.at[i].gaussians = whiten<T, Doubles>(GroupLoader<T>(call, i)), sums.at[i].totals = ProjectTotals<Doubles>{};
+    }
     for (int64_t start = 0; start < call.batch * call.views;) {
       int64_t const set = start / call.views, rest = (set + 1) * call.views - start, views = rest < together ? rest : together;
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < views * call.rows; ++i) {
-        const T* const grad = static_cast<const T*>(call.grad) + (start * call.rows + i) * call.columns;
+      for (int64_t i = 0; i < views * rows; ++i) {
+        int64_t const view = start + i / rows, row = i % rows, seen = row < call.rows ? call.columns : 0;
+        const T* const grad = static_cast<const T*>(call.grad) + (view * call.rows + row) * call.columns;
         T* const to = images.at + i * stride;
-        times_rays(call, project_view(call, start + i / call.rows), int(i % call.rows), grad, to);
-        memset(to + call.columns, 0, size_t(stride - call.columns) * sizeof(T));
+        if (seen > 0) times_rays(call, project_view(call, view), int(row), grad, to);
+        memset(to + seen, 0, size_t(stride - seen) * sizeof(T));
       }
 #pragma omp for schedule(dynamic, 4)
       for (int64_t n = 0; n < groups; ++n) {
         int64_t const i = set * groups + n;
-        group_gradient<T>(call, gaussians.at[i], start, views, lanes_of(call, n), images.at, totals.at + i);
+        group_gradient<T>(call, sums.at[i].gaussians, start, views, lanes_of(call, n), images.at, &sums.at[i].totals);
       }
       start += views;
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < call.batch * groups; ++i) finish_group<T>(call, i, gaussians.at[i], totals.at[i]);
+    for (int64_t i = 0; i < call.batch * groups; ++i) finish_group<T>(call, i, sums.at[i].gaussians, sums.at[i].totals);
   }
   return true;
 }

@@ -93,7 +93,7 @@ def project(
         )
     views = views.expand(parameters[0].shape[0], *views.shape)
     images: Tensor = _OP(*parameters, views, size, support_code(support), beam == "parallel", affine)
-    return images if batched else images[0]
+    return images if batched else images.squeeze(0)
 
 
 def _check_parameters(means: Tensor, scales: Tensor, quats: Tensor, densities: Tensor) -> tuple[bool, list[Tensor]]:
