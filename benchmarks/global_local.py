@@ -35,6 +35,11 @@ Prediction for 3e-4 and 900 updates, written before. All four losses end below t
 0.3 nats or more; rank above 3.5; the teacher's information above 0.1 nats. Accuracy by class token: untrained 0.53 as
 it was, teacher 0.60, mae 0.52; by mean of patches teacher and mae 0.58. Runs without centring or at a temperature of 1
 still end where the library notices; a rate of 0.1 too; a warm-up of 15 updates does no harm any more.
+
+Outcome. All four losses of all seeds end below their highest, the reconstructions at a twelfth to a fifteenth, the
+consistencies by 0.26 to 0.48 nats, and the bound held: rank 4.0 or more, 5.5 to 6.6 at the end, information 0.37 to
+0.47 nats. Accuracy of regions by class token: teacher 0.55, untrained 0.53, mae 0.48 with one seed at 0.29; by mean of
+patches: teacher 0.59, untrained 0.54, mae 0.51. COLLAPSES
 """
 
 from __future__ import annotations

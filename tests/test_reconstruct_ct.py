@@ -264,6 +264,7 @@ def test_the_commands(files: Path) -> None:
     ours = run(
         *("reconstruct-ct", files / "p.npy", *shared, "--out", files / "g.nii.gz", "--png", files / "g.png"),
         *("--gaussians", 60, "--steps", 20, "--rounds", 2, "--ply", files / "g.ply", "--start", "fdk"),
+        *("--curve", files / "c.png"),
     )
     assert ours["gaussians"] == 120
     assert min(scores.values()) > 20
@@ -271,7 +272,7 @@ def test_the_commands(files: Path) -> None:
     written = medgmae.read_volume(files / "g.nii.gz")
     assert written.size == (12, 12, 12)
     assert -1300 < float(written.data.float().min()) < -700
-    assert (files / "g.png").stat().st_size > 10_000
+    assert all((files / name).stat().st_size > 10_000 for name in ("g.png", "c.png"))
     again = run(
         *("reconstruct-ct", files / "p.npy", *shared, "--out", files / "again.nii.gz"),
         *("--start", files / "g.ply", "--steps", 5, "--rounds", 0),
@@ -295,6 +296,7 @@ def test_the_commands(files: Path) -> None:
     [
         (["--start", "nearest"], "expected fdk, sart, gaussians:TAG or a .ply file"),
         (["--method", "cg", "--ply", "x.ply"], "--ply needs --method gaussians"),
+        (["--curve", "x.png"], "which needs --truth"),
         (["--method", "sart", "--state", "x.safetensors"], "--state needs --method gaussians"),
         (["--resume", "g.json"], "g.json holds no tensors"),
         (["--start", "gaussians:gmae_vit_nano_patch8_32"], "alone is an untrained model"),

@@ -135,6 +135,7 @@ def project_command(
     help="Go on from the --state of an earlier run of the same projections, whose steps and seconds count.",
 )
 @file_option("--png", (".png",), "Write a picture.")
+@file_option("--curve", (".png",), "Write a picture of the PSNR over seconds and steps; needs --truth.")
 @_MU
 @overwrite_option
 @threads_option
@@ -146,7 +147,9 @@ def reconstruct_ct_command(projections: Path, **options: Any) -> None:
     3D Gaussians are moved until their exact projections come close; or filtered back-projection, SART, CG on voxels.
     """
     tomography = medgmae.tomography
-    for name in ("ply", "state", "resume"):
+    if options["curve"] and not options["truth"]:
+        raise click.UsageError("--curve shows how the PSNR rose, which needs --truth")
+    for name in ("ply", "state", "resume", "curve"):
         if options[name] and options["method"] != "gaussians":
             raise click.UsageError(f"--{name} needs --method gaussians, got {options['method']}")
     if options["start"] not in ("fdk", "sart") and not options["start"].startswith("gaussians:"):
@@ -190,6 +193,9 @@ def reconstruct_ct_command(projections: Path, **options: Any) -> None:
         facts["psnr"] = round(medgmae.psnr(found.data, truth.data, data_range=peak), 3)
     if options["png"]:
         _draw(result, first, truth, options, facts)
+    if options["curve"] and curve is not None:
+        figure = medgmae.visualize.descent_figure({"Gaussians": curve.curve})
+        write_figure(figure, options["curve"], options["overwrite"])
     echo_result(facts, options["as_json"])
 
 
@@ -218,7 +224,7 @@ def _reconstructed(
     if method in ("sart", "cg"):
         run = getattr(tomography, method)
         return run(data, grid, options["steps"] if given else {"sart": 3, "cg": 10}[method]), None, None
-    first = tomography.sart(data, grid, 4) if method != "fdk" and start == "sart" else tomography.fdk(data, grid)
+    first = tomography.sart(data, grid, 4) if _first(options) == "SART" else tomography.fdk(data, grid)
     if method == "fdk":
         return first, None, None
     resume = _state(options["resume"]) if options["resume"] else None
@@ -242,11 +248,18 @@ def _reconstructed(
         budget_s=options["budget"],
         descent=descent,
         truth=truth,
+        look_every=10,
         peak=3000 * options["mu_water"] / 1000,
         seed=options["seed"],
         resume=resume,
     )
     return first, result.gaussians, result
+
+
+def _first(options: dict[str, Any]) -> str:
+    """What Gaussians are placed from; one that goes on needs no start, and FDK is quick to show."""
+    needed = options["method"] == "gaussians" and options["start"] == "sart" and not options["resume"]
+    return "SART" if needed else "FDK"
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -271,8 +284,7 @@ def _draw(
     to_hu = medgmae.tomography.to_hounsfield
     volumes = {options["method"]: result}
     if options["method"] == "gaussians":
-        name = "SART" if options["start"] == "sart" else "FDK"
-        volumes = {name: first.with_data(to_hu(first.data, options["mu_water"])), **volumes}
+        volumes = {_first(options): first.with_data(to_hu(first.data, options["mu_water"])), **volumes}
     known = None if truth is None else truth.with_data(to_hu(truth.data, options["mu_water"]))
     title = f"{facts['projections']}, {facts['views']} views" + (f", {facts['psnr']:.2f} dB" if "psnr" in facts else "")
     write_figure(medgmae.visualize.ct_figure(volumes, known, title=title), options["png"], options["overwrite"])
