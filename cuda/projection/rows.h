@@ -146,7 +146,7 @@ inline void fill_rows(const Group& g, int i, int first, int rows, int columns, R
   double const e0 = lane(g.reach.e0, i), e1 = lane(g.reach.e1, i), e2 = lane(g.reach.e2, i);
   double const unit = -0.5 * double(kExponentUnit<T>) * kappa, end = columns;
   for (int r = 0; r < rows; r += kGroup) {
-    Doubles const number = ramp(double(r)), dv = number + (first - v);
+    Doubles const number = ramp(double(r)), dv = (number + double(first)) - v;  // the same in whatever block the row is
     Doubles const centre = gamma * dv + u;
     Doubles const square = e0 + dv * (e1 + e2 * dv), middle = centre + (h0 + h1 * dv);
     Doubles const half = root_lanes(square > 0.0 ? square : Doubles{}) * inverse;
