@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(name, None)
+# A background job of a shell inherits it ignored, and hands that on to every process that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
@@ -64,7 +67,8 @@ def fixtures_dir(request: pytest.FixtureRequest) -> Path:
 def seed() -> Iterator[None]:
     """Give every test the same random numbers, whatever ran before it."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        # Where no GPU is to be seeded, torch.manual_seed takes half a millisecond to note a stack trace for later.
+        (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(0)
         yield
 
 
