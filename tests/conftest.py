@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 # Read once, when the libraries are imported: so set before anything else. A test that talks to a server starts its own
@@ -19,6 +21,10 @@ for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(name, None)
 # A background job of a shell inherits it ignored, and hands that on to every process that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Ten thousand tests and the libraries they import live to the end: to search them for circles is half of the time
+# that collecting takes, and later most of every search. So it begins after them.
+gc.disable()
+atexit.register(gc.unfreeze)  # extension modules report what is left at the end
 
 import pytest
 import torch
@@ -43,6 +49,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.fixtures_dir = Path(folders[-1]).resolve()
     elif not hasattr(config.option, "fixtures_dir"):
         config.option.fixtures_dir = ROOT / "tests/fixtures"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
