@@ -33,8 +33,13 @@ def _names(rare: Callable[[str], bool]) -> Any:
 
 every = _names(lambda name: name in SEGMENTERS and name not in FIRST)  # around encoders that are tested by themselves
 # Compilers take seconds for each; of models that share their classes one runs each time.
-ALIKE = ("glmae_", "_cgs", "_hierarchical", "_residual", "simmim_", "unetr2d_", "_slice", "unetr_primus")
-through_compilers = _names(lambda name: name not in FIRST or any(part in name for part in ALIKE))
+ALIKE = ("glmae_", "_cgs", "_hierarchical", "_residual", "simmim_", "unetr2d_", "_slice", "unetr_primus", "unetr_vim")
+# Encoders whose autoencoder runs, autoencoders that test_gmae.py and the test of gradients through a compiler run, and
+# one of images, whose encoder runs.
+ELSEWHERE = ("seqvit_", "primus_", "mae_vit_", "gmae_vit_", "mae2d_")
+through_compilers = _names(
+    lambda name: name not in FIRST or any(part in name for part in ALIKE) or name.startswith(ELSEWHERE)
+)
 every_encoder = pytest.mark.parametrize("name", ENCODERS)
 every_autoencoder = pytest.mark.parametrize("name", AUTOENCODERS)
 

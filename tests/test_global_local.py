@@ -114,7 +114,7 @@ def test_a_run_with_patch_distillation(undisturbed: Path, data: Path, tmp_path: 
         run_of(views_settings(**PATCHES, **{"model_options.mask_ratio": 0.0}), data, tmp_path / "all")
 
 
-@pytest.mark.parametrize("changes", [{}, PATCHES, SEQUENCE])
+@pytest.mark.parametrize("changes", [{}, PATCHES, pytest.param(SEQUENCE, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_exactly(
     changes: dict[str, Any], undisturbed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,8 +142,8 @@ def test_a_stopped_run_goes_on_exactly(
 @pytest.mark.parametrize(
     ("options", "machine"),
     [
-        ({"training.micro_batch": 1}, {}),
-        ({"global_local.views_at_once": 2}, {}),
+        pytest.param({"training.micro_batch": 1}, {}, marks=pytest.mark.slow),  # the quick tests have the two at once
+        pytest.param({"global_local.views_at_once": 2}, {}, marks=pytest.mark.slow),
         ({"global_local.views_at_once": 1, "training.micro_batch": 2}, {}),
         ({}, {"workers": 2}),
         ({"training.checkpointing": True}, {}),

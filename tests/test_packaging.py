@@ -234,6 +234,7 @@ def test_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None
         assert found["info"]["cuda_missing"] == "the build was told MEDGMAE_CUDA=0"
 
 
+@pytest.mark.slow  # build_wheels.sh runs it for every wheel
 def test_wheel_passes_the_check_of_releases(wheel: Path, tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("reads /proc")
@@ -242,6 +243,7 @@ def test_wheel_passes_the_check_of_releases(wheel: Path, tmp_path: Path) -> None
     assert "OpenMP: lib" in said
 
 
+@pytest.mark.slow
 def test_the_check_of_releases_sees_a_second_openmp_runtime(tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("reads /proc")

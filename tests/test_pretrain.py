@@ -113,7 +113,7 @@ def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
     monkeypatch.setattr(Engine, "update", update)
 
 
-@pytest.mark.parametrize("task", ["pretrain", "views"])
+@pytest.mark.parametrize("task", ["pretrain", pytest.param("views", marks=pytest.mark.slow)])
 def test_kills_change_nothing(task: str, tmp_path: Path) -> None:
     script = Path(__file__).parent / "fuzz" / "kill_runs.py"
     done = warm_python.run(script, "--kills", "3", "--task", task, "--folder", tmp_path)

@@ -37,6 +37,7 @@ def test_pre_training_makes_an_encoder_that_goes_on(name: str, data: Path, tmp_p
     assert torch.equal(segmenter.encoder.blocks[1].mlp.fc1_g.weight, encoder.blocks[1].mlp.fc1_g.weight)
 
 
+@pytest.mark.slow  # test_finetune.py fine-tunes one in the quick tests
 def test_fine_tuning_tells_bright_from_dark(tmp_path: Path) -> None:
     changes = {"model": "primus_nano_patch8_32", "training.steps": 60}
     run = tune(tune_settings(**changes), cases(tmp_path / "cases"), tmp_path / "run")

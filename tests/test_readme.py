@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 import warm_python
@@ -18,6 +23,7 @@ from _pytest.mark import ParameterSet
 from small_models import full_size
 
 import medgmae
+from medgmae.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,23 +33,37 @@ PAGES = README + "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") 
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 # What builds, and so cannot run inside the tests.
 BUILDS = ("make demo", "pip install", "mkdir")
-# MONAI takes ten seconds to import, features of forty scans half a minute, and a fit a minute; what is trained is
-# trained in test_pretrain.py and test_finetune.py too, and archives come in parts in test_cli_parquet.py. What stands
-# here as a command and in Python runs in Python.
+# What takes seconds and is done by another test too: the test of the command, or of the function. Of these blocks the
+# quick tests look up the commands with their options, and the names.
 SLOW = (
     "monai",
     "medgmae fit",
     "training import Machine",
     "data prepare",
+    "data check",
     "medgmae probe",
+    "medgmae pretrain",
+    "medgmae features",
+    "medgmae convert",
+    "medgmae reconstruct examples",
     "--out build/side",
     "--shard",
+    "--dry-run",
     "build/aorta_run",
     "medgmae latent-map",
     "medgmae saliency",
     "medgmae export",
     "segment_scan(",
     "patch_labels(aorta",
+    "features.nrrd",
+    "cosine_schedule",
+    "nibabel.load",
+    "vim_small_patch16_160",
+    "latent_to_spatial",
+    "probe_features",
+    "ViewSampler",
+    "onnxruntime",
+    "saliency_map",
 )
 
 
@@ -94,6 +114,37 @@ def test_block_runs_and_leaves_nothing(language: str, code: str, place: Path) ->
     assert done.returncode == 0, done.stderr
     shutil.rmtree(build)
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()} == before
+
+
+def slow_code(wanted: str) -> list[Any]:
+    """Blocks of a language that the quick tests do not run, and that call the library."""
+    chosen = [case for case in blocks() if case.marks and case.values[0] == wanted and "medgmae" in case.values[1]]
+    return [pytest.param(case.values[1], id=case.id) for case in chosen]
+
+
+@pytest.mark.parametrize("code", slow_code("bash"))
+def test_commands_have_the_options_that_are_shown(code: str) -> None:
+    lines = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
+    calls = [words[1:] for words in lines if words[:1] == ["medgmae"]]
+    assert calls
+    for arguments in calls:
+        context, command = click.Context(main), main
+        while isinstance(command, click.Group):
+            name, command, arguments = command.resolve_command(context, arguments)
+            context = click.Context(command, parent=context, info_name=name)
+        _, left, _ = command.make_parser(context).parse_args(list(arguments))
+        assert left == []
+
+
+@pytest.mark.parametrize("code", slow_code("python"))
+def test_names_that_are_shown_are_there(code: str) -> None:
+    tree = ast.parse(code)
+    for statement in ast.walk(tree):
+        if isinstance(statement, ast.ImportFrom) and str(statement.module).split(".")[0] == "medgmae":
+            module = importlib.import_module(str(statement.module))
+            assert [name.name for name in statement.names if not hasattr(module, name.name)] == []
+    for path in re.findall(r"\bmedgmae((?:\.[A-Za-z_]+)+)\(", code):
+        attrgetter(path[1:])(medgmae)
 
 
 def test_every_block_is_run() -> None:
