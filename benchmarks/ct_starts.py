@@ -14,6 +14,11 @@ Prediction, written before the first run. With noise, Gaussians fitted to SART e
 and CG; without noise they end below it at 80 views, where 11,520 of them cannot hold what the data tell, and growth
 gains 0.5 dB there and nothing at 20 views. The small model's prediction begins below FDK, since it has seen one other
 scan and no streaks, needs more steps than the gradient's rule to FDK + 1 dB, and ends within 0.5 dB of it.
+
+Outcome. Fitted to SART they end 0.26 to 0.85 dB above the best in all cases that were run, without noise too; growth is
+worth 0.05 dB at 20 views. The predicted start is far worse than foreseen: alone its windows come to 20.0 dB of the scan
+that the model was trained on, but its Gaussians, with a median deviation of 32 mm in windows of 96 mm, add up where
+windows meet. It never reaches FDK + 1 dB at 20 views and ends 2.9 dB below the gradient's rule.
 """
 
 from __future__ import annotations
@@ -96,18 +101,19 @@ def main() -> None:
     if options.table:
         return print(tables(report["cases"]))
     torch.set_num_threads(1)
-    report |= {"machine": machine(), "steps": STEPS, "seeds": options.seeds}
+    report |= {"machine": machine(), "steps": STEPS}
     for name in options.only:
         case = {**PLAIN, "steps": STEPS, "seeds": options.seeds, "predictor": options.predictor, **CASES[name]}
         print(f"== {name}", flush=True)
         data, truth = example.measured(case["scan"], case["views"], case["photons"])
         found, volumes = example.experiment(data, truth, SimpleNamespace(**case))
-        for runs in found["gaussians"].values():
-            for run in runs[1:]:
-                del run["curve"]
+        first = name == next(iter(CASES))
+        for number, run in enumerate(one for runs in found["gaussians"].values() for one in runs):
+            if not (first and number % options.seeds == 0):
+                del run["curve"]  # some 2,000 numbers
         report["cases"] = {other: one for other in CASES if (one := {**report["cases"], name: found}.get(other))}
         options.out.write_text(json.dumps(report, indent=1) + "\n")
-        if name == next(iter(CASES)):
+        if first:
             options.pictures.mkdir(parents=True, exist_ok=True)
             example.draw(found, volumes, truth, options.pictures, name)
     print(tables(report["cases"]))
