@@ -182,11 +182,13 @@ class _Descent:
         means, scales, quats, densities = (tensor[0].detach().float().clone() for tensor in start.tensors())
         self.span = max(float(densities.abs().max()), 1e-12)
         self._set([means, scales.abs().clamp(min=THINNEST * self.voxel).log(), quats, densities / self.span])
-        count = len(means)
-        self.joins = {
-            round(steps * 0.5 * (k + 1) / options.rounds): round(count * options.growth / options.rounds)
-            for k in range(options.rounds)
-        }
+        self.first = len(means)
+
+    def _joining(self) -> int:
+        """How many Gaussians join after the step that was just made: a share of those at the start."""
+        options = self.options
+        due = {round(self.steps * 0.5 * (k + 1) / options.rounds) for k in range(options.rounds)}
+        return round(self.first * options.growth / options.rounds) if self.done in due else 0
 
     def _set(self, values: list[Tensor]) -> None:
         self.parameters = [value.detach().requires_grad_() for value in values]
@@ -223,8 +225,8 @@ class _Descent:
         self.done += 1
         with torch.no_grad():
             log_scales.clamp_(min=math.log(THINNEST * self.voxel))
-            if self.done in self.joins:
-                self._join(self.joins[self.done])
+            if joining := self._joining():
+                self._join(joining)
         return residual
 
     def _project(self, gaussians: Gaussians, views: Tensor, geometry: ProjectionGeometry) -> Tensor:
@@ -306,7 +308,8 @@ class _Descent:
 
     def state(self) -> dict[str, Tensor]:
         """What :meth:`resume` takes."""
-        state = {"done": torch.tensor(self.done), "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
+        state = {"done": torch.tensor(self.done), "first": torch.tensor(self.first)}
+        state |= {"seconds": torch.tensor(self.seconds, dtype=torch.float64)}
         state |= {"span": torch.tensor(self.span, dtype=torch.float64), "generator": self.generator.get_state()}
         for name, parameter in zip(self.NAMES, self.parameters, strict=True):
             state[name] = parameter.detach().clone()
@@ -316,7 +319,8 @@ class _Descent:
 
     def resume(self, state: dict[str, Tensor]) -> None:
         """Go on where another descent of the same projections ended."""
-        self.done, self.seconds, self.span = int(state["done"]), float(state["seconds"]), float(state["span"])
+        self.done, self.first = int(state["done"]), int(state["first"])
+        self.seconds, self.span = float(state["seconds"]), float(state["span"])
         self.generator.set_state(state["generator"])
         self._set([state[name].clone() for name in self.NAMES])
         for name, parameter in zip(self.NAMES, self.parameters, strict=True):
@@ -331,7 +335,7 @@ def _gaussians_of(state: dict[str, Tensor]) -> Gaussians:
     Raises:
         VolumeError: it is not one.
     """
-    missing = [name for name in (*_Descent.NAMES, "done", "seconds", "span", "generator") if name not in state]
+    missing = [name for name in (*_Descent.NAMES, "done", "first", "seconds", "span", "generator") if name not in state]
     if missing:
         raise VolumeError(f"resume lacks {', '.join(missing)}; expected the state of a Reconstruction")
     means, log_scales, quats, densities = (state[name][None] for name in _Descent.NAMES)
