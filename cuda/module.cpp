@@ -166,9 +166,15 @@ ProjectCall project_call(int64_t batch, int64_t count, int64_t views, const std:
   return call;
 }
 
-void project(int dtype, int64_t batch, int64_t count, int64_t views, const std::vector<uintptr_t>& addresses,
+// False, with nothing computed, if one of a forward's views is no detector.
+bool project(int dtype, int64_t batch, int64_t count, int64_t views, const std::vector<uintptr_t>& addresses,
              const std::array<int, 2>& size, double support, bool parallel, bool affine, int threads, const std::string& variant) {
-  run_kernel(&CpuKernels::project, dtype, project_call(batch, count, views, addresses, size, support, parallel, affine), threads, variant);
+  ProjectCall const call = project_call(batch, count, views, addresses, size, support, parallel, affine);
+  for (int64_t i = 0; call.out != nullptr && i < batch * views; ++i) {
+    if (is_no_detector(project_view(call, i))) return false;
+  }
+  run_kernel(&CpuKernels::project, dtype, call, threads, variant);
+  return true;
 }
 
 void banded(int64_t stack, int64_t rows_in, int64_t rows_out, int64_t length, int64_t taps, uintptr_t first, uintptr_t weights,
@@ -345,7 +351,7 @@ PYBIND11_MODULE(_C, module) {
   using namespace pybind11::literals;
   module.doc() = "Native kernels of medgmae. Private: medgmae.ops is the interface.";
   // INTERFACE of medgmae/ops/native.py, which takes no other: raise both with every change of what a binding takes or writes.
-  module.attr("interface") = 3;
+  module.attr("interface") = 4;
   module.def("build_info", &medgmae::build_info, "How this module was compiled and what it finds here. Starts the CUDA driver.");
   module.def("voxelize", &medgmae::voxelize, "dtype"_a, "batch"_a, "count"_a, "patches"_a, "addresses"_a, "size"_a, "patch"_a,
              "origin"_a, "step"_a, "support"_a, "widths"_a, "threads"_a, "variant"_a = "",

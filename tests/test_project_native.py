@@ -50,7 +50,9 @@ def case(size: tuple[int, int], number: int, scale: float, spread: float = 0.4) 
 @every_path
 @pytest.mark.parametrize("number", range(len(KINDS)))
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize(("scale", "spread"), [(3.0, 0.4), (15.0, 0.4), (8.0, 2.0)], ids=["small", "wide", "needles"])
+@pytest.mark.parametrize(
+    ("scale", "spread"), [(3.0, 0.4), (7.0, 0.5), (15.0, 0.4), (8.0, 2.0)], ids=["small", "middle", "wide", "needles"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kernels_equal_the_reference(
     path: Path, number: int, size: tuple[int, int], scale: float, spread: float, dtype: torch.dtype

@@ -14,7 +14,6 @@ constexpr int kTileSide = 16, kTileThreads = 128;       // a block of the forwar
 constexpr int kRegionSide = 64;                         // pixels along each side that share a list of Gaussians: whole tiles
 constexpr int kMomentSide = 8, kMomentThreads = 64;     // a block of the backward has one Gaussian in one view
 constexpr double kTwoToE = 1.4426950408889634074;       // exponents are powers of two
-constexpr double kLeastSine = 1e-9;                     // as in medgmae/ops/projection/inputs.py
 
 // Pixels that a Gaussian may reach in a view, inclusive.
 struct PixelBox {
@@ -56,15 +55,6 @@ inline ProjectWork divide_project_workspace(const ProjectCall& call, int64_t ele
     work.moments = reinterpret_cast<double*>(take(all * call.count * kProjectMoments * int64_t(sizeof(double))));
   }
   return work;
-}
-
-// Whether a view is no detector.
-MEDGMAE_DEVICE bool is_no_detector(const ProjectView& view) {
-  double const flat = sqrt(dot3(view.column, view.column) * dot3(view.row, view.row)), ray = sqrt(dot3(view.ray, view.ray));
-  double normal[3];
-  cross3(view.column, view.row, normal);
-  return !(fabs(dot3(normal, view.ray)) > kLeastSine * flat * ray && sqrt(dot3(normal, normal)) > kLeastSine * flat && isfinite(ray) &&
-           isfinite(flat) && isfinite(view.origin[0] + view.origin[1] + view.origin[2]));
 }
 
 // The ellipse n <= k^2 L, from its matrix, its centre and its value there.

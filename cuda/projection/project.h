@@ -106,6 +106,17 @@ MEDGMAE_HD ProjectView project_view(const ProjectCall& call, int64_t i) {
   return view;
 }
 
+constexpr double kLeastSine = 1e-9;  // as in medgmae/ops/projection/inputs.py
+
+// Whether a view is no detector.
+MEDGMAE_HD bool is_no_detector(const ProjectView& view) {
+  double const flat = sqrt(dot3(view.column, view.column) * dot3(view.row, view.row)), ray = sqrt(dot3(view.ray, view.ray));
+  double normal[3];
+  cross3(view.column, view.row, normal);
+  return !(fabs(dot3(normal, view.ray)) > kLeastSine * flat * ray && sqrt(dot3(normal, normal)) > kLeastSine * flat && isfinite(ray) &&
+           isfinite(flat) && isfinite(view.origin[0] + view.origin[1] + view.origin[2]));
+}
+
 // |w| of a pixel's ray.
 MEDGMAE_HD double ray_square(const ProjectView& view, double u, double v) {
   double square = 0;

@@ -5,66 +5,11 @@
 // Everything is in an anonymous namespace, see common.h.
 #pragma once
 
-#include "../lanes.h"
-#include "project.h"
+#include "groups.h"
 
 namespace medgmae {
 
 namespace {
-
-typedef Vec<double> Doubles;
-constexpr int kGroup = kLanes<double>;  // Gaussians, or rows, whose geometry is found together
-
-inline Doubles root_lanes(Doubles x) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_sqrt_pd(0xff, x);
-#elif defined(__AVX2__)
-  return _mm256_sqrt_pd(x);
-#elif defined(__SSE2__)
-  return _mm_sqrt_pd(x);
-#else
-  for (int i = 0; i < kGroup; ++i) x[i] = sqrt(x[i]);
-  return x;
-#endif
-}
-
-inline Doubles floor_lanes(Doubles x) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_roundscale_pd(0xff, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-#elif defined(__AVX2__)
-  return _mm256_floor_pd(x);
-#else
-  for (int i = 0; i < kGroup; ++i) x[i] = floor(x[i]);
-  return x;
-#endif
-}
-
-template <>
-struct Arithmetic<Doubles> {
-  static inline Doubles root(Doubles x) { return root_lanes(x); }
-  static inline Doubles at_least(Doubles x, double low) { return x > low ? x : splat(low); }
-  static inline Doubles exponential(Doubles x) { return exp_lanes(x); }
-  static inline Doubles where_at_most(Doubles x, double limit, Doubles value) { return keep<double>(x <= limit, value); }
-};
-
-// x, but at least 0 and at most high; 0 for NaN.
-inline Doubles between(Doubles x, double high) {
-  x = x > 0.0 ? x : Doubles{};
-  return x < high ? x : splat(high);
-}
-
-inline double lane(const Doubles& v, int i) {
-  double x;
-  memcpy(&x, reinterpret_cast<const char*>(&v) + sizeof(double) * size_t(i), sizeof(x));
-  return x;
-}
-
-template <class To>
-inline void store_as(To* to, Doubles v) {
-  typedef To Narrow __attribute__((vector_size(sizeof(To) * kGroup)));
-  Narrow const narrow = __builtin_convertvector(v, Narrow);
-  memcpy(to, &narrow, sizeof(narrow));
-}
 
 // 1 / sqrt(x) to about 1 ulp, for normal x.
 inline Vec<float> inverse_root(Vec<float> x) {
@@ -97,21 +42,12 @@ inline Vec<float> power_lanes(Vec<float> x) {
 
 inline Doubles power_lanes(Doubles x) { return exp_lanes(x); }
 
-// Group of Gaussians in a view, ready to be walked over.
-struct Group {
-  Doubles u, v, gamma, kappa, k00, l[5], amplitude;  // with the density in a forward
-  ProjectReach<Doubles> reach;
-  int32_t first[kGroup], last[kGroup];   // rows
-  int32_t open[kGroup], narrow[kGroup];  // 1: no ellipse, of any rows; no row is longer than a vector
-};
-
 enum class Shape { cone, flat };
 
 // A function of its own: inlined, its loop would share the registers with what is around it.
 #define MEDGMAE_ALONE __attribute__((noinline)) static
 
 constexpr int kRowBlock = 64;
-constexpr int kRowsTogether = 2;  // rows whose pixels are computed side by side: one alone waits for its own results
 
 // Rows of one Gaussian, and rows without pixels behind them up to a multiple of kRowsTogether.
 template <class T>
@@ -199,26 +135,26 @@ inline PixelLanes<T> pixel_lanes(const Profile<T>& p, const RowTable<T>& rows, i
 }
 
 // Calls visit(i, offset, j) for rows i, i + 1, ... that are taken together and vectors of their pixels j, which lie in row i + k of an
-// image from at[k] + offset on, and end(i) behind them. Narrow: no row is longer than a vector, which is known before the rows are.
-template <class T, bool narrow, class Image, class Visit, class End>
+// image from at[k] + offset on, and end(i) behind them.
+template <class T, class Image, class Visit, class End>
 inline void for_vectors(const RowTable<T>& table, int rows, Image* image, int64_t stride, Visit visit, End end) {
   for (int i = 0; i < rows; i += kRowsTogether) {
     Image* at[kRowsTogether];
     T last = T(0);
     for_rows([&](int k) { at[k] = image + (i + k) * stride + table.first[i + k]; });
-    if (!narrow) for_rows([&](int k) { last = table.last[i + k] > last ? table.last[i + k] : last; });
+    for_rows([&](int k) { last = table.last[i + k] > last ? table.last[i + k] : last; });
     int done = 0;
     Vec<T> j = ramp(T(0));
     do {
       visit(i, at, done, j);
       done += kLanes<T>, j += T(kLanes<T>);
-    } while (!narrow && done <= int(last));
+    } while (done <= int(last));
     end(i);
   }
 }
 
 // Adds a Gaussian to rows of an image that begin at `image`, `stride` apart; of a buffer, since vectors reach beyond the rows' ends.
-template <class T, Shape shape, bool narrow>
+template <class T, Shape shape>
 MEDGMAE_ALONE void add_rows(const Profile<T>& p, const RowTable<T>& table, int rows, T* image, int64_t stride) {
   auto const visit = [&](int i, T* const* at, int offset, Vec<T> j) {
     PixelLanes<T> const pixel = pixel_lanes<T, shape>(p, table, i, j);
@@ -227,7 +163,7 @@ MEDGMAE_ALONE void add_rows(const Profile<T>& p, const RowTable<T>& table, int r
       store(to, load(to) + keep<T>(j <= table.last[i + k], pixel.weight[k] * p.amplitude));
     });
   };
-  for_vectors<T, narrow>(table, rows, image, stride, visit, [](int) {});
+  for_vectors<T>(table, rows, image, stride, visit, [](int) {});
 }
 
 // Sums of one Gaussian, as project.h numbers them.
@@ -248,14 +184,14 @@ struct RowSums {
   Vec<T> t, q, qx, qxx, r, rx, rxx;
 };
 
-template <class T, Shape shape, bool narrow>
+template <class T, Shape shape>
 MEDGMAE_ALONE void sum_rows(const Profile<T>& p, const RowTable<T>& table, int rows, const T* image, int64_t stride, MomentSums<T>* sums) {
   constexpr bool cone = shape == Shape::cone;
   Vec<T> s[kProjectMoments];
   for (int k = 0; k < kProjectMoments; ++k) s[k] = sums->of[k];
   // Sums of rows before those over rows: fewer additions in a chain, so less rounding.
   RowSums<T> of_row[kRowsTogether] = {};
-  auto const add = [](Vec<T>* sum, Vec<T> value) { *sum = narrow ? value : *sum + value; };
+  auto const add = [](Vec<T>* sum, Vec<T> value) { *sum += value; };
   auto const visit = [&](int i, const T* const* at, int offset, Vec<T> j) {
     PixelLanes<T> const pixel = pixel_lanes<T, shape>(p, table, i, j);
     for_rows([&](int k) {
@@ -279,7 +215,7 @@ MEDGMAE_ALONE void sum_rows(const Profile<T>& p, const RowTable<T>& table, int r
       if constexpr (cone) s[6] += row.r, s[7] += row.rx, s[8] += rv, s[9] += row.rxx, s[10] += row.rx * dv, s[11] += rv * dv;
     });
   };
-  for_vectors<T, narrow>(table, rows, image, stride, visit, end);
+  for_vectors<T>(table, rows, image, stride, visit, end);
   for (int k = 0; k < kProjectMoments; ++k) sums->of[k] = s[k];
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../cpu_memory.h"
+#include "patches.h"
 #include "strips.h"
 
 #include "direct.h"
@@ -12,16 +13,6 @@ namespace {
 
 constexpr int64_t kViewsMemory = int64_t(1) << 26;  // bytes of what is kept of several views at a time
 
-typedef ProjectGaussian<Doubles> Whitened;
-
-inline int64_t groups_of(const ProjectCall& call) { return (call.count + kGroup - 1) / kGroup; }
-
-// Gaussians of group g of a set.
-inline int lanes_of(const ProjectCall& call, int64_t g) {
-  int64_t const left = call.count - g * kGroup;
-  return left < kGroup ? int(left) : kGroup;
-}
-
 inline int64_t image_pixels(const ProjectCall& call) { return int64_t(call.rows) * call.columns; }
 
 // A row of a buffer, which may be read and written up to a vector beyond its end.
@@ -30,44 +21,6 @@ inline int64_t buffer_stride(const ProjectCall& call) { return (call.columns + 6
 // Rows of a buffer for so many of a view: the last of those that are computed together may lie below them, in a forward also above.
 constexpr int kSpareRows = 4;
 inline int64_t buffer_rows(int64_t rows) { return rows + kSpareRows; }
-
-// The numbers of a group's Gaussians, as whiten wants them; lanes without a Gaussian repeat the last one.
-template <class T>
-struct GroupLoader {
-  Doubles numbers[4][4];
-  GroupLoader(const ProjectCall& call, int64_t i) {
-    int64_t const set = i / groups_of(call), group = i % groups_of(call), first = set * call.count + group * kGroup;
-    int const last = lanes_of(call, group) - 1;
-    load_array(call.means, 3, first, last, numbers[0]), load_array(call.scales, 3, first, last, numbers[1]);
-    load_array(call.quats, 4, first, last, numbers[2]), load_array(call.densities, 1, first, last, numbers[3]);
-  }
-  static void load_array(const void* array, int width, int64_t first, int last, Doubles* to) {
-    const T* const from = static_cast<const T*>(array) + first * width;
-    for (int n = 0; n < kGroup; ++n) {
-      const T* const row = from + (n < last ? n : last) * width;
-      for (int k = 0; k < width; ++k) reinterpret_cast<double*>(to + k)[n] = double(row[k]);
-    }
-  }
-  const Doubles& operator()(int array, int k) const { return numbers[array][k]; }
-};
-
-template <class T>
-Group group_in_view(const ProjectCall& call, const ProjectFrame<Doubles>& f, Doubles factor, int lanes) {
-  Group g;
-  double const support = visible_support<T>(call.support), rows = call.rows;
-  g.u = f.u, g.v = f.v, g.gamma = f.gamma, g.kappa = f.kappa, g.k00 = f.k00, g.amplitude = f.amplitude * factor;
-  for (int k = 0; k < 5; ++k) g.l[k] = f.l[k];
-  g.reach = project_reach(f, support);
-  const ProjectReach<Doubles>& r = g.reach;
-  Mask<double> const seen = (f.depth > 0.0) & (ramp(0.0) < double(lanes)), ellipse = (r.a2 > 0.0) & (r.e2 < 0.0);
-  Doubles const inverse = 0.5 / r.e2, middle = f.v - r.e1 * inverse, half = root_lanes(r.e1 * r.e1 - 4.0 * r.e0 * r.e2) * -inverse;
-  Doubles first = -floor_lanes(half - middle + 1e-6), end = floor_lanes(middle + half + 1e-6) + 1.0;
-  first = keep<double>(ellipse, between(first, rows)), end = ellipse ? between(end, rows) : splat(rows);
-  store_as(g.first, first), store_as(g.last, keep<double>(seen, end) - 1.0), store_as(g.open, keep<double>(~ellipse, splat(1.0)));
-  Doubles const fitting = (kLanes<T> - 1.001) * r.a2;  // n + 1 pixels may lie within n
-  store_as(g.narrow, keep<double>(4.0 * r.e0 - 2.0 * r.e1 * r.e1 * inverse < fitting * fitting, splat(1.0)));
-  return g;
-}
 
 // Calls visit(rows, first row) for blocks of the rows [first, last] of Gaussian i of a group.
 template <class T, class Visit>
@@ -113,6 +66,12 @@ void render_band(const ProjectCall& call, const ProjectView& view, const Whitene
         render_direct(call, view, one_of(gaussians[n], i), first, last, image, stride);
         continue;
       }
+      if (g.vectors[i] > 0) {
+        Patch<T> const p = patch_of<T>(g, i, visible_support<T>(call.support));
+        if (view.flat) add_patch<T, Shape::flat>(p, top, bottom, image, first, stride);
+        else add_patch<T, Shape::cone>(p, top, bottom, image, first, stride);
+        continue;
+      }
       if (view.flat && prepare_strips(g, i, visible_support<T>(call.support), call.columns, lane(g.amplitude, i), &strips)) {
         if (is_wide(strips)) add_strips<T, 2>(strips, call.rows, first, last, image, stride);
         else add_strips<T, 1>(strips, call.rows, first, last, image, stride);
@@ -121,9 +80,8 @@ void render_band(const ProjectCall& call, const ProjectView& view, const Whitene
       Profile<T> const p = profile_of<T>(g, i);
       for_row_blocks(call, g, i, top, bottom, &table, [&](int rows, int row) {
         T* const at = image + (row - first) * stride;
-        if (view.flat) add_rows<T, Shape::flat, false>(p, table, rows, at, stride);
-        else if (g.narrow[i]) add_rows<T, Shape::cone, true>(p, table, rows, at, stride);
-        else add_rows<T, Shape::cone, false>(p, table, rows, at, stride);
+        if (view.flat) add_rows<T, Shape::flat>(p, table, rows, at, stride);
+        else add_rows<T, Shape::cone>(p, table, rows, at, stride);
       });
     }
   }
@@ -243,6 +201,14 @@ bool project_forward(const ProjectCall& call, int threads) {
 template <class T>
 void gaussian_moments(const ProjectCall& call, const ProjectView& view, const Group& g, int i, const T* image, Doubles* moments) {
   int64_t const stride = buffer_stride(call);
+  if (g.vectors[i] > 0) {
+    double found[kProjectMoments];
+    Patch<T> const p = patch_of<T>(g, i, visible_support<T>(call.support));
+    if (view.flat) sum_patch<T, Shape::flat>(p, g.first[i], g.last[i], image, stride, found);
+    else sum_patch<T, Shape::cone>(p, g.first[i], g.last[i], image, stride, found);
+    for (int k = 0; k < kProjectMoments; ++k) reinterpret_cast<double*>(moments + k)[i] = found[k];
+    return;
+  }
   Strips<T> strips;
   if (view.flat && prepare_strips(g, i, visible_support<T>(call.support), call.columns, 1, &strips)) {
     double found[6];
@@ -256,9 +222,8 @@ void gaussian_moments(const ProjectCall& call, const ProjectView& view, const Gr
   Profile<T> const p = profile_of<T>(g, i);
   for_row_blocks(call, g, i, g.first[i], g.last[i], &table, [&](int rows, int row) {
     const T* const at = image + row * stride;
-    if (view.flat) sum_rows<T, Shape::flat, false>(p, table, rows, at, stride, &sums);
-    else if (g.narrow[i]) sum_rows<T, Shape::cone, true>(p, table, rows, at, stride, &sums);
-    else sum_rows<T, Shape::cone, false>(p, table, rows, at, stride, &sums);
+    if (view.flat) sum_rows<T, Shape::flat>(p, table, rows, at, stride, &sums);
+    else sum_rows<T, Shape::cone>(p, table, rows, at, stride, &sums);
   });
   T totals[16];
   total_sums(sums, totals);

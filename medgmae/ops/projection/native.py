@@ -15,9 +15,10 @@ def forward(inputs: ProjectInputs, *, variant: str = "", threads: int | None = N
 
     ``variant``: CPU instruction set, "" for the best; ``threads``: ``native.threads()`` if None.
     """
-    check_views(inputs.views, inputs.parallel)
     out = inputs.means.new_empty([*inputs.views.shape[:2], *inputs.size])
-    _run(inputs, [out], variant, threads)
+    if not _run(inputs, [out], variant, threads):
+        check_views(inputs.views, inputs.parallel)  # says which view, and why
+        raise ValueError("a view is no detector, by a hair")
     return out
 
 
@@ -30,13 +31,13 @@ def backward(
     return gradients
 
 
-def _run(inputs: ProjectInputs, others: list[Tensor], variant: str, threads: int | None) -> None:
-    """Call the kernel with the result, or with a gradient and its four results."""
+def _run(inputs: ProjectInputs, others: list[Tensor], variant: str, threads: int | None) -> bool:
+    """Call the kernel with the result, or with a gradient and its four results; False if a view is no detector."""
     assert _C is not None
     views = inputs.views.to(torch.float64)
     # Held until the kernel is done; what it writes is dense.
     contiguous = [tensor.contiguous() for tensor in (*inputs[:4], views, *others)]
-    _C.project(
+    return _C.project(
         DTYPE_CODES[inputs.means.dtype],
         inputs.means.shape[0],
         inputs.means.shape[1],
