@@ -108,32 +108,35 @@ struct GroupLoader {
   const Doubles& operator()(int array, int k) const { return numbers[array][k]; }
 };
 
-// Finds which Gaussians are patches: ellipses of few columns, in which L is between 1/4 and 7/4 and no needle is at an angle to the
-// pixels, since numbers that are found from the centre of one would lose digits.
+// Finds which Gaussians are patches: ellipses of few columns, with L from 1/4 to 7/4, and no needles at an angle to the pixels, since
+// numbers that are found from the centre of one would lose digits.
 template <class T>
 inline void find_patches(const ProjectCall& call, const ProjectFrame<Doubles>& f, double support, Group* g) {
-  double const square = support * support, lanes = kLanes<T>, most = kPatchVectors * lanes;
+  double const square = support * support, lanes = kLanes<T>, most = kPatchVectors * lanes, columns = call.columns, rows = call.rows;
   Doubles const k01 = -f.gamma * f.k00, k11 = f.kappa + f.gamma * f.gamma * f.k00;
   // About its middle (u, v) the ellipse is q00 x^2 + 2 q01 x y + q11 y^2 <= height.
   Doubles const q00 = f.k00 - square * f.l[2], q01 = k01 - 0.5 * square * f.l[3], q11 = k11 - square * f.l[4];
   Doubles const r0 = -0.5 * square * f.l[0], r1 = -0.5 * square * f.l[1], determinant = q00 * q11 - q01 * q01, inverse = 1.0 / determinant;
   Doubles const u = (q01 * r1 - q11 * r0) * inverse, v = (q01 * r0 - q00 * r1) * inverse, height = square - r0 * u - r1 * v;
-  Doubles const wide = root_lanes(height * q11 * inverse), high = root_lanes(height * q00 * inverse);
-  Doubles const middle = f.u + u;
-  double const end = call.columns;
-  Doubles const from = between(-floor_lanes(wide - middle + 1e-6), end), to = between(floor_lanes(middle + wide + 1e-6) + 1.0, end);
-  Doubles const across = size_lanes(u) + wide + most, down = size_lanes(v) + high + double(kRowsTogether);
-  Doubles const bend = across * (size_lanes(f.l[0]) + f.l[2] * across) + down * (size_lanes(f.l[1]) + size_lanes(f.l[3]) * across + f.l[4] * down);
-  Mask<double> const fit = (to - from <= most) & (bend < 0.75) & (k11 <= 16.0 * f.kappa) & (f.k00 < 1e6);
-  store_as(g->column, from), store_as(g->vectors, keep<double>(fit, -floor_lanes((from - to) / lanes)));
+  Doubles const wide = root_lanes(height * q11 * inverse), high = root_lanes(height * q00 * inverse), middle = f.u + u;
+  Doubles const from = between(-floor_lanes(wide - middle + 1e-6), columns);
+  Doubles const to = between(floor_lanes(middle + wide + 1e-6) + 1.0, columns), vectors = -floor_lanes((from - to) / lanes);
+  Doubles const before = size_lanes(from - f.u), behind = size_lanes(from + vectors * lanes - f.u);
+  Doubles const across = before > behind ? before : behind, down = size_lanes(v) + high + double(kRowsTogether);
+  Doubles const bend = across * (size_lanes(f.l[0]) + f.l[2] * across) +
+                       down * (size_lanes(f.l[1]) + size_lanes(f.l[3]) * across + f.l[4] * down);
+  Mask<double> const fit = (to - from <= most) & (bend <= 0.75) & (k11 <= 16.0 * f.kappa) & (f.k00 < 1e6);
+  store_as(g->column, from), store_as(g->vectors, keep<double>(fit, vectors));
   // The rows of the second vector: the highest is at the column nearest to that of the ellipse's highest point, likewise the lowest.
-  Doubles const left = from + lanes - middle, narrow = 1.0 / q11, tip = q01 / q00 * high;
+  Doubles const left = from + lanes - middle, shorter = 1.0 / q11, tip = q01 / q00 * high;
+  Doubles edge[2];
   for (int side = 0; side < 2; ++side) {
     double const sign = side == 0 ? -1 : 1;
     Doubles const at = left > -sign * tip ? left : -sign * tip, rest = q11 * height - determinant * at * at;
-    Doubles const edge = f.v + v + narrow * (sign * root_lanes(rest > 0.0 ? rest : Doubles{}) - q01 * at);
-    store_as(g->right[side], side == 0 ? between(-floor_lanes(1e-6 - edge), call.rows) : between(floor_lanes(edge + 1e-6) + 1.0, call.rows) - 1.0);
+    edge[side] = f.v + v + shorter * (sign * root_lanes(rest > 0.0 ? rest : Doubles{}) - q01 * at);
   }
+  store_as(g->right[0], between(-floor_lanes(1e-6 - edge[0]), rows));
+  store_as(g->right[1], between(floor_lanes(edge[1] + 1e-6) + 1.0, rows) - 1.0);
 }
 
 template <class T>

@@ -29,7 +29,7 @@ inline Patch<T> patch_of(const Group& g, int i, double support) {
   return p;
 }
 
-// What all rows of a vector of columns share.
+// What all rows of a vector of columns share: du, L where dv is 0, and its slope there.
 template <class T>
 struct PatchColumns {
   Vec<T> du, level, tilt;

@@ -2,6 +2,8 @@
 // two threads write the same number and every sum has its order: the result does not depend on the number of threads.
 #pragma once
 
+#include <new>
+
 #include "../cpu_memory.h"
 #include "patches.h"
 #include "strips.h"
@@ -32,7 +34,10 @@ void for_row_blocks(const ProjectCall& call, const Group& g, int i, int first, i
   }
 }
 
-inline ProjectGaussian<double> one_of(const Whitened& group, int i) {
+// Gaussian i of group n of all sets.
+template <class T>
+ProjectGaussian<double> one_of(const ProjectCall& call, int64_t n, int i) {
+  Whitened const group = whiten<T, Doubles>(GroupLoader<T>(call, n));
   ProjectGaussian<double> g;
   const Doubles* const from = reinterpret_cast<const Doubles*>(&group);
   for (size_t k = 0; k < sizeof(g) / sizeof(double); ++k) reinterpret_cast<double*>(&g)[k] = lane(from[k], i);
@@ -51,19 +56,22 @@ void render_direct(const ProjectCall& call, const ProjectView& view, const Proje
   }
 }
 
-// Adds the Gaussians to the rows [first, last] of a view, which begin at `image`.
+// Adds the Gaussians of a set to the rows [first, last] of a view, which begin at `image`.
 template <class T>
-void render_band(const ProjectCall& call, const ProjectView& view, const Whitened* gaussians, const Group* groups, int first, int last,
-                 T* image, int64_t stride) {
+void render_band(const ProjectCall& call, const ProjectView& view, int64_t set, const Group* groups, int first, int last, T* image,
+                 int64_t stride) {
   RowTable<T> table;
   Strips<T> strips;
   for (int64_t n = 0; n < groups_of(call); ++n) {
     const Group& g = groups[n];
-    for (int i = 0; i < kGroup; ++i) {
+    // Most Gaussians of a group may lie in other bands, at random: a branch for each would be foreseen wrongly.
+    uint32_t met = 0;
+    for (int i = 0; i < kGroup; ++i) met |= uint32_t(g.first[i] <= last && g.last[i] >= first && g.first[i] <= g.last[i]) << i;
+    for (; met != 0; met &= met - 1) {
+      int const i = __builtin_ctz(met);
       int const top = g.first[i] > first ? g.first[i] : first, bottom = g.last[i] < last ? g.last[i] : last;
-      if (top > bottom) continue;
       if (g.open[i]) {
-        render_direct(call, view, one_of(gaussians[n], i), first, last, image, stride);
+        render_direct(call, view, one_of<T>(call, set * groups_of(call) + n, i), first, last, image, stride);
         continue;
       }
       if (g.vectors[i] > 0) {
@@ -124,23 +132,31 @@ inline ViewPlan plan_views(const ProjectCall& call, int64_t bytes_per_view, int 
   return plan;
 }
 
-// Whether set b has a Gaussian that cannot be projected.
-inline bool is_spoiled(const ProjectCall& call, const Whitened* gaussians, int64_t b) {
-  Doubles sum = {};
-  for (int64_t n = 0; n < groups_of(call); ++n) sum += gaussians[b * groups_of(call) + n].spoiled;
+inline bool is_spoiled(const Whitened& group) {
   bool spoiled = false;
-  for (int i = 0; i < kGroup; ++i) spoiled = spoiled || !(sum[i] == 0);
+  for (int i = 0; i < kGroup; ++i) spoiled = spoiled || !(group.spoiled[i] == 0);
   return spoiled;
 }
 
+// Writes the groups n of all views from `first` on that are of one set; true if one of the Gaussians cannot be projected.
 template <class T>
-void project_band(const ProjectCall& call, const Whitened* gaussians, const Group* groups, bool spoiled, int64_t view, int first,
+bool fill_groups(const ProjectCall& call, const ProjectView* views, int64_t n, int64_t count, Group* to) {
+  Whitened const g = whiten<T, Doubles>(GroupLoader<T>(call, n));
+  int const lanes = lanes_of(call, n % groups_of(call));
+  // In its place: a copy of a group takes as long as to find it.
+  for (int64_t v = 0; v < count; ++v, to += groups_of(call)) {
+    new (to) Group(group_in_view<T>(call, project_frame(views[v], g), g.density, lanes));
+  }
+  return is_spoiled(g);
+}
+
+template <class T>
+void project_band(const ProjectCall& call, const ProjectView& geometry, const Group* groups, bool spoiled, int64_t view, int first,
                   int last, T* buffer) {
   int64_t const stride = buffer_stride(call);
   buffer += kSpareRows * stride;
   memset(buffer, 0, size_t(stride * (last - first + 1)) * sizeof(T));
-  ProjectView const geometry = project_view(call, view);
-  if (!spoiled) render_band<T>(call, geometry, gaussians, groups, first, last, buffer, stride);
+  if (!spoiled) render_band<T>(call, geometry, view / call.views, groups, first, last, buffer, stride);
   T* const out = static_cast<T*>(call.out) + view * image_pixels(call);
   for (int row = first; row <= last; ++row) {
     T* const to = out + int64_t(row) * call.columns;
@@ -154,14 +170,13 @@ template <class T>
 bool project_forward(const ProjectCall& call, int threads) {
   int64_t const groups = groups_of(call), all = call.batch * call.views;
   ViewPlan const plan = plan_views(call, groups * int64_t(sizeof(Group)), threads);
-  // One block for both: freed memory of many blocks goes back to the system, and to be given it anew takes as long as projecting.
-  int64_t const own = call.batch * groups + 1, bytes = plan.together * groups * int64_t(sizeof(Group));
-  int64_t const further = bytes / int64_t(sizeof(Whitened)) + 1;
-  ThreadMemory<Whitened> gaussians(own + further);
+  ThreadMemory<Group> kept(plan.together * groups + 1);
+  ThreadMemory<ProjectView> views(all + 1);
   ThreadMemory<bool> spoiled(call.batch + 1);
-  bool enough = gaussians.at != nullptr && spoiled.at != nullptr;
+  bool enough = kept.at != nullptr && views.at != nullptr && spoiled.at != nullptr;
   if (!enough) return false;
-  Group* const kept = reinterpret_cast<Group*>(gaussians.at + own);
+  for (int64_t i = 0; i < all; ++i) views.at[i] = project_view(call, i);
+  memset(spoiled.at, 0, size_t(call.batch) * sizeof(bool));
 #pragma omp parallel num_threads(threads)
   {
     FlushSubnormals flush;
@@ -170,27 +185,25 @@ bool project_forward(const ProjectCall& call, int threads) {
 #pragma omp atomic write
       enough = false;
     }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < call.batch * groups; ++i) gaussians.at[i] = whiten<T, Doubles>(GroupLoader<T>(call, i));
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < call.batch; ++b) spoiled.at[b] = is_spoiled(call, gaussians.at, b);
     for (int64_t start = 0; start < all; start += plan.together) {
-      int64_t const views = all - start < plan.together ? all - start : plan.together;
+      int64_t const end = all - start < plan.together ? all : start + plan.together;
+      int64_t const sets = start / call.views, behind = (end - 1) / call.views + 1;
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < views * groups; ++i) {
-        int64_t const view = start + i / groups, group = i % groups;
-        const Whitened& g = gaussians.at[view / call.views * groups + group];
-        ProjectView const geometry = project_view(call, view);
-        kept[i] = group_in_view<T>(call, project_frame(geometry, g), g.density, lanes_of(call, group));
+      for (int64_t n = sets * groups; n < behind * groups; ++n) {
+        int64_t const set = n / groups, first = set * call.views, last = first + call.views;
+        int64_t const from = first > start ? first : start, to = last < end ? last : end;
+        if (fill_groups<T>(call, views.at + from, n, to - from, kept.at + (from - start) * groups + n % groups)) {
+#pragma omp atomic write
+          spoiled.at[set] = true;
+        }
       }
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < views * plan.bands; ++i) {
+      for (int64_t i = 0; i < (end - start) * plan.bands; ++i) {
         int64_t const view = start + i / plan.bands;
-        int const first = int(i % plan.bands) * plan.band, end = first + plan.band;
+        int const first = int(i % plan.bands) * plan.band, below = first + plan.band;
         if (buffer.at == nullptr) continue;
-        int64_t const set = view / call.views;
-        project_band<T>(call, gaussians.at + set * groups, kept + i / plan.bands * groups, spoiled.at[set], view, first,
-                        (end < call.rows ? end : call.rows) - 1, buffer.at);
+        project_band<T>(call, views.at[view], kept.at + i / plan.bands * groups, spoiled.at[view / call.views], view, first,
+                        (below < call.rows ? below : call.rows) - 1, buffer.at);
       }
     }
   }
@@ -248,14 +261,15 @@ void direct_gradient(const ProjectCall& call, const ProjectView& view, const Pro
   direct_chain(g, sums, totals);
 }
 
-// Adds the gradients of a group in some views to its totals.
+// Adds the gradients of group n of all sets in some views to its totals.
 template <class T>
-void group_gradient(const ProjectCall& call, const Whitened& gaussian, int64_t first, int64_t views, int lanes, const T* images,
-                    ProjectTotals<Doubles>* totals) {
+void group_gradient(const ProjectCall& call, int64_t n, const Whitened& gaussian, const ProjectView* geometry, int64_t views,
+                    const T* images, ProjectTotals<Doubles>* totals) {
+  int const lanes = lanes_of(call, n % groups_of(call));
   int64_t const pixels = buffer_stride(call) * buffer_rows(call.rows);
   Doubles* const to = reinterpret_cast<Doubles*>(totals);
   for (int64_t v = 0; v < views; ++v) {
-    ProjectView const view = project_view(call, first + v);
+    const ProjectView& view = geometry[v];
     ProjectFrame<Doubles> const frame = project_frame(view, gaussian);
     Group const group = group_in_view<T>(call, frame, splat(1.0), lanes);
     Doubles moments[kProjectMoments] = {};
@@ -264,7 +278,7 @@ void group_gradient(const ProjectCall& call, const Whitened& gaussian, int64_t f
       if (group.first[i] > group.last[i]) continue;
       if (group.open[i]) {
         ProjectTotals<double> part = {};
-        direct_gradient(call, view, one_of(gaussian, i), images + v * pixels, &part);
+        direct_gradient(call, view, one_of<T>(call, n, i), images + v * pixels, &part);
         for (int k = 0; k < kProjectTotals; ++k) to[k][i] += reinterpret_cast<double*>(&part)[k];
         continue;
       }
@@ -290,7 +304,7 @@ void finish_group(const ProjectCall& call, int64_t i, const Whitened& gaussian, 
   }
 }
 
-// What the backward keeps of a group.
+// What the backward keeps of a group from some views to the next.
 struct GroupSums {
   Whitened gaussians;
   ProjectTotals<Doubles> totals;
@@ -300,37 +314,36 @@ struct GroupSums {
 template <class T>
 bool project_gradient(const ProjectCall& call, int threads) {
   int64_t const groups = groups_of(call), stride = buffer_stride(call), rows = buffer_rows(call.rows), image = stride * rows;
-  ViewPlan const plan = plan_views(call, image * int64_t(sizeof(T)), threads);
-  int64_t const together = plan.together < call.views ? plan.together : call.views;
-  ThreadMemory<GroupSums> sums(call.batch * groups + 1);
+  int64_t const all = call.batch * call.views, fit = plan_views(call, image * int64_t(sizeof(T)), threads).together;
+  bool const whole = fit >= call.views;
+  int64_t const together = whole ? call.views : fit;
+  ThreadMemory<GroupSums> sums(whole ? 1 : groups);
+  ThreadMemory<ProjectView> geometry(all + 1);
   ThreadMemory<T> images(together * image + stride);
-  if (sums.at == nullptr || images.at == nullptr) return false;
+  if (sums.at == nullptr || geometry.at == nullptr || images.at == nullptr) return false;
+  for (int64_t i = 0; i < all; ++i) geometry.at[i] = project_view(call, i);
 #pragma omp parallel num_threads(threads)
-  {
+  for (int64_t set = 0; set < call.batch; ++set) {
     FlushSubnormals flush;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < call.batch * groups; ++i) {
-      sums.at[i].gaussians = whiten<T, Doubles>(GroupLoader<T>(call, i)), sums.at[i].totals = ProjectTotals<Doubles>{};
-    }
-    for (int64_t start = 0; start < call.batch * call.views;) {
-      int64_t const set = start / call.views, rest = (set + 1) * call.views - start, views = rest < together ? rest : together;
+    for (int64_t start = 0; start == 0 || start < call.views; start += together + 1 - (together > 0)) {
+      int64_t const rest = call.views - start, views = rest < together ? rest : together;
+      const ProjectView* const seen_by = geometry.at + set * call.views + start;
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < views * rows; ++i) {
-        int64_t const view = start + i / rows, row = i % rows, seen = row < call.rows ? call.columns : 0;
-        const T* const grad = static_cast<const T*>(call.grad) + (view * call.rows + row) * call.columns;
+        int64_t const view = i / rows, row = i % rows, seen = row < call.rows ? call.columns : 0;
+        const T* const grad = static_cast<const T*>(call.grad) + ((set * call.views + start + view) * call.rows + row) * call.columns;
         T* const to = images.at + i * stride;
-        if (seen > 0) times_rays(call, project_view(call, view), int(row), grad, to);
+        if (seen > 0) times_rays(call, seen_by[view], int(row), grad, to);
         memset(to + seen, 0, size_t(stride - seen) * sizeof(T));
       }
 #pragma omp for schedule(dynamic, 4)
-      for (int64_t n = 0; n < groups; ++n) {
-        int64_t const i = set * groups + n;
-        group_gradient<T>(call, sums.at[i].gaussians, start, views, lanes_of(call, n), images.at, &sums.at[i].totals);
+      for (int64_t n = set * groups; n < (set + 1) * groups; ++n) {
+        GroupSums own, *const group = whole ? &own : sums.at + n % groups;
+        if (start == 0) group->gaussians = whiten<T, Doubles>(GroupLoader<T>(call, n)), group->totals = ProjectTotals<Doubles>{};
+        group_gradient<T>(call, n, group->gaussians, seen_by, views, images.at, &group->totals);
+        if (start + views == call.views) finish_group<T>(call, n, group->gaussians, group->totals);
       }
-      start += views;
     }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < call.batch * groups; ++i) finish_group<T>(call, i, sums.at[i].gaussians, sums.at[i].totals);
   }
   return true;
 }
