@@ -49,7 +49,8 @@ inline Vec<float> power_from_parts(Vec<float> shifted, Vec<float> r) {
   p = p * r + 2.4022294580936432e-1f;
   p = p * r + 6.931470632553101e-1f;
   p = p * r + 1.0f;
-  Mask<float> power, bits;
+  typedef uint32_t Bits __attribute__((vector_size(sizeof(Vec<float>))));  // unsigned: exponents too low may overflow
+  Bits power, bits;
   memcpy(&power, &shifted, sizeof(power));  // n is in its low bits
   memcpy(&bits, &p, sizeof(bits));
   bits += power << 23;

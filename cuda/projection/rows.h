@@ -34,7 +34,7 @@ constexpr T kExponentUnit = T(1);
 template <>
 constexpr float kExponentUnit<float> = 1.44269504088896341f;
 
-// For exponents down to -126.
+// For exponents down to -126; of lower ones it means nothing.
 inline Vec<float> power_lanes(Vec<float> x) {
   Vec<float> const shifted = x + kRounding;
   return power_from_parts(shifted, x - (shifted - kRounding));

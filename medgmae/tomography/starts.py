@@ -21,7 +21,6 @@ Rule = Literal["gradient", "fit", "r2", "random"]
 # R2-Gaussian's start (Zha et al. 2024, https://arxiv.org/abs/2405.20693): voxels above this part of the range of
 # attenuation, and the part of a voxel's value that its Gaussian gets.
 R2_LEAST, R2_DENSITY = 0.05, 0.15
-FIT_STEPS = 100
 # Least standard deviation in voxels: what thinner ones have at voxels says little of their line integrals.
 THINNEST = 0.6
 RIM = 4  # voxels of air about a volume that Gaussians are fitted to, so that they do not reach out of it unseen
@@ -32,6 +31,7 @@ def start_gaussians(
     count: int,
     rule: Rule = "fit",
     *,
+    steps: int = 100,
     support: float = 3.5,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
@@ -40,7 +40,7 @@ def start_gaussians(
 
     - "gradient": places drawn by the size of the gradient, as wide as they are apart, see
       :func:`~medgmae.fit_gaussians`.
-    - "fit": these, fitted to the volume for 100 steps, with the growth of that function.
+    - "fit": these, fitted to the volume for some steps, with the growth of that function.
     - "r2": R2-Gaussian's: places drawn evenly among voxels above 5 % of the largest value, as wide as the root mean
       square distance of the three nearest, of 0.15 times the voxel's value.
     - "random": places drawn evenly in the whole volume, 0.7 times as wide as
@@ -50,6 +50,7 @@ def start_gaussians(
         volume: attenuation in 1/mm, such as that of :func:`~medgmae.tomography.fdk`.
         count: Gaussians, K.
         rule: see above.
+        steps: of the fit.
         support: of the rendering that "gradient" and "fit" match, see :class:`~medgmae.GaussianRenderer`.
         generator: source of the places, on the CPU; None: one with seed 0.
         progress: show a progress bar of the fit.
@@ -66,10 +67,10 @@ def start_gaussians(
         raise VolumeError(f"the start has {volume.channels} channels; expected one, attenuation in 1/mm")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     if rule in ("gradient", "fit"):
-        steps = FIT_STEPS if rule == "fit" else 0
         within = crop_or_pad(volume, tuple(n + 2 * RIM for n in volume.size), value=0.0)
+        moves = steps if rule == "fit" else 0
         found = fit_gaussians(
-            within, count, steps, support=support, thinnest=THINNEST, generator=generator, progress=progress
+            within, count, moves, support=support, thinnest=THINNEST, generator=generator, progress=progress
         )
         return found.to_world(within)
     values = volume.data[0].float()

@@ -37,7 +37,7 @@ def _run(inputs: ProjectInputs, others: list[Tensor], variant: str, threads: int
     views = inputs.views.to(torch.float64)
     # Held until the kernel is done; what it writes is dense.
     contiguous = [tensor.contiguous() for tensor in (*inputs[:4], views, *others)]
-    return _C.project(
+    fits: bool = _C.project(
         DTYPE_CODES[inputs.means.dtype],
         inputs.means.shape[0],
         inputs.means.shape[1],
@@ -50,3 +50,4 @@ def _run(inputs: ProjectInputs, others: list[Tensor], variant: str, threads: int
         threads or native.threads(),
         variant,
     )
+    return fits
