@@ -105,7 +105,7 @@ def test_the_residual_falls() -> None:
 @pytest.mark.parametrize(
     "options", [Descent(), Descent(rounds=3), Descent(tv=0.01, tv_size=6)], ids=["plain", "growth", "tv"]
 )
-def test_a_run_that_goes_on_gives_the_same_bits(options: Descent) -> None:
+def test_a_run_that_goes_on_gives_the_same_bits(options: Descent, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(steps: int, **more: Any) -> Any:
         # the rates depend on the share of the run: stop the first part by its budget of steps
         return reconstruct_ct(scan(), GRID, start(), steps=steps, descent=options, progress=False, **more)
@@ -121,20 +121,10 @@ def test_a_run_that_goes_on_gives_the_same_bits(options: Descent) -> None:
         if len(stopped) == 3:  # between two rounds of growth
             raise Enough
 
-    from medgmae.tomography import reconstruction
-
     kept: dict[str, Any] = {}
-    plain = reconstruction._Descent.step
-
-    def step(self: Any, over: float) -> float:
-        residual = plain(self, over)
-        kept.update(self.state())
-        return residual
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reconstruction._Descent, "step", step)
-        with pytest.raises(Enough):
-            run(12, callback=stop)
+    monkeypatch.setattr("medgmae.tomography.reconstruction.KEEP_EVERY_S", 0.0)
+    with pytest.raises(Enough):
+        run(12, callback=stop, keep=kept.update)
     assert int(kept["done"]) == 3
     resumed = run(12, resume=kept)
     assert [look.step for look in resumed.curve] == list(range(4, 13))
@@ -251,7 +241,7 @@ def run(*arguments: Any) -> dict[str, Any]:
     return result
 
 
-def test_the_commands(files: Path) -> None:
+def test_the_commands(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = run("project", files / "ct.nii.gz", "--geometry", files / "g.json", "--out", files / "p.npy")
     assert (made["views"], made["pixels"]) == (10, [16, 16])
     np.testing.assert_allclose(np.load(files / "p.npy"), scan().data, atol=1e-3)
@@ -283,6 +273,16 @@ def test_the_commands(files: Path) -> None:
     on = ["--resume", files / "s.safetensors", "--steps", 12, "--state", files / "t.safetensors"]
     run("reconstruct-ct", files / "p.npy", *shared, "--out", files / "on.nii.gz", *on)
     assert [int(load_file(files / f"{name}.safetensors")["done"]) for name in "st"] == [8, 12]
+    write, seen = medgmae.cli.tomography._write_state, []
+
+    def watched(state: dict[str, Any], path: Path) -> None:
+        write(state, path)
+        seen.append(int(load_file(path)["done"]))
+
+    monkeypatch.setattr("medgmae.tomography.reconstruction.KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr("medgmae.cli.tomography._write_state", watched)
+    run("reconstruct-ct", files / "p.npy", *shared, "--out", files / "kept.nii.gz", "--overwrite", *half)
+    assert seen == [*range(1, 9), 8]
     noisy = run(
         *("project", files / "ct.nii.gz", "--geometry", files / "g.json", "--out", files / "n.npy", "--photons", 1e4),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from pathlib import Path
@@ -128,7 +129,7 @@ def project_command(
 @click.option("--truth", type=click.Path(path_type=Path, exists=True), help="The CT to compare with; also the grid.")
 @seed_option("views and places")
 @file_option("--ply", (".ply",), "Write the Gaussians, in LPS millimetres.")
-@file_option("--state", (".safetensors",), "Write where the descent of Gaussians ended, for --resume.")
+@file_option("--state", (".safetensors",), "Write every minute and at the end where the descent is, for --resume.")
 @click.option(
     "--resume",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -174,10 +175,7 @@ def reconstruct_ct_command(projections: Path, **options: Any) -> None:
     if options["ply"] and gaussians is not None:
         write_gaussians(gaussians, options["ply"], options["overwrite"])
     if options["state"] and curve is not None:
-        from safetensors.torch import save_file
-
-        with complete(options["state"], options["overwrite"]) as place:
-            save_file(curve.state, place)
+        _write_state(curve.state, options["state"])
     facts: dict[str, Any] = {
         "projections": shown(projections),
         "views": len(data),
@@ -252,8 +250,17 @@ def _reconstructed(
         peak=3000 * options["mu_water"] / 1000,
         seed=options["seed"],
         resume=resume,
+        keep=functools.partial(_write_state, path=options["state"]) if options["state"] else None,
     )
     return first, result.gaussians, result
+
+
+def _write_state(state: dict[str, Any], path: Path) -> None:
+    """Over the one before it; what was there before the command was refused at its beginning."""
+    from safetensors.torch import save_file
+
+    with complete(path, overwrite=True) as place:
+        save_file(state, place)
 
 
 def _first(options: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from medgmae.tomography.geometry import ProjectionGeometry
 from medgmae.tomography.projections import Projections, check_coverage
 
 Watch = Callable[[int, Volume, float], None]
-"""Called after each iteration with its number, the volume and the seconds so far."""
+"""Called after each iteration with its number, the volume and the seconds since the call."""
 
 
 def project(volume: Volume, geometry: ProjectionGeometry, views: Sequence[int] | None = None) -> Projections:
@@ -83,13 +83,14 @@ def sart(
         watch: called after each iteration.
         progress: show a progress bar; by default in terminals and notebooks.
     """
+    begin = time.perf_counter()
     check_coverage(projections, grid)
     x = _first(start, grid)
     views = [Rays(grid, projections.geometry[[k]]) for k in range(len(projections))]
     ones = torch.ones(grid.size)
     lengths = [rays.forward(ones) for rays in views]
     shares = [rays.back((length > 0).float()) for rays, length in zip(views, lengths, strict=True)]
-    generator, begin = torch.Generator().manual_seed(seed), time.perf_counter()
+    generator = torch.Generator().manual_seed(seed)
     with progress_bar(iterations * len(views), "views", progress) as bar:
         for iteration in range(iterations):
             for k in torch.randperm(len(views), generator=generator).tolist():
@@ -125,11 +126,12 @@ def cg(
         watch: called after each iteration.
         progress: show a progress bar; by default in terminals and notebooks.
     """
+    begin = time.perf_counter()
     check_coverage(projections, grid)
     x, rays = _first(start, grid), Rays(grid, projections.geometry)
     residual = projections.data - rays.forward(x) if start is not None else projections.data.clone()
     gradient = rays.back(residual)
-    direction, norm, begin = gradient.clone(), float(gradient.double().square().sum()), time.perf_counter()
+    direction, norm = gradient.clone(), float(gradient.double().square().sum())
     with progress_bar(iterations, "iterations", progress) as bar:
         for iteration in range(iterations):
             if norm == 0:

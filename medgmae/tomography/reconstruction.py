@@ -23,6 +23,8 @@ from medgmae.tomography.iterative import Rays
 from medgmae.tomography.projections import Projections
 from medgmae.tomography.starts import THINNEST
 
+KEEP_EVERY_S = 60.0
+
 
 @dataclass(frozen=True)
 class Descent:
@@ -101,6 +103,7 @@ def reconstruct_ct(
     resume: dict[str, Tensor] | None = None,
     seed: int = 0,
     callback: Callable[[Progress], None] | None = None,
+    keep: Callable[[dict[str, Tensor]], None] | None = None,
     progress: bool | None = None,
 ) -> Reconstruction:
     """Reconstruct attenuation from projections by Gaussians whose exact projections come close to them.
@@ -124,6 +127,7 @@ def reconstruct_ct(
         resume: ``state`` of an earlier result, whose steps and seconds count.
         seed: of the views and places.
         callback: called after every step.
+        keep: called with the state every minute, for a run that may be ended before its time.
         progress: show a progress bar with residual and PSNR; by default in terminals and notebooks.
 
     Raises:
@@ -137,6 +141,7 @@ def reconstruct_ct(
     if resume is not None:
         run.resume(resume)
     begin, spent, curve = time.perf_counter(), run.seconds, []
+    kept = begin
     with progress_bar(steps - run.done, "reconstruct", progress, unit="step") as bar:
         while run.done < steps and (budget_s is None or run.seconds < budget_s):
             over = run.done / steps if budget_s is None else max(run.done / steps, run.seconds / budget_s)
@@ -152,6 +157,9 @@ def reconstruct_ct(
             shown = f"residual {residual:.4g}" + ("" if seen is None else f", PSNR {seen:.2f} dB")
             bar.set_postfix_str(shown, refresh=False)
             bar.update()
+            if keep is not None and time.perf_counter() - kept >= KEEP_EVERY_S:
+                keep(run.state())
+                kept = time.perf_counter()
             if callback is not None:
                 callback(curve[-1])
     found = run.gaussians()
