@@ -90,11 +90,6 @@ struct ColumnSums {
   }
 };
 
-// From sums over du to those over x = du - gamma dv, in the order of kProjectMoments: du, dv, du^2, du dv, dv^2.
-inline void shear_moments(double gamma, double* m) {
-  m[2] -= gamma * (2 * m[3] - gamma * m[4]), m[0] -= gamma * m[1], m[3] -= gamma * m[4];
-}
-
 // Moments of a Gaussian over the rows [first, last] of an image, with a row behind them that may be read.
 template <class T, Shape shape>
 MEDGMAE_ALONE void sum_patch(const Patch<T>& p, int first, int last, const T* image, int64_t stride, double* moments) {

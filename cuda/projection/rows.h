@@ -178,6 +178,11 @@ inline void total_sums(MomentSums<T> sums, T* totals) {
   for (int k = 0; k < 16; k += kLanes<T>) medgmae::sums<T>(sums.of + k), store(totals + k, sums.of[k]);
 }
 
+// From sums over du to those over x = du - gamma dv, in the order of kProjectMoments: du, dv, du^2, du dv, dv^2.
+inline void shear_moments(double gamma, double* m) {
+  m[2] -= gamma * (2 * m[3] - gamma * m[4]), m[0] -= gamma * m[1], m[3] -= gamma * m[4];
+}
+
 // Sums over one row.
 template <class T>
 struct RowSums {

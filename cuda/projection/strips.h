@@ -178,11 +178,8 @@ inline void sum_strips(const Strips<T>& s, int rows, const T* image, int64_t str
   });
   T totals[16];
   total_sums(total, totals);
-  double m[6];
-  for (int k = 0; k < 6; ++k) m[k] = double(totals[k]);
-  double const c = s.gamma;  // from du to x = du - gamma dv
-  moments[0] = m[0], moments[1] = m[1] - c * m[2], moments[2] = m[2], moments[3] = m[3] - c * (2 * m[4] - c * m[5]);
-  moments[4] = m[4] - c * m[5], moments[5] = m[5];
+  for (int k = 0; k < 6; ++k) moments[k] = double(totals[k]);
+  shear_moments(s.gamma, moments + 1);
 }
 
 // One vector or two side by side.
