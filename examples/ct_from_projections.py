@@ -51,7 +51,7 @@ class Start:
 
 STARTS = [
     Start("fitted to SART", "sart", "fit", 1.0),
-    Start("fitted to SART, shorter", "sart", "fit", 1.0, fit=50, steps=60),
+    Start("fitted to SART, shorter", "sart", "fit", 1.0, fit=50, steps=40),
     Start("fitted to FDK", "fdk", "fit", 1.0),
     Start("gradient of FDK", "fdk", "gradient", 5.0),
     Start("R2's rule on FDK", "fdk", "r2", 5.0),
