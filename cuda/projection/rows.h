@@ -196,17 +196,16 @@ MEDGMAE_ALONE void sum_rows(const Profile<T>& p, const RowTable<T>& table, int r
   for (int k = 0; k < kProjectMoments; ++k) s[k] = sums->of[k];
   // Sums of rows before those over rows: fewer additions in a chain, so less rounding.
   RowSums<T> of_row[kRowsTogether] = {};
-  auto const add = [](Vec<T>* sum, Vec<T> value) { *sum += value; };
   auto const visit = [&](int i, const T* const* at, int offset, Vec<T> j) {
     PixelLanes<T> const pixel = pixel_lanes<T, shape>(p, table, i, j);
     for_rows([&](int k) {
       RowSums<T>& row = of_row[k];
       Vec<T> const x = pixel.x[k], t = keep<T>(j <= table.last[i + k], load(at[k] + offset)) * pixel.weight[k];
       Vec<T> const q = cone ? t * pixel.inverse[k] : t, qx = q * x;
-      add(&row.t, t), add(&row.q, q), add(&row.qx, qx), add(&row.qxx, qx * x);
+      row.t += t, row.q += q, row.qx += qx, row.qxx += qx * x;
       if constexpr (cone) {
         Vec<T> const r = q * (pixel.exponent[k] * T(-1 / kExponentUnit<T>) - T(0.5)), rx = r * x;
-        add(&row.r, r), add(&row.rx, rx), add(&row.rxx, rx * x);
+        row.r += r, row.rx += rx, row.rxx += rx * x;
       }
     });
   };

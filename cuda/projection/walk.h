@@ -5,10 +5,9 @@
 #include <new>
 
 #include "../cpu_memory.h"
+#include "direct.h"
 #include "patches.h"
 #include "strips.h"
-
-#include "direct.h"
 
 namespace medgmae {
 namespace {
@@ -325,7 +324,7 @@ bool project_gradient(const ProjectCall& call, int threads) {
 #pragma omp parallel num_threads(threads)
   for (int64_t set = 0; set < call.batch; ++set) {
     FlushSubnormals flush;
-    for (int64_t start = 0; start == 0 || start < call.views; start += together + 1 - (together > 0)) {
+    for (int64_t start = 0; start == 0 || start < call.views; start += together > 0 ? together : 1) {
       int64_t const rest = call.views - start, views = rest < together ? rest : together;
       const ProjectView* const seen_by = geometry.at + set * call.views + start;
 #pragma omp for schedule(static)

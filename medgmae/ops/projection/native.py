@@ -18,7 +18,7 @@ def forward(inputs: ProjectInputs, *, variant: str = "", threads: int | None = N
     out = inputs.means.new_empty([*inputs.views.shape[:2], *inputs.size])
     if not _run(inputs, [out], variant, threads):
         check_views(inputs.views, inputs.parallel)  # says which view, and why
-        raise ValueError("a view is no detector, by a hair")
+        raise ValueError("a view is within rounding of no detector; expected rays across it and steps that differ")
     return out
 
 
